@@ -1,0 +1,8 @@
+"""The ops: one folder each, holding its public function, its reference and its Triton kernel."""
+
+from .group_norm_silu import group_norm_silu
+from .q_sample import q_sample
+from .randn import randn
+from .reverse_step import reverse_step
+
+__all__ = ["group_norm_silu", "q_sample", "randn", "reverse_step"]

@@ -1,0 +1,177 @@
+"""GroupNorm, scale-shift and SiLU in one pass over the data, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import backend as backends
+from .. import checks
+from . import reference
+
+_OPTIONS = "int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? pre_shift, Tensor? scale, Tensor? shift"
+
+torch.library.define(
+    "dd_kernels::group_norm_silu",
+    f"(Tensor x, {_OPTIONS}, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
+)
+torch.library.define(
+    "dd_kernels::group_norm_silu_backward",
+    f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, Tensor(a!) dx, "
+    "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift) -> ()",
+)
+
+
+@torch.library.register_fake("dd_kernels::group_norm_silu")
+def _(*args: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("dd_kernels::group_norm_silu_backward")
+def _(*args: Any) -> None:
+    return None
+
+
+def _run(chosen: str, name: str, arguments: tuple) -> None:
+    """Calls the op ``name`` of the backend; outputs are among the arguments."""
+    if chosen == "triton":
+        from . import triton
+
+        getattr(triton, name)(*arguments)
+    else:
+        getattr(torch.ops.dd_kernels, name)(*arguments)
+
+
+def _forward(chosen: str, x: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and rstd [N, G] (float32) for the backward pass."""
+    y = torch.empty_like(x)
+    mean, rstd = torch.empty((2, x.shape[0], options[0]), dtype=torch.float32, device=x.device).unbind()
+    _run(chosen, "group_norm_silu", (x, *options, y, mean, rstd))
+    return y, mean, rstd
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    """Keeps x and the statistics, and recomputes the rest: 2 reads and 1 write in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        pre_shift: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+        chosen: str,
+    ) -> Tensor:
+        y, mean, rstd = _forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))
+        ctx.save_for_backward(x, mean, rstd, weight, bias, pre_shift, scale, shift)
+        ctx.options = (num_groups, eps, silu, chosen)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias, pre_shift, scale, shift = ctx.saved_tensors
+        num_groups, eps, silu, chosen = ctx.options
+        small = (weight, bias, pre_shift, scale, shift)
+        gradients = [
+            torch.empty_like(v) if needed and v is not None else None
+            for v, needed in zip(small, ctx.needs_input_grad[1:6], strict=True)
+        ]
+        dx = torch.empty_like(x)
+        dy = checks.laid_out_like(checks.dense(dy), x)
+        if dy.stride() != x.stride():
+            dy = dy.contiguous(memory_format=checks.memory_format(x))
+        _run(
+            chosen,
+            "group_norm_silu_backward",
+            (dy, x, mean, rstd, num_groups, weight, bias, eps, pre_shift, scale, shift, silu, dx, *gradients),
+        )
+        return (dx if ctx.needs_input_grad[0] else None, *gradients, None, None, None, None)
+
+
+def _check(x: Tensor, num_groups: int, eps: float, activation: str, channels: dict, rows: dict) -> None:
+    checks.check_float("x", x)
+    if x.ndim < 2:
+        raise ValueError(f"x must be [N, C, ...]; got {list(x.shape)}")
+    if num_groups < 1 or x.shape[1] % num_groups != 0:
+        raise ValueError(f"num_groups must divide the {x.shape[1]} channels of x; got {num_groups}")
+    if x.numel() == 0 and x.shape[0] != 0:
+        raise ValueError(f"x must have at least one element per sample; got the shape {list(x.shape)}")
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0; got {eps}")
+    if activation not in ("silu", "none"):
+        raise ValueError(f"activation must be 'silu' or 'none'; got {activation!r}")
+    for name, v in channels.items():
+        checks.check_shape(name, v, x.shape[1:2], x.device)
+    for name, v in rows.items():
+        checks.check_shape(name, v, x.shape[:2], x.device)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    r"""GroupNorm (Wu & He, 2018) and SiLU, with the shifts and scales that a U-Net puts around them.
+
+    .. math::
+        h &= x + pre\_shift, \qquad
+        n = \frac{h - \mu_g}{\sqrt{\sigma_g^2 + \epsilon}}\, weight + bias \\
+        y &= \mathrm{silu}\big(n\,(1 + scale) + shift\big), \qquad \mathrm{silu}(v) = v / (1 + e^{-v})
+
+    mu_g and sigma_g^2 are the mean and (biased) variance over the elements of a group: C / G channels
+    of one sample. ``pre_shift`` is where DDPM adds the time embedding (and a convolution its bias),
+    ``scale`` and ``shift`` are adaptive GroupNorm (Dhariwal & Nichol, 2021, eq. 7).
+    Differentiable once in every tensor argument; the backward pass is a kernel too.
+
+    Args:
+        x: [N, C, ...], float32, bfloat16 or float16 (float64 on the reference); contiguous and
+            channels_last are kept, any strides are right. Statistics are float32 in every case.
+        num_groups: G, a divisor of C.
+        weight, bias: [C], any float dtype.
+        eps: added to the variance. 1e-5 in diffusers' U-Nets, 1e-6 in the original DDPM.
+        pre_shift, scale, shift: [N, C], any float dtype.
+        activation: "silu" or "none".
+        backend: "auto", "cpu", "cuda", "triton" or "reference".
+
+    Returns:
+        y of x's shape, dtype and layout.
+
+    Raises:
+        ValueError, TypeError: wrong shape, dtype, device or option.
+        BackendUnavailableError: a backend asked for by name cannot run.
+    """
+    channels, rows = {"weight": weight, "bias": bias}, {"pre_shift": pre_shift, "scale": scale, "shift": shift}
+    _check(x, num_groups, eps, activation, channels, rows)
+    silu = activation == "silu"
+    small = (weight, bias, pre_shift, scale, shift)
+    wide = torch.float64 in (x.dtype, *(v.dtype for v in small if v is not None))
+    obstacle = "the kernels take float32, bfloat16 and float16, and an input is float64" if wide else None
+    chosen = backends.choose("group_norm_silu", backend, x.device, obstacle)
+    if chosen == "reference":
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
+
+    x = checks.dense(x)
+    # The kernels read these few values as dense float32; autograd casts their gradients back.
+    weight, bias, pre_shift, scale, shift = (
+        v if v is None else v.to(torch.float32).contiguous() for v in small
+    )
+    if checks.needs_grad(x, *small):
+        return _GroupNormSiLU.apply(x, weight, bias, pre_shift, scale, shift, num_groups, eps, silu, chosen)
+    return _forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))[0]

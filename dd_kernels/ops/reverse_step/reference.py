@@ -1,0 +1,88 @@
+"""The reverse step in plain PyTorch: the one update that every sampler is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..randn import STREAM_REVERSE_STEP
+from ..randn.reference import normals
+
+# What the columns of a row hold; csrc/reverse_step/formula.h and triton.py count in this order.
+COLUMNS = (
+    "x0_num_x",
+    "x0_num_out",
+    "x0_den",
+    "x0_clip",
+    "prev_from_x0",
+    "prev_from_x",
+    "prev_from_out",
+    "sigma",
+    "log_var_min",
+    "log_var_max",
+)
+
+
+def predict_x0(x: Tensor, out: Tensor, row: dict[str, Tensor]) -> Tensor:
+    """x0 = (x0_num_x * x + x0_num_out * out) / x0_den, before any clipping."""
+    return (row["x0_num_x"] * x + row["x0_num_out"] * out) / row["x0_den"]
+
+
+def clip_x0(x0: Tensor, row: dict[str, Tensor], threshold: Tensor | None) -> Tensor:
+    """x0 within the row's range, or divided into [-1, 1] by a per-sample threshold [N, 1, ...]."""
+    if threshold is None:
+        return torch.clamp(x0, -row["x0_clip"], row["x0_clip"])
+    return torch.clamp(x0, -threshold, threshold) / threshold
+
+
+def guide(out: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: out = uncond + scale * (cond - uncond)."""
+    return out if uncond is None else uncond + guidance_scale * (out - uncond)
+
+
+def columns(rows: Tensor, step: Tensor, like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The coefficients of each sample's row, by name, shaped [N or 1, 1, ...] to multiply ``like``."""
+    picked = rows[step].to(dtype).reshape(-1, len(COLUMNS), *[1] * (like.ndim - 1))
+    return {name: picked[:, i] for i, name in enumerate(COLUMNS)}
+
+
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    variance: Tensor | None,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    noise: Tensor | None,
+    threshold: Tensor | None,
+    rows: Tensor,
+    timesteps: Tensor,
+    step: Tensor,
+    key: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(x_prev, x0). A term whose coefficient is 0 is left out, whatever it would multiply.
+
+    Computed in float32, or in float64 where any input is float64.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, out.dtype), torch.float32)
+    row = columns(rows, step, x, dtype)
+    x_wide = x.to(dtype)
+    out = guide(out.to(dtype), None if uncond is None else uncond.to(dtype), guidance_scale)
+
+    if threshold is not None:
+        threshold = threshold.to(dtype).reshape(-1, *[1] * (x.ndim - 1))
+    x0 = clip_x0(predict_x0(x_wide, out, row), row, threshold)
+    x_prev = row["prev_from_x0"] * x0
+    for coefficient, term in ((row["prev_from_x"], x_wide), (row["prev_from_out"], out)):
+        x_prev = x_prev + torch.where(coefficient == 0, 0.0, coefficient * term)
+
+    if noise is None and key is not None:
+        noise = normals(key, x.shape, timesteps[step], STREAM_REVERSE_STEP)
+    if noise is not None:
+        sigma = row["sigma"]
+        if variance is not None:
+            # Nichol & Dhariwal (2021), eq. 15: the model interpolates between two log-variances.
+            fraction = (variance.to(dtype) + 1) / 2
+            log_variance = row["log_var_min"] + fraction * (row["log_var_max"] - row["log_var_min"])
+            sigma = sigma * torch.exp(0.5 * log_variance)
+        x_prev = x_prev + torch.where(row["sigma"] == 0, 0.0, sigma * noise.to(dtype))
+    return x_prev.to(x.dtype), x0.to(x.dtype)
