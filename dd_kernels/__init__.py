@@ -1,6 +1,54 @@
-"""Fast exact kernels for denoising diffusion, and everything around them."""
+"""Fast exact kernels for denoising diffusion (DDPM, DDIM), and everything around them.
+
+>>> import dd_kernels as dd
+>>> schedule = dd.linear_schedule(1000)
+>>> x = dd.sample(model, (64, 3, 32, 32), dd.ddim(schedule, steps=50), seed=0)
+"""
 
 from .backend import BackendUnavailableError, use_backend
 from .ops import group_norm_silu, q_sample, randn, reverse_step
+from .samplers import Step, ddim_step, ddpm_step, posterior_mean, sample, sample_progressive
+from .schedules import (
+    Schedule,
+    cosine_schedule,
+    from_alpha_bars,
+    from_betas,
+    linear_schedule,
+    named_schedule,
+    rescale_zero_terminal_snr,
+    scaled_linear_schedule,
+    sigmoid_schedule,
+    squaredcos_cap_v2_schedule,
+)
+from .tables import DynamicThreshold, StepTable, ddim, ddim_inversion, ddpm, timestep_sequence
 
-__all__ = ["BackendUnavailableError", "group_norm_silu", "q_sample", "randn", "reverse_step", "use_backend"]
+__all__ = [
+    "BackendUnavailableError",
+    "DynamicThreshold",
+    "Schedule",
+    "Step",
+    "StepTable",
+    "cosine_schedule",
+    "ddim",
+    "ddim_inversion",
+    "ddim_step",
+    "ddpm",
+    "ddpm_step",
+    "from_alpha_bars",
+    "from_betas",
+    "group_norm_silu",
+    "linear_schedule",
+    "named_schedule",
+    "posterior_mean",
+    "q_sample",
+    "randn",
+    "rescale_zero_terminal_snr",
+    "reverse_step",
+    "sample",
+    "sample_progressive",
+    "scaled_linear_schedule",
+    "sigmoid_schedule",
+    "squaredcos_cap_v2_schedule",
+    "timestep_sequence",
+    "use_backend",
+]
