@@ -1,0 +1,138 @@
+// A vector of DD_LANES floats, on the vector extensions of GCC and Clang: + - * / < and ?: are the
+// compiler's own, a scalar operand is broadcast, and a cast between types of one size keeps the bits.
+// Intrinsics appear only for what these extensions lack.
+//
+// Nothing here is contracted behind one's back (the build says -ffp-contract=off): what is meant as
+// one rounding is written fma(), so that two loops over the same formula give the same bits.
+
+namespace dd::DD_ISA {
+
+constexpr int kLanes = DD_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * DD_LANES)));
+typedef int32_t VecI __attribute__((vector_size(4 * DD_LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * DD_LANES)));
+typedef uint64_t VecU64 __attribute__((vector_size(4 * DD_LANES)));  // half as many lanes
+typedef uint16_t VecU16 __attribute__((vector_size(2 * DD_LANES)));
+
+DD_INLINE Vec splat(float v) { return v - Vec{}; }  // -0 - 0 is -0, where -0 + 0 would not be
+DD_INLINE VecU splat_u(uint32_t v) { return v - VecU{}; }
+DD_INLINE VecI splat_i(int32_t v) { return v - VecI{}; }
+
+DD_INLINE Vec load(const float* p) {
+    Vec v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+DD_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// The first n < kLanes floats; the other lanes are 0.
+DD_INLINE Vec load_first(const float* p, int64_t n) {
+    Vec v{};
+    __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
+    return v;
+}
+
+DD_INLINE void store_first(float* p, int64_t n, Vec v) {
+    __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
+}
+
+DD_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes : no; }
+
+// As torch.clamp: NaN stays NaN.
+template <class B>
+DD_INLINE Vec clamp(Vec v, B low, B high) {
+    v = select(v < low, low - Vec{}, v);
+    return select(v > high, high - Vec{}, v);
+}
+
+// a * b + c, rounded once where the instruction set can.
+DD_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if DD_LANES == 8
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(DD_NEON)
+    return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+DD_INLINE Vec fma(Vec a, float b, Vec c) { return fma(a, splat(b), c); }
+DD_INLINE Vec fma(float a, Vec b, Vec c) { return fma(splat(a), b, c); }
+DD_INLINE Vec fma(Vec a, Vec b, float c) { return fma(a, b, splat(c)); }
+DD_INLINE Vec fma(Vec a, float b, float c) { return fma(a, splat(b), splat(c)); }
+
+DD_INLINE Vec sqrt(Vec v) {
+#if DD_LANES == 8
+    return (Vec)_mm256_sqrt_ps((__m256)v);
+#elif defined(DD_X86)
+    return (Vec)_mm_sqrt_ps((__m128)v);
+#elif defined(DD_NEON)
+    return (Vec)vsqrtq_f32((float32x4_t)v);
+#else
+    for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+#endif
+}
+
+DD_INLINE Vec abs(Vec v) { return (Vec)((VecU)v & 0x7fffffffu); }
+
+DD_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }
+
+// The float nearest to an unsigned integer: the upper half times 2^16 is exact, so only the sum rounds.
+DD_INLINE Vec to_float(VecU v) { return to_float((VecI)(v >> 16)) * 65536.0f + to_float((VecI)(v & 0xffffu)); }
+
+// Sum of the lanes, always in the same order.
+DD_INLINE float sum(Vec v) {
+    float low = (v[0] + v[2]) + (v[1] + v[3]);
+#if DD_LANES == 8
+    return low + ((v[4] + v[6]) + (v[5] + v[7]));
+#else
+    return low;
+#endif
+}
+
+// For Philox: a word is the low half of a 64-bit lane, which is where the processor's widening multiply
+// reads it; the upper halves hold anything.
+DD_INLINE VecU64 wide_product(VecU64 a, uint32_t b) {
+#if DD_LANES == 8
+    return (VecU64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(DD_X86)
+    return (VecU64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#elif defined(DD_NEON)
+    return (VecU64)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
+#else
+    return (a & 0xffffffffu) * b;
+#endif
+}
+DD_INLINE VecU64 high_word(VecU64 product) { return product >> 32; }
+DD_INLINE VecU64 low_word(VecU64 product) { return product; }
+
+#ifdef __clang__
+#define DD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
+#endif
+
+// Within each 128 bits, lane i of v[j] changes places with lane j of v[i].
+DD_INLINE void transpose_4x4(Vec v[4]) {
+#if DD_LANES == 8
+    Vec a = DD_SHUFFLE(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13), b = DD_SHUFFLE(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    Vec c = DD_SHUFFLE(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13), d = DD_SHUFFLE(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    v[0] = DD_SHUFFLE(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+    v[1] = DD_SHUFFLE(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+    v[2] = DD_SHUFFLE(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
+    v[3] = DD_SHUFFLE(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+    Vec a = DD_SHUFFLE(v[0], v[1], 0, 4, 1, 5), b = DD_SHUFFLE(v[0], v[1], 2, 6, 3, 7);
+    Vec c = DD_SHUFFLE(v[2], v[3], 0, 4, 1, 5), d = DD_SHUFFLE(v[2], v[3], 2, 6, 3, 7);
+    v[0] = DD_SHUFFLE(a, c, 0, 1, 4, 5);
+    v[1] = DD_SHUFFLE(a, c, 2, 3, 6, 7);
+    v[2] = DD_SHUFFLE(b, d, 0, 1, 4, 5);
+    v[3] = DD_SHUFFLE(b, d, 2, 3, 6, 7);
+#endif
+}
+
+#undef DD_SHUFFLE
+
+}  // namespace dd::DD_ISA

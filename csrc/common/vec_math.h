@@ -1,0 +1,51 @@
+// exp, log and sin/cos of a Vec: minimax polynomials (weighted to relative error), within 2 ulp.
+
+namespace dd::DD_ISA {
+
+// e^v for every float, NaN and infinities included.
+DD_INLINE Vec exp(Vec v) {
+    Vec x = clamp(v, -104.0f, 89.0f);  // beyond these the result is 0 or inf
+    // Adding 1.5 * 2^23 leaves the nearest integer of x / ln 2 in the low bits.
+    Vec shifted = fma(x, 1.44269504f, 12582912.0f);
+    Vec n = shifted - 12582912.0f;
+    Vec r = fma(n, -0.693145752f, x);  // ln 2 in two parts, the first with trailing zeros
+    r = fma(n, -1.42860677e-6f, r);
+    Vec p = fma(r, 1.395046331e-3f, 8.368875453e-3f);
+    p = fma(p, r, 4.166620630e-2f);
+    p = fma(p, r, 1.666651897e-1f);
+    p = fma(p, r, 5.000000095e-1f);
+    p = fma(p * r, r, r) + 1.0f;
+    // 2^n in two factors: one alone would overflow or lose the subnormal results.
+    VecI k = (VecI)shifted - 0x4b400000;
+    VecI half = k >> 1;
+    return p * (Vec)((half + 127) << 23) * (Vec)((k - half + 127) << 23);
+}
+
+// ln v for normal v > 0; exactly 0 at 1, and accurate to its own magnitude near 1.
+DD_INLINE Vec log(Vec v) {
+    // v = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
+    VecI e = ((VecI)v - 0x3f3504f3) >> 23;
+    Vec f = (Vec)((VecI)v - (e << 23)) - 1.0f;
+    Vec f2 = f * f;
+    Vec p01 = fma(f, 3.333393157e-1f, -4.999998317e-1f);
+    Vec p23 = fma(f, 1.996353344e-1f, -2.500258036e-1f);
+    Vec p45 = fma(f, 1.488319384e-1f, -1.655185614e-1f);
+    Vec p67 = fma(f, 8.980340650e-2f, -1.442638493e-1f);
+    Vec p = fma(fma(f2, p67, p45), f2 * f2, fma(f2, p23, p01));
+    return fma(to_float(e), 0.693147182f, fma(p, f2, f));
+}
+
+// sin and cos of the angle w 2^-32 turns. The reduction is of the integer, so nothing is lost in it.
+DD_INLINE void sincos_turns(VecU w, Vec& sine, Vec& cosine) {
+    // The angle is x plus no or one half turn, x in [-pi/2, pi/2); a half turn changes both signs.
+    VecU sign = (w + 0x40000000u) & 0x80000000u;
+    Vec x = to_float((VecI)(w << 1)) * 7.31459055e-10f;  // pi / 2^32
+    Vec z = x * x;
+    Vec z2 = z * z;
+    Vec s = fma(fma(z, 2.608932662e-6f, -1.981111275e-4f), z2, fma(z, 8.333088167e-3f, -1.666666046e-1f));
+    Vec c = fma(fma(z, -2.619381514e-7f, 2.476930424e-5f), z2, fma(z, -1.388856916e-3f, 4.166665577e-2f));
+    sine = (Vec)((VecU)fma(s, x * z, x) ^ sign);
+    cosine = (Vec)((VecU)fma(c, z2, fma(z, -0.5f, 1.0f)) ^ sign);
+}
+
+}  // namespace dd::DD_ISA

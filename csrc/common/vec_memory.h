@@ -1,0 +1,110 @@
+// Loads and stores of the three dtypes; arithmetic is float32 throughout.
+
+#include "common/layout.h"
+
+namespace dd::DD_ISA {
+
+DD_INLINE VecU16 load_16(const uint16_t* p) {
+    VecU16 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+DD_INLINE Vec from_bfloat16(VecU16 v) { return (Vec)(__builtin_convertvector(v, VecU) << 16); }
+
+// Rounds to nearest even; NaN becomes the quiet NaN, which the carry of rounding could turn into inf.
+DD_INLINE VecU16 to_bfloat16(Vec v) {
+    VecU bits = (VecU)v;
+    VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector((v != v) ? splat_u(0x7fc0) : rounded, VecU16);
+}
+
+#if DD_LANES == 8
+DD_INLINE Vec from_float16(VecU16 v) { return (Vec)_mm256_cvtph_ps((__m128i)v); }
+DD_INLINE VecU16 to_float16(Vec v) { return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+DD_INLINE Vec from_float16(VecU16 half) {
+    VecU h = __builtin_convertvector(half, VecU);
+    VecU exponent = h & 0x7c00u;
+    VecU bits = ((h & 0x7fffu) << 13) + (112u << 23);
+    bits = (exponent == 0x7c00u) ? bits + (112u << 23) : bits;
+    // A subnormal half is m 2^-24: 2^-14 (1 + m 2^-10) - 2^-14.
+    VecU subnormal = (VecU)((Vec)(bits + (1u << 23)) - 0x1p-14f);
+    bits = (exponent == 0u) ? subnormal : bits;
+    return (Vec)(bits | (h & 0x8000u) << 16);
+}
+
+// Rounds to nearest even, as F16C does.
+DD_INLINE VecU16 to_float16(Vec v) {
+    VecU sign = (VecU)v & 0x80000000u;
+    VecU bits = (VecU)v ^ sign;
+    VecU normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+    // Adding 1/2 leaves a subnormal's multiple of 2^-24, rounded, in the low bits.
+    VecU subnormal = (VecU)((Vec)bits + 0.5f) - 0x3f000000u;
+    VecU half = (bits < (113u << 23)) ? subnormal : normal;
+    VecU too_large = (bits > 0x7f800000u) ? splat_u(0x7e00) : splat_u(0x7c00);
+    half = (bits >= 0x47800000u) ? too_large : half;
+    return __builtin_convertvector(half | sign >> 16, VecU16);
+}
+#endif
+
+template <DType dtype>
+DD_INLINE void widen(const uint16_t* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        store(to + i, dtype == DType::bfloat16 ? from_bfloat16(load_16(from + i)) : from_float16(load_16(from + i)));
+    }
+    if (i < n) {
+        VecU16 v{};
+        __builtin_memcpy(&v, from + i, static_cast<size_t>(n - i) * sizeof *from);
+        store_first(to + i, n - i, dtype == DType::bfloat16 ? from_bfloat16(v) : from_float16(v));
+    }
+}
+
+template <DType dtype>
+DD_INLINE void narrow(const float* from, int64_t n, uint16_t* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        VecU16 v = dtype == DType::bfloat16 ? to_bfloat16(load(from + i)) : to_float16(load(from + i));
+        __builtin_memcpy(to + i, &v, sizeof v);
+    }
+    if (i < n) {
+        Vec wide = load_first(from + i, n - i);
+        VecU16 v = dtype == DType::bfloat16 ? to_bfloat16(wide) : to_float16(wide);
+        __builtin_memcpy(to + i, &v, static_cast<size_t>(n - i) * sizeof *to);
+    }
+}
+
+DD_INLINE void* address(const Operand& operand, const Tile& tile) {
+    int64_t size = operand.dtype == DType::float32 ? 4 : 2;
+    return static_cast<char*>(operand.data) + (tile.sample * operand.sample_stride + tile.offset) * size;
+}
+
+// The tile of an operand as floats: where they are, if they are floats, else widened into `buffer`.
+DD_INLINE const float* read_tile(const Operand& operand, const Tile& tile, float* buffer) {
+    void* data = address(operand, tile);
+    switch (operand.dtype) {
+        case DType::float32:
+            return static_cast<const float*>(data);
+        case DType::bfloat16:
+            widen<DType::bfloat16>(static_cast<const uint16_t*>(data), tile.elements, buffer);
+            break;
+        case DType::float16:
+            widen<DType::float16>(static_cast<const uint16_t*>(data), tile.elements, buffer);
+            break;
+    }
+    return buffer;
+}
+
+// Where a kernel writes the tile of an output as floats; write_tile() then brings it home.
+DD_INLINE float* output_tile(const Operand& operand, const Tile& tile, float* buffer) {
+    return operand.dtype == DType::float32 ? static_cast<float*>(address(operand, tile)) : buffer;
+}
+
+DD_INLINE void write_tile(const Operand& operand, const Tile& tile, const float* values) {
+    uint16_t* data = static_cast<uint16_t*>(address(operand, tile));
+    if (operand.dtype == DType::bfloat16) narrow<DType::bfloat16>(values, tile.elements, data);
+    if (operand.dtype == DType::float16) narrow<DType::float16>(values, tile.elements, data);
+}
+
+}  // namespace dd::DD_ISA
