@@ -15,6 +15,12 @@ typedef uint32_t VecU __attribute__((vector_size(4 * DD_LANES)));
 typedef uint64_t VecU64 __attribute__((vector_size(4 * DD_LANES)));  // half as many lanes
 typedef uint16_t VecU16 __attribute__((vector_size(2 * DD_LANES)));
 
+// The same bits as another type.
+DD_INLINE VecI as_int(Vec v) { return (VecI)v; }
+DD_INLINE VecU as_uint(Vec v) { return (VecU)v; }
+DD_INLINE Vec as_float(VecI v) { return (Vec)v; }
+DD_INLINE Vec as_float(VecU v) { return (Vec)v; }
+
 DD_INLINE Vec splat(float v) { return v - Vec{}; }  // -0 - 0 is -0, where -0 + 0 would not be
 DD_INLINE VecU splat_u(uint32_t v) { return v - VecU{}; }
 DD_INLINE VecI splat_i(int32_t v) { return v - VecI{}; }

@@ -1,9 +1,12 @@
 // exp, log and sin/cos of a Vec: minimax polynomials (weighted to relative error), within 2 ulp.
+// On a GPU a Vec is one float.
+
+#include "common/host_device.h"
 
 namespace dd::DD_ISA {
 
 // e^v for every float, NaN and infinities included.
-DD_INLINE Vec exp(Vec v) {
+DD_HOST_DEVICE Vec exp(Vec v) {
     Vec x = clamp(v, -104.0f, 89.0f);  // beyond these the result is 0 or inf
     // Adding 1.5 * 2^23 leaves the nearest integer of x / ln 2 in the low bits.
     Vec shifted = fma(x, 1.44269504f, 12582912.0f);
@@ -16,16 +19,31 @@ DD_INLINE Vec exp(Vec v) {
     p = fma(p, r, 5.000000095e-1f);
     p = fma(p * r, r, r) + 1.0f;
     // 2^n in two factors: one alone would overflow or lose the subnormal results.
-    VecI k = (VecI)shifted - 0x4b400000;
+    VecI k = as_int(shifted) - 0x4b400000;
     VecI half = k >> 1;
-    return p * (Vec)((half + 127) << 23) * (Vec)((k - half + 127) << 23);
+    return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
+}
+
+// 1 + e^-v for every float, the denominator of a sigmoid: half the work of exp, as the sum hides what
+// the reduction leaves out. inf from v = -88.4 down.
+DD_HOST_DEVICE Vec one_plus_exp_minus(Vec v) {
+    Vec x = clamp(v, -88.9f, 87.0f);
+    // 2^(n + f): adding 1.5 * 2^23 leaves n in the low bits, and 127 more makes it the exponent of a float.
+    Vec shifted = fma(x, -1.44269504f, 12582912.0f + 127.0f);
+    Vec f = fma(x, -1.44269504f, (12582912.0f + 127.0f) - shifted);
+    Vec p = fma(f, 1.326459111e-3f, 9.671619162e-3f);
+    p = fma(p, f, 5.550735071e-2f);
+    p = fma(p, f, 2.402224094e-1f);
+    p = fma(p, f, 6.931470037e-1f);
+    p = fma(p, f, 1.0f);
+    return fma(p, as_float(as_int(shifted) << 23), 1.0f);
 }
 
 // ln v for normal v > 0; exactly 0 at 1, and accurate to its own magnitude near 1.
-DD_INLINE Vec log(Vec v) {
+DD_HOST_DEVICE Vec log(Vec v) {
     // v = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-    VecI e = ((VecI)v - 0x3f3504f3) >> 23;
-    Vec f = (Vec)((VecI)v - (e << 23)) - 1.0f;
+    VecI e = (as_int(v) - 0x3f3504f3) >> 23;
+    Vec f = as_float(as_int(v) - (e << 23)) - 1.0f;
     Vec f2 = f * f;
     Vec p01 = fma(f, 3.333393157e-1f, -4.999998317e-1f);
     Vec p23 = fma(f, 1.996353344e-1f, -2.500258036e-1f);
@@ -36,7 +54,7 @@ DD_INLINE Vec log(Vec v) {
 }
 
 // sin and cos of the angle w 2^-32 turns. The reduction is of the integer, so nothing is lost in it.
-DD_INLINE void sincos_turns(VecU w, Vec& sine, Vec& cosine) {
+DD_HOST_DEVICE void sincos_turns(VecU w, Vec& sine, Vec& cosine) {
     // The angle is x plus no or one half turn, x in [-pi/2, pi/2); a half turn changes both signs.
     VecU sign = (w + 0x40000000u) & 0x80000000u;
     Vec x = to_float((VecI)(w << 1)) * 7.31459055e-10f;  // pi / 2^32
@@ -44,8 +62,8 @@ DD_INLINE void sincos_turns(VecU w, Vec& sine, Vec& cosine) {
     Vec z2 = z * z;
     Vec s = fma(fma(z, 2.608932662e-6f, -1.981111275e-4f), z2, fma(z, 8.333088167e-3f, -1.666666046e-1f));
     Vec c = fma(fma(z, -2.619381514e-7f, 2.476930424e-5f), z2, fma(z, -1.388856916e-3f, 4.166665577e-2f));
-    sine = (Vec)((VecU)fma(s, x * z, x) ^ sign);
-    cosine = (Vec)((VecU)fma(c, z2, fma(z, -0.5f, 1.0f)) ^ sign);
+    sine = as_float(as_uint(fma(s, x * z, x)) ^ sign);
+    cosine = as_float(as_uint(fma(c, z2, fma(z, -0.5f, 1.0f))) ^ sign);
 }
 
 }  // namespace dd::DD_ISA
