@@ -1,0 +1,175 @@
+"""What the U-Net is built from: norm, residual block, self-attention, resampling, timestep embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import group_norm_silu
+from .configs import UNetConfig
+
+
+def timestep_embedding(t: Tensor, channels: int, convention: str = "ddpm", max_period: float = 10000.0) -> Tensor:
+    r"""Sinusoids of the timestep (Vaswani et al. 2017, section 3.5), in float32.
+
+    .. math:: e_i = \sin(t\,\omega_i),\ e_{half+i} = \cos(t\,\omega_i), \qquad \omega_i = max\_period^{-i / d}
+
+    "ddpm" (Ho et al. 2020): sines first, d = half - 1. "guided" (Nichol & Dhariwal 2021): cosines
+    first, d = half; half is channels // 2, and an odd last channel is 0.
+
+    Args:
+        t: [N], int or float.
+
+    Returns:
+        [N, channels] float32.
+    """
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    # In the papers' order of operations: at t = 1000 another one is 1e-5 away.
+    frequencies = torch.exp(-math.log(max_period) * steps / (half - 1 if convention == "ddpm" else half))
+    angles = t.to(torch.float32)[:, None] * frequencies
+    waves = [angles.sin(), angles.cos()]
+    if convention == "guided":
+        waves.reverse()
+    return F.pad(torch.cat(waves, dim=1), (0, channels % 2))
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """:func:`dd_kernels.group_norm_silu` as a module, with the parameters of ``nn.GroupNorm``."""
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, activation: str = "silu") -> None:
+        super().__init__(num_groups, num_channels, eps)
+        self.activation = activation
+
+    def forward(
+        self, x: Tensor, *, pre_shift: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """act(GroupNorm(x + pre_shift) (1 + scale) + shift); x [N, C, ...], the others [N, C]."""
+        return group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            pre_shift=pre_shift,
+            scale=scale,
+            shift=shift,
+            activation=self.activation,
+        )
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """``layer`` with its parameters set to 0: the last of a residual branch, which so starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def halve(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H/2, W/2], the mean of 2 x 2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W], each pixel four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Downsample(nn.Module):
+    """Halves the resolution, by a strided 3 x 3 convolution or by the mean of 2 x 2 pixels."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.bottom_right = config.downsample_padding == "bottom_right"
+        padding = 0 if self.bottom_right else 1
+        self.conv = nn.Conv2d(channels, channels, 3, 2, padding) if config.resample == "conv" else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Called like a residual block, whose place it takes; it needs no embedding."""
+        if self.conv is None:
+            return halve(x)
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.bottom_right else x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution by nearest neighbour, with or without a 3 x 3 convolution after it."""
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if config.resample == "conv" else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Called like a residual block, whose place it takes; it needs no embedding."""
+        x = double(x)
+        return x if self.conv is None else self.conv(x)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, the embedding entering at the second norm; plus a shortcut.
+
+    ``resample`` (:func:`halve`, :func:`double`) changes the resolution after the first SiLU, and on
+    the shortcut.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        config: UNetConfig,
+        resample: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.scale_shift = config.scale_shift
+        width = channels_out * (2 if config.scale_shift else 1)
+        self.norm1 = GroupNormSiLU(config.num_groups, channels_in, config.eps)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.embedding = nn.Linear(config.embedding_width, width)
+        self.norm2 = GroupNormSiLU(config.num_groups, channels_out, config.eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zeroed(nn.Conv2d(channels_out, channels_out, 3, padding=1))
+        self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [N, C, H, W] and SiLU(embedding) [N, E] -> [N, C', H', W']."""
+        h = self.norm1(x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        # conv1's bias is added by norm2, which reads h anyway: one pass over memory less.
+        h = F.conv2d(h, self.conv1.weight, padding=1)
+        bias = self.conv1.bias.expand(h.shape[0], -1)
+        emb = self.embedding(embedding)
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm2(h, pre_shift=bias, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, pre_shift=emb + bias)
+        return self.shortcut(x) + self.conv2(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over the H W positions (Vaswani et al. 2017, eq. 1), added to its input.
+
+    The rows of ``qkv`` are the queries of all heads, then the keys, then the values.
+    """
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.heads = config.heads(channels)
+        self.norm = GroupNormSiLU(config.num_groups, channels, config.eps, activation="none")
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W] -> the same shape."""
+        n, c, height, width = x.shape
+        # In channels_last the tokens [N, H, W, C] are a view, and so is the way back.
+        tokens = self.norm(x).permute(0, 2, 3, 1)
+        qkv = self.qkv(tokens).reshape(n, height * width, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, H*W, C/heads]
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + self.proj(attended.reshape(n, height, width, c)).permute(0, 3, 1, 2)
