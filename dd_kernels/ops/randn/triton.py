@@ -1,0 +1,35 @@
+"""Counter-based normals in Triton."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import normals, plan, tile_of
+
+
+@triton.jit(do_not_specialize=["stream"])
+def _randn(
+    z,
+    key,
+    stream,
+    elements,
+    pixels,
+    CHANNELS: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    STRADDLES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    n, first, offset, mask, quad = tile_of(pixels, CHANNELS, BY_CHANNEL, STRADDLES, BLOCK_C, BLOCK_P)
+    noise = normals(key, n, tl.load(key + 2), stream.to(tl.uint32), quad)
+    tl.store(z + n.to(tl.int64) * elements + first + offset, noise.to(z.dtype.element_ty), mask=mask)
+
+
+def randn(z: Tensor, key: Tensor, stream: int) -> None:
+    """Fills z [N, ...] with the normals of ``key`` and ``stream``."""
+    if z.numel() == 0:
+        return
+    launch = plan("randn", z, draws=True)
+    _randn[launch.grid](z, key, stream, z[0].numel(), **launch.geometry)

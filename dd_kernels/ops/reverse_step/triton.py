@@ -1,0 +1,153 @@
+"""The reverse step in Triton: one read of each input, one write, noise made in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..randn import STREAM_REVERSE_STEP
+from ..triton_common import coefficient, normals, plan, sample_index, tile_of
+from .reference import COLUMNS
+
+_SHARED = ["threshold", "rows", "timesteps", "step", "key"]  # read as scalars, wherever they lie
+
+
+@triton.jit
+def _load(base, stride, n, offset, mask):
+    """A tile as float32, of a tensor whose samples lie ``stride`` elements apart."""
+    return tl.load(base + n * stride + offset, mask=mask).to(tl.float32)
+
+
+@triton.jit
+def _term(weight, value):
+    """weight * value, and 0 for a weight of 0 whatever the value (an infinity, a NaN)."""
+    return tl.where(weight == 0, 0.0, weight * value)
+
+
+@triton.jit
+def _clip(value, limit):
+    """value within [-limit, limit]; NaN stays NaN."""
+    return tl.where(value > limit, limit, tl.where(value < -limit, -limit, value))
+
+
+@triton.jit(do_not_specialize=["step_stride", "num_steps"], do_not_specialize_on_alignment=_SHARED)
+def _reverse_step(
+    x,
+    out,
+    variance,
+    uncond,
+    guidance_scale,
+    noise,
+    threshold,
+    rows,
+    timesteps,
+    step,
+    key,
+    x_prev,
+    x0,
+    out_stride,
+    variance_stride,
+    uncond_stride,
+    noise_stride,
+    step_stride,
+    num_steps,
+    elements,
+    pixels,
+    COLUMNS: tl.constexpr,
+    STREAM: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    STRADDLES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    n, first, tile, mask, quad = tile_of(pixels, CHANNELS, BY_CHANNEL, STRADDLES, BLOCK_C, BLOCK_P)
+    n = n.to(tl.int64)
+    offset = first + tile
+    index, inside = sample_index(step, step_stride, n, num_steps)
+    row = rows + index * COLUMNS
+
+    x_t = _load(x, elements, n, offset, mask)
+    model = _load(out, out_stride, n, offset, mask)
+    if uncond is not None:
+        unconditional = _load(uncond, uncond_stride, n, offset, mask)
+        model = unconditional + guidance_scale * (model - unconditional)
+
+    start = coefficient(row, 0, inside) * x_t + coefficient(row, 1, inside) * model
+    start = start * tl.div_rn(1.0, coefficient(row, 2, inside))
+    if threshold is None:
+        start = _clip(start, coefficient(row, 3, inside))
+    else:
+        limit = tl.load(threshold + n).to(tl.float32)
+        start = _clip(start, limit) * tl.div_rn(1.0, limit)
+    result = coefficient(row, 4, inside) * start
+    result += _term(coefficient(row, 5, inside), x_t) + _term(coefficient(row, 6, inside), model)
+
+    if (noise is not None) or (key is not None):
+        if noise is not None:
+            z = _load(noise, noise_stride, n, offset, mask)
+        else:
+            z = normals(key, n, tl.load(timesteps + index), STREAM, quad)
+        sigma = coefficient(row, 7, inside)
+        amplitude = sigma
+        if variance is not None:
+            # Nichol & Dhariwal (2021), eq. 15: the model interpolates between two log-variances.
+            low, high = coefficient(row, 8, inside), coefficient(row, 9, inside)
+            fraction = (_load(variance, variance_stride, n, offset, mask) + 1.0) * 0.5
+            amplitude = sigma * tl.exp(0.5 * (low + fraction * (high - low)))
+        result += tl.where(sigma == 0, 0.0, amplitude * z)
+
+    tl.store(x_prev + n * elements + offset, result.to(x_prev.dtype.element_ty), mask=mask)
+    if x0 is not None:
+        tl.store(x0 + n * elements + offset, start.to(x0.dtype.element_ty), mask=mask)
+
+
+def _sample_stride(y: Tensor | None) -> int:
+    return 0 if y is None else y.stride(0)
+
+
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    variance: Tensor | None,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    noise: Tensor | None,
+    threshold: Tensor | None,
+    rows: Tensor,
+    timesteps: Tensor,
+    step: Tensor,
+    key: Tensor | None,
+    x_prev: Tensor,
+    x0: Tensor | None,
+) -> None:
+    """Writes x_prev, which may be x, and x0 where it is asked for; ``step`` is [1] or [N]."""
+    if x.numel() == 0:
+        return
+    launch = plan("reverse_step", x, draws=noise is None and key is not None)
+    _reverse_step[launch.grid](
+        x,
+        out,
+        variance,
+        uncond,
+        float(guidance_scale),  # an int would be compiled in
+        noise,
+        threshold,
+        rows,
+        timesteps,
+        step,
+        key,
+        x_prev,
+        x0,
+        out.stride(0),
+        _sample_stride(variance),
+        _sample_stride(uncond),
+        _sample_stride(noise),
+        int(step.numel() > 1),
+        rows.shape[0],
+        x[0].numel(),
+        COLUMNS=len(COLUMNS),
+        STREAM=STREAM_REVERSE_STEP,
+        **launch.geometry,
+    )
