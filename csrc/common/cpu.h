@@ -59,10 +59,19 @@ inline Operand operand(const Tensor& x) {
 
 inline Operand operand(const std::optional<Tensor>& x) { return x.has_value() ? operand(*x) : Operand{}; }
 
-inline NoiseKey noise_key(const Tensor& key) {
-    const int64_t* values = static_cast<const int64_t*>(key.const_data_ptr());
+template <class T>
+const T* data(const Tensor& x) {
+    return static_cast<const T*>(x.const_data_ptr());
+}
+
+inline NoiseKey noise_key(const std::optional<Tensor>& key) {
+    if (!key.has_value()) return {0, 0, 0};
+    const int64_t* values = data<int64_t>(*key);
     return {values[0], values[1], values[2]};
 }
+
+// How far apart the values of an index [1] or [N] are from sample to sample.
+inline int64_t per_sample(const Tensor& index) { return index.numel() == 1 ? 0 : 1; }
 
 // Runs kernel(arguments, first tile, last tile, scratch) over all tiles on torch's threads;
 // scratch holds `buffers` tiles of floats. Below 32768 elements waking a thread costs more than it gives.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace dd {
 
 enum class DType { float32, bfloat16, float16 };
@@ -13,7 +15,7 @@ struct Operand {
     int64_t sample_stride = 0;
     DType dtype = DType::float32;
 
-    explicit operator bool() const { return data != nullptr; }
+    DD_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 // A sample lies in memory as [pixels][channels]. A contiguous tensor is one channel of many pixels.
@@ -26,10 +28,14 @@ struct Layout {
     int64_t tile_elements() const { return tile_pixels * channels; }
 };
 
+// Elements of one sample that lie dense in memory.
+struct Run {
+    int64_t sample, offset, elements;  // the offset is within the sample
+};
+
 // What a kernel works on at a time: all channels of some pixels, a dense run that stays in the L1 cache.
-struct Tile {
-    int64_t sample, first_pixel, pixels;
-    int64_t offset, elements;  // within the sample
+struct Tile : Run {
+    int64_t first_pixel, pixels;
 
     Tile(const Layout& layout, int64_t index) {
         sample = index / layout.tiles_per_sample();
@@ -50,7 +56,7 @@ struct NoiseCounter {
 struct NoiseKey {
     int64_t seed, first_sample, draw;
 
-    NoiseCounter counter(int64_t sample, int64_t draw, uint32_t stream) const {
+    DD_HOST_DEVICE NoiseCounter counter(int64_t sample, int64_t draw, uint32_t stream) const {
         return {static_cast<uint32_t>(seed), static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32),
                 static_cast<uint32_t>(first_sample + sample), static_cast<uint32_t>(draw), stream};
     }

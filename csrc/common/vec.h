@@ -44,6 +44,16 @@ DD_INLINE void store_first(float* p, int64_t n, Vec v) {
     __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
 }
 
+// In a loop over an array of which `left` floats remain: a whole vector until the last.
+DD_INLINE Vec load(const float* p, int64_t left) {
+    return __builtin_expect(left >= kLanes, 1) ? load(p) : load_first(p, left);
+}
+
+DD_INLINE void store(float* p, int64_t left, Vec v) {
+    if (__builtin_expect(left >= kLanes, 1)) return store(p, v);
+    store_first(p, left, v);
+}
+
 DD_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes : no; }
 
 // As torch.clamp: NaN stays NaN.

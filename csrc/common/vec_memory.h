@@ -4,10 +4,22 @@
 
 namespace dd::DD_ISA {
 
-DD_INLINE VecU16 load_16(const uint16_t* p) {
-    VecU16 v;
-    __builtin_memcpy(&v, p, sizeof v);
+DD_INLINE VecU16 load(const uint16_t* p, int64_t left) {
+    VecU16 v{};
+    if (__builtin_expect(left >= kLanes, 1)) {
+        __builtin_memcpy(&v, p, sizeof v);
+    } else {
+        __builtin_memcpy(&v, p, static_cast<size_t>(left) * sizeof *p);
+    }
     return v;
+}
+
+DD_INLINE void store(uint16_t* p, int64_t left, VecU16 v) {
+    if (__builtin_expect(left >= kLanes, 1)) {
+        __builtin_memcpy(p, &v, sizeof v);
+    } else {
+        __builtin_memcpy(p, &v, static_cast<size_t>(left) * sizeof *p);
+    }
 }
 
 DD_INLINE Vec from_bfloat16(VecU16 v) { return (Vec)(__builtin_convertvector(v, VecU) << 16); }
@@ -50,38 +62,27 @@ DD_INLINE VecU16 to_float16(Vec v) {
 
 template <DType dtype>
 DD_INLINE void widen(const uint16_t* from, int64_t n, float* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        store(to + i, dtype == DType::bfloat16 ? from_bfloat16(load_16(from + i)) : from_float16(load_16(from + i)));
-    }
-    if (i < n) {
-        VecU16 v{};
-        __builtin_memcpy(&v, from + i, static_cast<size_t>(n - i) * sizeof *from);
-        store_first(to + i, n - i, dtype == DType::bfloat16 ? from_bfloat16(v) : from_float16(v));
+    for (int64_t i = 0; i < n; i += kLanes) {
+        VecU16 v = load(from + i, n - i);
+        store(to + i, n - i, dtype == DType::bfloat16 ? from_bfloat16(v) : from_float16(v));
     }
 }
 
 template <DType dtype>
 DD_INLINE void narrow(const float* from, int64_t n, uint16_t* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        VecU16 v = dtype == DType::bfloat16 ? to_bfloat16(load(from + i)) : to_float16(load(from + i));
-        __builtin_memcpy(to + i, &v, sizeof v);
-    }
-    if (i < n) {
-        Vec wide = load_first(from + i, n - i);
-        VecU16 v = dtype == DType::bfloat16 ? to_bfloat16(wide) : to_float16(wide);
-        __builtin_memcpy(to + i, &v, static_cast<size_t>(n - i) * sizeof *to);
+    for (int64_t i = 0; i < n; i += kLanes) {
+        Vec v = load(from + i, n - i);
+        store(to + i, n - i, dtype == DType::bfloat16 ? to_bfloat16(v) : to_float16(v));
     }
 }
 
-DD_INLINE void* address(const Operand& operand, const Tile& tile) {
+DD_INLINE void* address(const Operand& operand, const Run& tile) {
     int64_t size = operand.dtype == DType::float32 ? 4 : 2;
     return static_cast<char*>(operand.data) + (tile.sample * operand.sample_stride + tile.offset) * size;
 }
 
 // The tile of an operand as floats: where they are, if they are floats, else widened into `buffer`.
-DD_INLINE const float* read_tile(const Operand& operand, const Tile& tile, float* buffer) {
+DD_INLINE const float* read_tile(const Operand& operand, const Run& tile, float* buffer) {
     void* data = address(operand, tile);
     switch (operand.dtype) {
         case DType::float32:
@@ -97,14 +98,23 @@ DD_INLINE const float* read_tile(const Operand& operand, const Tile& tile, float
 }
 
 // Where a kernel writes the tile of an output as floats; write_tile() then brings it home.
-DD_INLINE float* output_tile(const Operand& operand, const Tile& tile, float* buffer) {
+DD_INLINE float* output_tile(const Operand& operand, const Run& tile, float* buffer) {
     return operand.dtype == DType::float32 ? static_cast<float*>(address(operand, tile)) : buffer;
 }
 
 DD_INLINE void write_tile(const Operand& operand, const Tile& tile, const float* values) {
-    uint16_t* data = static_cast<uint16_t*>(address(operand, tile));
-    if (operand.dtype == DType::bfloat16) narrow<DType::bfloat16>(values, tile.elements, data);
-    if (operand.dtype == DType::float16) narrow<DType::float16>(values, tile.elements, data);
+    void* data = address(operand, tile);
+    switch (operand.dtype) {
+        case DType::float32:
+            if (data != values) __builtin_memcpy(data, values, static_cast<size_t>(tile.elements) * sizeof(float));
+            break;
+        case DType::bfloat16:
+            narrow<DType::bfloat16>(values, tile.elements, static_cast<uint16_t*>(data));
+            break;
+        case DType::float16:
+            narrow<DType::float16>(values, tile.elements, static_cast<uint16_t*>(data));
+            break;
+    }
 }
 
 }  // namespace dd::DD_ISA

@@ -1,0 +1,162 @@
+// What a kernel reads and writes with: 16 bytes at a time, as floats whatever the dtype in memory; and
+// the few instructions that CUDA C++ has no cheap name for.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/layout.h"
+
+#define DD_DEVICE __device__ __forceinline__
+
+namespace dd::cuda {
+
+// __CUDACC__: a host compiler that builds the kernels for a test brings these along.
+#ifdef __CUDACC__
+
+// Two floats, rounded to nearest even, in the low and high half of a word.
+DD_DEVICE uint32_t pack_bfloat16(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+DD_DEVICE uint32_t pack_float16(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+DD_DEVICE float float16_to_float(uint16_t bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// 2^v and 1 / v to 2 ulp, one instruction of the special function unit each.
+DD_DEVICE float fast_exp2(float v) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+}
+
+DD_DEVICE float fast_reciprocal(float v) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+}
+
+// The block's shared memory, as long as its launch asked for.
+DD_DEVICE float* shared_memory() {
+    extern __shared__ float4 memory[];
+    return reinterpret_cast<float*>(memory);
+}
+
+// A thread-block cluster; outside one, a cluster is a single block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+DD_DEVICE unsigned cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+DD_DEVICE unsigned cluster_size() {
+    unsigned size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
+DD_DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The value at the same place in the shared memory of the cluster's block `rank`.
+DD_DEVICE float load_from_rank(const float* here, unsigned rank) {
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
+    float value;
+    asm volatile(
+        "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %1, %2;\n\t"
+        "ld.shared::cluster.f32 %0, [there];\n\t}"
+        : "=f"(value)
+        : "r"(address), "r"(rank)
+        : "memory");
+    return value;
+}
+
+#else
+
+DD_DEVICE unsigned cluster_rank() { return 0; }
+DD_DEVICE unsigned cluster_size() { return 1; }
+DD_DEVICE void cluster_sync() { __syncthreads(); }
+DD_DEVICE float load_from_rank(const float* here, unsigned) { return *here; }
+
+#endif
+#endif  // __CUDACC__
+
+DD_DEVICE float bfloat16_to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
+
+constexpr int kWarp = 32;
+
+// The sum over a warp, the same bits in every lane.
+DD_DEVICE float warp_sum(float v) {
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+    return v;
+}
+
+// How many elements 16 bytes hold.
+DD_HOST_DEVICE constexpr int vector_length(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
+
+DD_HOST_DEVICE constexpr int element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+template <DType dtype>
+DD_DEVICE void unpack(uint4 words, float* v) {
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (dtype == DType::float32) {
+            v[i] = __uint_as_float(word[i]);
+        } else if constexpr (dtype == DType::bfloat16) {
+            v[2 * i] = __uint_as_float(word[i] << 16);
+            v[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
+        } else {
+            v[2 * i] = float16_to_float(static_cast<uint16_t>(word[i]));
+            v[2 * i + 1] = float16_to_float(static_cast<uint16_t>(word[i] >> 16));
+        }
+    }
+}
+
+template <DType dtype>
+DD_DEVICE uint4 pack(const float* v) {
+    uint32_t word[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if constexpr (dtype == DType::float32) {
+            word[i] = __float_as_uint(v[i]);
+        } else if constexpr (dtype == DType::bfloat16) {
+            word[i] = pack_bfloat16(v[2 * i], v[2 * i + 1]);
+        } else {
+            word[i] = pack_float16(v[2 * i], v[2 * i + 1]);
+        }
+    }
+    return {word[0], word[1], word[2], word[3]};
+}
+
+DD_DEVICE float load_element(const void* data, int64_t i, DType dtype) {
+    if (dtype == DType::float32) return static_cast<const float*>(data)[i];
+    uint16_t bits = static_cast<const uint16_t*>(data)[i];
+    return dtype == DType::bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
+}
+
+DD_DEVICE void store_element(void* data, int64_t i, DType dtype, float v) {
+    if (dtype == DType::float32) {
+        static_cast<float*>(data)[i] = v;
+    } else {
+        uint32_t word = dtype == DType::bfloat16 ? pack_bfloat16(v, 0.0f) : pack_float16(v, 0.0f);
+        static_cast<uint16_t*>(data)[i] = static_cast<uint16_t>(word);
+    }
+}
+
+}  // namespace dd::cuda

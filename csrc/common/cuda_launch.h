@@ -1,0 +1,47 @@
+// Starts a kernel; what it takes is one struct.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace dd::cuda {
+
+struct Grid {
+    int64_t blocks = 0, rows = 1;  // x and y
+    int threads = 0;
+    int64_t shared_bytes = 0;
+    int cluster = 1;  // blocks that share their memory
+};
+
+constexpr int64_t kMaxGridRows = 65535;
+
+// Throws std::runtime_error with the kernel's name where it cannot start. An empty grid is no launch.
+template <class Arguments>
+void launch(const char* name, void (*kernel)(Arguments), const Grid& grid, cudaStream_t stream,
+            const Arguments& arguments) {
+    if (grid.blocks == 0 || grid.rows == 0) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.rows));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+    config.stream = stream;
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    if (grid.cluster > 1) {
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+    }
+    cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+    if (error != cudaSuccess) {
+        throw std::runtime_error("dd_kernels: the CUDA kernel of " + std::string(name) +
+                                 " cannot be launched: " + cudaGetErrorString(error));
+    }
+}
+
+}  // namespace dd::cuda

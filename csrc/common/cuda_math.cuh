@@ -1,0 +1,39 @@
+// The functions that every formula.h is written with, for one float on a GPU; vec.h has those for a vector.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "common/host_device.h"
+
+#define DD_ISA cuda
+
+namespace dd::cuda {
+
+typedef float Vec;
+typedef int32_t VecI;
+typedef uint32_t VecU;
+
+DD_HOST_DEVICE VecI as_int(Vec v) { return __float_as_int(v); }
+DD_HOST_DEVICE VecU as_uint(Vec v) { return __float_as_uint(v); }
+DD_HOST_DEVICE Vec as_float(VecI v) { return __int_as_float(v); }
+DD_HOST_DEVICE Vec as_float(VecU v) { return __uint_as_float(v); }
+DD_HOST_DEVICE Vec to_float(VecI v) { return static_cast<float>(v); }
+DD_HOST_DEVICE Vec to_float(VecU v) { return static_cast<float>(v); }
+
+DD_HOST_DEVICE Vec select(bool condition, Vec yes, Vec no) { return condition ? yes : no; }
+
+// As torch.clamp: NaN stays NaN.
+DD_HOST_DEVICE Vec clamp(Vec v, Vec low, Vec high) {
+    v = select(v < low, low, v);
+    return select(v > high, high, v);
+}
+
+DD_HOST_DEVICE Vec fma(Vec a, Vec b, Vec c) { return ::fmaf(a, b, c); }
+DD_HOST_DEVICE Vec sqrt(Vec v) { return ::sqrtf(v); }
+DD_HOST_DEVICE Vec abs(Vec v) { return ::fabsf(v); }
+
+}  // namespace dd::cuda
+
+#include "common/philox.h"
+#include "common/vec_math.h"
+#include "randn/formula.h"

@@ -1,0 +1,197 @@
+// A unit: the elements of one sample that one thread of an elementwise kernel handles.
+//
+// Noise counts elements in [channels][pixels] order, four to a Philox call, whatever the order in
+// memory. A unit therefore covers whole calls in both orders: rows of eight consecutive elements
+// (16 bytes of a 16-bit dtype, twice that of float32), drawn by as many calls as they hold quads.
+#pragma once
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "common/cuda_device.cuh"
+#include "common/cuda_launch.h"
+#include "common/cuda_math.cuh"
+
+namespace dd::cuda {
+
+enum class Order {
+    contiguous,  // eight consecutive elements
+    channels_3,  // channels last, three of them: eight pixels
+    channels_4,  // channels last, four of them: eight pixels
+    channels_8,  // channels last, a multiple of eight: eight channels of four pixels
+    any          // one element, for every other shape and for addresses that are no multiple of 16
+};
+
+constexpr int kUnitThreads = 128;
+
+DD_HOST_DEVICE constexpr int unit_rows(Order order) {
+    return order == Order::channels_3 ? 3 : order == Order::channels_4 || order == Order::channels_8 ? 4 : 1;
+}
+
+DD_HOST_DEVICE constexpr int unit_width(Order order) { return order == Order::any ? 1 : 8; }
+
+inline int64_t units_per_sample(Order order, const Layout& layout) {
+    switch (order) {
+        case Order::contiguous:
+        case Order::channels_3:
+        case Order::channels_4: return layout.pixels / 8;
+        case Order::channels_8: return layout.pixels / 4 * (layout.channels / 8);
+        case Order::any: break;
+    }
+    return layout.pixels * layout.channels;
+}
+
+inline bool has_16_byte_rows(const Operand& operand) {
+    return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 &&
+           operand.sample_stride * element_size(operand.dtype) % 16 == 0;
+}
+
+inline Order order_of(const Layout& layout, std::initializer_list<Operand> operands) {
+    for (const Operand& operand : operands) {
+        if (operand && !has_16_byte_rows(operand)) return Order::any;
+    }
+    if (layout.channels == 1) return layout.pixels % 8 == 0 ? Order::contiguous : Order::any;
+    if (layout.channels % 8 == 0) return layout.pixels % 4 == 0 ? Order::channels_8 : Order::any;
+    if (layout.pixels % 8 != 0) return Order::any;
+    return layout.channels == 3 ? Order::channels_3 : layout.channels == 4 ? Order::channels_4 : Order::any;
+}
+
+// Calls start(std::integral_constant<Order, order>, grid).
+template <class Start>
+void for_units(const Layout& layout, std::initializer_list<Operand> operands, const Start& start) {
+    Order order = order_of(layout, operands);
+    int64_t units = units_per_sample(order, layout);
+    Grid grid{(units + kUnitThreads - 1) / kUnitThreads, std::min(layout.samples, kMaxGridRows), kUnitThreads};
+    switch (order) {
+        case Order::contiguous: return start(std::integral_constant<Order, Order::contiguous>{}, grid);
+        case Order::channels_3: return start(std::integral_constant<Order, Order::channels_3>{}, grid);
+        case Order::channels_4: return start(std::integral_constant<Order, Order::channels_4>{}, grid);
+        case Order::channels_8: return start(std::integral_constant<Order, Order::channels_8>{}, grid);
+        case Order::any: return start(std::integral_constant<Order, Order::any>{}, grid);
+    }
+}
+
+DD_DEVICE void normal_quad(int64_t quad, const NoiseCounter& at, float z[4]) {
+    uint32_t words[4] = {static_cast<uint32_t>(quad), at.sample, at.draw, at.stream};
+    philox4x32_10(words, at.key0, at.key1);
+    box_muller(words[0], words[1], z[0], z[1]);
+    box_muller(words[2], words[3], z[2], z[3]);
+}
+
+template <Order order>
+struct Unit {
+    static constexpr int kRows = unit_rows(order), kWidth = unit_width(order);
+
+    int64_t pixels, index;  // index: of the unit in its sample
+    int64_t channels;
+
+    DD_DEVICE explicit Unit(const Layout& layout)
+        : pixels(layout.pixels),
+          index(static_cast<int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x),
+          channels(layout.channels) {}
+
+    DD_DEVICE bool exists() const {
+        if constexpr (order == Order::any) return index < pixels * channels;
+        if constexpr (order == Order::channels_8) return index < pixels / 4 * (channels / 8);
+        return index < pixels / 8;
+    }
+
+    // Where a row starts, within the sample.
+    DD_DEVICE int64_t offset(int row) const {
+        if constexpr (order == Order::channels_8) {
+            return (index / (channels / 8) * 4 + row) * channels + index % (channels / 8) * 8;
+        }
+        return (index * kRows + row) * kWidth;
+    }
+
+    DD_DEVICE void normals(const NoiseCounter& at, float z[kRows][kWidth]) const {
+        float quad[4];
+        if constexpr (order == Order::any) {
+            int64_t element = index % channels * pixels + index / channels;
+            normal_quad(element / 4, at, quad);
+            z[0][0] = element & 2 ? (element & 1 ? quad[3] : quad[2]) : (element & 1 ? quad[1] : quad[0]);
+        } else if constexpr (order == Order::channels_8) {
+            int64_t pixel = index / (channels / 8) * 4, channel = index % (channels / 8) * 8;
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                normal_quad(((channel + k) * pixels + pixel) / 4, at, quad);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) z[i][k] = quad[i];
+            }
+        } else {
+            constexpr int kChannels = kRows;
+#pragma unroll
+            for (int k = 0; k < 2 * kChannels; ++k) {
+                int channel = k / 2, pixel = k % 2 * 4;
+                normal_quad((channel * pixels + index * 8 + pixel) / 4, at, quad);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    int element = (pixel + i) * kChannels + channel;
+                    z[element / 8][element % 8] = quad[i];
+                }
+            }
+        }
+    }
+};
+
+// A row as it lies in memory, loaded before it is needed.
+template <int width>
+struct Row;
+
+template <>
+struct Row<8> {
+    uint4 low, high;  // high only of float32
+
+    DD_DEVICE Row(const Operand& x, int64_t sample, int64_t offset) {
+        int64_t first = sample * x.sample_stride + offset;
+        const char* p = static_cast<const char*>(x.data) + first * element_size(x.dtype);
+        low = *reinterpret_cast<const uint4*>(p);
+        if (x.dtype == DType::float32) high = *reinterpret_cast<const uint4*>(p + 16);
+    }
+
+    DD_DEVICE void floats(DType dtype, float v[8]) const {
+        if (dtype == DType::float32) {
+            unpack<DType::float32>(low, v);
+            unpack<DType::float32>(high, v + 4);
+        } else if (dtype == DType::bfloat16) {
+            unpack<DType::bfloat16>(low, v);
+        } else {
+            unpack<DType::float16>(low, v);
+        }
+    }
+};
+
+template <>
+struct Row<1> {
+    float value;
+
+    DD_DEVICE Row(const Operand& x, int64_t sample, int64_t offset)
+        : value(load_element(x.data, sample * x.sample_stride + offset, x.dtype)) {}
+
+    DD_DEVICE void floats(DType, float v[1]) const { v[0] = value; }
+};
+
+template <int width>
+DD_DEVICE void load_row(const Operand& x, int64_t sample, int64_t offset, float v[width]) {
+    Row<width>(x, sample, offset).floats(x.dtype, v);
+}
+
+template <int width>
+DD_DEVICE void store_row(const Operand& y, int64_t sample, int64_t offset, const float v[width]) {
+    int64_t first = sample * y.sample_stride + offset;
+    if constexpr (width == 1) {
+        store_element(y.data, first, y.dtype, v[0]);
+    } else {
+        uint4* p = reinterpret_cast<uint4*>(static_cast<char*>(y.data) + first * element_size(y.dtype));
+        if (y.dtype == DType::float32) {
+            p[0] = pack<DType::float32>(v);
+            p[1] = pack<DType::float32>(v + 4);
+        } else {
+            p[0] = y.dtype == DType::bfloat16 ? pack<DType::bfloat16>(v) : pack<DType::float16>(v);
+        }
+    }
+}
+
+DD_DEVICE NoiseKey load_key(const int64_t* key) { return {key[0], key[1], key[2]}; }
+
+}  // namespace dd::cuda

@@ -1,0 +1,49 @@
+#include "q_sample/cuda.h"
+
+#include "common/cuda_unit.cuh"
+#include "q_sample/formula.h"
+
+namespace dd::cuda {
+namespace {
+
+DD_DEVICE Marginal load_marginal(const QSampleArguments& a, int64_t sample) {
+    int64_t t = a.t[sample * a.t_stride];
+    if (t < 0 || t >= a.row_count) return {NAN, NAN};
+    return reinterpret_cast<const Marginal*>(a.rows)[t];
+}
+
+template <Order order>
+__global__ void __launch_bounds__(kUnitThreads) q_sample_kernel(const QSampleArguments a) {
+    const Unit<order> unit(a.layout);
+    if (!unit.exists()) return;
+    for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
+        const Marginal marginal = load_marginal(a, sample);
+        float z[unit.kRows][unit.kWidth];
+        if (!a.noise) {
+            const NoiseKey key = load_key(a.key);
+            unit.normals(key.counter(sample, key.draw, kStreamQSample), z);
+        }
+#pragma unroll
+        for (int row = 0; row < unit.kRows; ++row) {
+            const int64_t offset = unit.offset(row);
+            float x[unit.kWidth];
+            load_row<unit.kWidth>(a.x_start, sample, offset, x);
+            if (a.noise) load_row<unit.kWidth>(a.noise, sample, offset, z[row]);
+#pragma unroll
+            for (int i = 0; i < unit.kWidth; ++i) x[i] = diffuse(x[i], z[row][i], marginal);
+            store_row<unit.kWidth>(a.x_t, sample, offset, x);
+            if (a.noise_out) store_row<unit.kWidth>(a.noise_out, sample, offset, z[row]);
+        }
+    }
+}
+
+}  // namespace
+
+void q_sample(const QSampleArguments& arguments, cudaStream_t stream) {
+    const auto& a = arguments;
+    for_units(a.layout, {a.x_start, a.noise, a.x_t, a.noise_out}, [&](auto order, const Grid& grid) {
+        launch("q_sample", q_sample_kernel<decltype(order)::value>, grid, stream, a);
+    });
+}
+
+}  // namespace dd::cuda

@@ -1,0 +1,98 @@
+#include "reverse_step/cuda.h"
+
+#include "common/cuda_unit.cuh"
+#include "reverse_step/formula.h"
+
+namespace dd::cuda {
+namespace {
+
+// What one sample's step is made of.
+struct Step {
+    StepRow row;
+    Clip clip;
+    int64_t draw;
+};
+
+// A step outside the table makes everything NaN: nothing may be read from the device to raise an error.
+DD_DEVICE Step load_step(const ReverseStepArguments& a, int64_t sample) {
+    int64_t index = a.step[sample * a.step_stride];
+    Step step{{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}, {NAN, false}, 0};
+    if (index >= 0 && index < a.row_count) {
+        step.row = reinterpret_cast<const StepRow*>(a.rows)[index];
+        step.draw = a.timesteps[index];
+        step.clip.limit = step.row.x0_clip;
+        if (a.threshold) step.clip = {a.threshold[sample], true};
+    }
+    return step;
+}
+
+// out of a row, guided.
+template <int width>
+DD_DEVICE void model_output(const ReverseStepArguments& a, int64_t sample, int64_t offset, float out[width]) {
+    const Row<width> conditional(a.out, sample, offset);
+    if (!a.uncond) return conditional.floats(a.out.dtype, out);
+    const Row<width> unconditional(a.uncond, sample, offset);
+    float uncond[width];
+    conditional.floats(a.out.dtype, out);
+    unconditional.floats(a.uncond.dtype, uncond);
+#pragma unroll
+    for (int i = 0; i < width; ++i) out[i] = guide(out[i], uncond[i], a.guidance_scale);
+}
+
+// z becomes sigma z.
+template <int width>
+DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_t offset, const StepRow& row,
+                           float z[width]) {
+    if (a.noise) load_row<width>(a.noise, sample, offset, z);
+    if (!a.variance) {
+#pragma unroll
+        for (int i = 0; i < width; ++i) z[i] *= row.sigma;
+        return;
+    }
+    float variance[width];
+    load_row<width>(a.variance, sample, offset, variance);
+#pragma unroll
+    for (int i = 0; i < width; ++i) z[i] *= learned_sigma(variance[i], row);
+}
+
+template <Order order>
+__global__ void __launch_bounds__(kUnitThreads) reverse_step_kernel(const ReverseStepArguments a) {
+    const Unit<order> unit(a.layout);
+    constexpr int width = unit_width(order);
+    if (!unit.exists()) return;
+    for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
+        const Step step = load_step(a, sample);
+        const bool noisy = step.row.sigma != 0.0f && (a.noise || a.key);
+        float z[unit.kRows][width];
+        if (noisy && !a.noise) unit.normals(load_key(a.key).counter(sample, step.draw, kStreamReverseStep), z);
+#pragma unroll
+        for (int row = 0; row < unit.kRows; ++row) {
+            const int64_t offset = unit.offset(row);
+            const Row<width> x_row(a.x, sample, offset);
+            float x[width], out[width], x0[width];
+            model_output<width>(a, sample, offset, out);
+            x_row.floats(a.x.dtype, x);
+            if (noisy) scale_noise<width>(a, sample, offset, step.row, z[row]);
+#pragma unroll
+            for (int i = 0; i < width; ++i) {
+                x0[i] = predict_x0(x[i], out[i], step.row, step.clip);
+                float mean = step_mean(x0[i], x[i], out[i], step.row);
+                x[i] = noisy ? mean + z[row][i] : mean;
+            }
+            store_row<width>(a.x_prev, sample, offset, x);
+            if (a.x0) store_row<width>(a.x0, sample, offset, x0);
+        }
+    }
+}
+
+}  // namespace
+
+void reverse_step(const ReverseStepArguments& arguments, cudaStream_t stream) {
+    const auto& a = arguments;
+    for_units(a.layout, {a.x, a.out, a.variance, a.uncond, a.noise, a.x_prev, a.x0},
+              [&](auto order, const Grid& grid) {
+                  launch("reverse_step", reverse_step_kernel<decltype(order)::value>, grid, stream, a);
+              });
+}
+
+}  // namespace dd::cuda
