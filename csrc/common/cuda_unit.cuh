@@ -34,9 +34,12 @@ inline int64_t units_per_sample(Order order, const Layout& layout) {
     switch (order) {
         case Order::contiguous:
         case Order::channels_3:
-        case Order::channels_4: return layout.pixels / 8;
-        case Order::channels_8: return layout.pixels / 4 * (layout.channels / 8);
-        case Order::any: break;
+        case Order::channels_4:
+            return layout.pixels / 8;
+        case Order::channels_8:
+            return layout.pixels / 4 * (layout.channels / 8);
+        case Order::any:
+            break;
     }
     return layout.pixels * layout.channels;
 }
@@ -63,11 +66,16 @@ void for_units(const Layout& layout, std::initializer_list<Operand> operands, co
     int64_t units = units_per_sample(order, layout);
     Grid grid{(units + kUnitThreads - 1) / kUnitThreads, std::min(layout.samples, kMaxGridRows), kUnitThreads};
     switch (order) {
-        case Order::contiguous: return start(std::integral_constant<Order, Order::contiguous>{}, grid);
-        case Order::channels_3: return start(std::integral_constant<Order, Order::channels_3>{}, grid);
-        case Order::channels_4: return start(std::integral_constant<Order, Order::channels_4>{}, grid);
-        case Order::channels_8: return start(std::integral_constant<Order, Order::channels_8>{}, grid);
-        case Order::any: return start(std::integral_constant<Order, Order::any>{}, grid);
+        case Order::contiguous:
+            return start(std::integral_constant<Order, Order::contiguous>{}, grid);
+        case Order::channels_3:
+            return start(std::integral_constant<Order, Order::channels_3>{}, grid);
+        case Order::channels_4:
+            return start(std::integral_constant<Order, Order::channels_4>{}, grid);
+        case Order::channels_8:
+            return start(std::integral_constant<Order, Order::channels_8>{}, grid);
+        case Order::any:
+            return start(std::integral_constant<Order, Order::any>{}, grid);
     }
 }
 

@@ -89,10 +89,9 @@ __global__ void __launch_bounds__(kUnitThreads) reverse_step_kernel(const Revers
 
 void reverse_step(const ReverseStepArguments& arguments, cudaStream_t stream) {
     const auto& a = arguments;
-    for_units(a.layout, {a.x, a.out, a.variance, a.uncond, a.noise, a.x_prev, a.x0},
-              [&](auto order, const Grid& grid) {
-                  launch("reverse_step", reverse_step_kernel<decltype(order)::value>, grid, stream, a);
-              });
+    for_units(a.layout, {a.x, a.out, a.variance, a.uncond, a.noise, a.x_prev, a.x0}, [&](auto order, const Grid& grid) {
+        launch("reverse_step", reverse_step_kernel<decltype(order)::value>, grid, stream, a);
+    });
 }
 
 }  // namespace dd::cuda

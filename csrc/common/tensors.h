@@ -1,0 +1,72 @@
+// From torch's tensors to the plain structs of the kernels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "common/layout.h"
+
+namespace dd {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& x) {
+    switch (x.scalar_type()) {
+        case ScalarType::Float:
+            return DType::float32;
+        case ScalarType::BFloat16:
+            return DType::bfloat16;
+        case ScalarType::Half:
+            return DType::float16;
+        default:
+            STD_TORCH_CHECK(false, "dd_kernels: the kernels take float32, bfloat16 and float16");
+    }
+}
+
+// Whether dimensions 1.. of x are dense in the order of channels_last: [H][W][C] in memory.
+inline bool is_channels_last(const Tensor& x) {
+    if (x.dim() != 4) return false;
+    int64_t expected = 1;
+    for (int64_t d : {1, 3, 2, 0}) {
+        if (x.size(d) != 1 && x.stride(d) != expected) return false;
+        expected *= x.size(d);
+    }
+    return true;
+}
+
+// The layout of x, in tiles of about 1024 elements: a kernel holds half a dozen of them in the L1 cache.
+inline Layout layout_of(const Tensor& x) {
+    constexpr int64_t tile = 1024, fewest_pixels = 32;
+    int64_t samples = x.size(0), elements = samples == 0 ? 0 : x.numel() / samples;
+    if (x.numel() == 0) return {0, 0, 1, tile};
+    if (x.is_contiguous()) return {samples, elements, 1, tile};
+    STD_TORCH_CHECK(is_channels_last(x), "dd_kernels: a tensor must be contiguous or channels_last");
+    int64_t channels = x.size(1), pixels = tile / channels / fewest_pixels * fewest_pixels;
+    return {samples, elements / channels, channels, std::max(pixels, fewest_pixels)};
+}
+
+inline Operand operand(const Tensor& x) {
+    int64_t stride = x.size(0) > 1 ? x.stride(0) : 0;
+    return {const_cast<void*>(x.const_data_ptr()), stride, dtype_of(x)};
+}
+
+inline Operand operand(const std::optional<Tensor>& x) { return x.has_value() ? operand(*x) : Operand{}; }
+
+template <class T>
+const T* data(const Tensor& x) {
+    return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& x) {
+    return x.has_value() ? data<T>(*x) : nullptr;
+}
+
+// How far apart the values of an index [1] or [N] are from sample to sample.
+inline int64_t per_sample(const Tensor& index) { return index.numel() == 1 ? 0 : 1; }
+
+}  // namespace dd
