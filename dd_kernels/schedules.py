@@ -112,7 +112,7 @@ class Schedule:
         """values[t] as [N, 1, ...] in ``like``'s float dtype (at least float32), to multiply ``like``."""
         check_timesteps("t", t, len(self), like.shape[0])
         dtype = torch.promote_types(like.dtype, torch.float32)
-        picked = torch.from_numpy(np.ascontiguousarray(values)).to(like.device)[t]
+        picked = torch.tensor(values).to(like.device)[t]
         return picked.to(dtype).reshape(-1, *[1] * (like.ndim - 1))
 
     def _gaussian(self, mean: Tensor, variance: np.ndarray, log_variance: np.ndarray, t: Tensor) -> Gaussian:

@@ -107,7 +107,7 @@ def from_columns(
     if columns:
         raise TypeError(f"a table has the columns {', '.join(COLUMNS)}; got {', '.join(columns)}")
     rows = torch.from_numpy(np.stack(values, axis=1).astype(np.float64))
-    steps = torch.from_numpy(np.ascontiguousarray(timesteps, dtype=np.int64))
+    steps = torch.tensor(timesteps.tolist(), dtype=torch.int64)
     return StepTable(rows, steps, learned_variance, threshold)
 
 
