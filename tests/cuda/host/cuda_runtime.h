@@ -1,0 +1,213 @@
+// What this project's kernels use of CUDA, for a host compiler: tests build the .cu files with it and
+// run them on the CPU. Found before CUDA's own header of this name by the order of include paths.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+
+struct float2 {
+    float x, y;
+};
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 gridDim, blockDim;
+
+using cudaStream_t = void*;
+
+// The subset of the runtime that launches a kernel.
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+union cudaLaunchAttributeValue {
+    struct {
+        unsigned x, y, z;
+    } clusterDim;
+};
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes = 0;
+    cudaStream_t stream = nullptr;
+    cudaLaunchAttribute* attrs = nullptr;
+    unsigned numAttrs = 0;
+};
+inline const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : "invalid argument";
+}
+
+namespace host_cuda {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kMaxThreads = 1024, kMaxGridY = 65535, kMaxCluster = 8;
+constexpr size_t kMaxSharedBytes = 48 * 1024;  // more would need cudaFuncSetAttribute
+
+struct Warp {
+    fibers::Barrier barrier;
+    float slots[2][kWarp];
+};
+
+struct Block {
+    dim3 index;
+    std::vector<char> shared;
+    std::vector<Warp> warps;
+    fibers::Barrier barrier;
+};
+
+struct Chip {
+    int sm_count = 132, major = 9;
+    int64_t l2_bytes = int64_t{60} << 20;
+};
+
+// One grid runs at a time, cluster by cluster.
+struct Device {
+    fibers::Scheduler scheduler;
+    std::vector<Block> cluster;
+    fibers::Barrier cluster_barrier;
+    std::vector<unsigned> shuffles;  // how many each thread has made, for double buffering
+    bool backwards = false;
+    Chip chip;
+
+    unsigned thread() const { return static_cast<unsigned>(scheduler.current()) % blockDim.x; }
+    unsigned rank() const { return static_cast<unsigned>(scheduler.current()) / blockDim.x; }
+    Block& here() { return cluster[rank()]; }
+};
+
+inline Device device;
+
+// Shared memory is exactly as long as the launch asked for and starts as NaN.
+inline void begin_block(Block& block, dim3 index, size_t shared_bytes) {
+    block.index = index;
+    block.shared.assign(shared_bytes, static_cast<char>(0xff));
+    block.barrier = {static_cast<int>(blockDim.x), 0, 0};
+    block.warps.assign(blockDim.x / kWarp, Warp{{static_cast<int>(kWarp), 0, 0}, {}});
+}
+
+inline bool valid(const cudaLaunchConfig_t& config, unsigned cluster) {
+    return config.gridDim.x > 0 && config.gridDim.y > 0 && config.gridDim.y <= kMaxGridY && config.gridDim.z == 1 &&
+           config.blockDim.x > 0 && config.blockDim.x % kWarp == 0 && config.blockDim.x <= kMaxThreads &&
+           config.dynamicSmemBytes <= kMaxSharedBytes && cluster > 0 && cluster <= kMaxCluster &&
+           (cluster == 1 || device.chip.major >= 9) && config.gridDim.x % cluster == 0;
+}
+
+inline cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < config.numAttrs; ++i) cluster = config.attrs[i].val.clusterDim.x;
+    if (!valid(config, cluster)) return cudaErrorInvalidValue;
+    gridDim = config.gridDim;
+    blockDim = config.blockDim;
+    device.cluster.resize(cluster);
+    unsigned threads = cluster * config.blockDim.x;
+    for (unsigned y = 0; y < config.gridDim.y; ++y) {
+        for (unsigned x = 0; x < config.gridDim.x; x += cluster) {
+            for (unsigned rank = 0; rank < cluster; ++rank) {
+                begin_block(device.cluster[rank], dim3(x + rank, y), config.dynamicSmemBytes);
+            }
+            device.cluster_barrier = {static_cast<int>(threads), 0, 0};
+            device.shuffles.assign(threads, 0);
+            device.scheduler.run(static_cast<int>(threads), device.backwards, [&](int) { kernel(); });
+        }
+    }
+    return cudaSuccess;
+}
+
+}  // namespace host_cuda
+
+#define threadIdx (dim3(host_cuda::device.thread(), 0, 0))
+#define blockIdx (host_cuda::device.here().index)
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+    return host_cuda::launch(*config, [&] { kernel(arguments...); });
+}
+
+inline void __syncthreads() { host_cuda::device.scheduler.wait(host_cuda::device.here().barrier); }
+
+inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
+    auto& device = host_cuda::device;
+    unsigned lane = device.thread() % host_cuda::kWarp;
+    host_cuda::Warp& warp = device.here().warps[device.thread() / host_cuda::kWarp];
+    float* slots = warp.slots[device.shuffles[static_cast<size_t>(device.scheduler.current())]++ % 2];
+    slots[lane] = value;
+    device.scheduler.wait(warp.barrier);
+    return slots[lane ^ static_cast<unsigned>(lane_mask)];
+}
+
+template <class To, class From>
+To host_cuda_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+inline float __uint_as_float(uint32_t bits) { return host_cuda_bits<float>(bits); }
+inline uint32_t __float_as_uint(float value) { return host_cuda_bits<uint32_t>(value); }
+inline float __int_as_float(int32_t bits) { return host_cuda_bits<float>(bits); }
+inline int32_t __float_as_int(float value) { return host_cuda_bits<int32_t>(value); }
+
+template <class T>
+T __ldcs(const T* p) {
+    return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+    *p = value;
+}
+
+// What common/cuda_device.cuh writes in PTX.
+namespace dd::cuda {
+
+inline uint32_t pack_bfloat16(float low, float high) {
+    auto round = [](float v) {
+        uint32_t bits = __float_as_uint(v);
+        return v != v ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    };
+    return round(low) | round(high) << 16;
+}
+
+inline uint32_t pack_float16(float low, float high) {
+    auto round = [](float v) -> uint32_t { return host_cuda_bits<uint16_t>(static_cast<_Float16>(v)); };
+    return round(low) | round(high) << 16;
+}
+
+inline float float16_to_float(uint16_t bits) { return static_cast<float>(host_cuda_bits<_Float16>(bits)); }
+
+inline float fast_exp2(float v) { return std::exp2(v); }
+inline float fast_reciprocal(float v) { return 1.0f / v; }
+
+inline float* shared_memory() { return reinterpret_cast<float*>(host_cuda::device.here().shared.data()); }
+
+inline unsigned cluster_rank() { return host_cuda::device.rank(); }
+inline unsigned cluster_size() { return static_cast<unsigned>(host_cuda::device.cluster.size()); }
+inline void cluster_sync() { host_cuda::device.scheduler.wait(host_cuda::device.cluster_barrier); }
+
+inline float load_from_rank(const float* here, unsigned rank) {
+    const char* mine = host_cuda::device.here().shared.data();
+    auto offset = reinterpret_cast<const char*>(here) - mine;
+    float value;
+    std::memcpy(&value, host_cuda::device.cluster.at(rank).shared.data() + offset, sizeof value);
+    return value;
+}
+
+}  // namespace dd::cuda

@@ -1,0 +1,91 @@
+"""Builds the CUDA kernels for the host, where a block's threads run as fibers, and loads them.
+
+The sources are those of the CUDA library, compiled by a C++ compiler against the stand-ins in
+``tests/cuda/host``. The ops are then ``torch.ops.dd_kernels_host.*``, on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).parents[2]
+HOST = Path(__file__).parent / "host"
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+def compiler() -> str | None:
+    """The C++ compiler to build with; None if there is none."""
+    return shutil.which(os.environ.get("CXX", "c++").split()[0])
+
+
+def _sources() -> list[Path]:
+    return sorted([*ROOT.glob("csrc/*/cuda*.cu"), *ROOT.glob("csrc/*/cuda*.cpp"), HOST / "host.cpp"])
+
+
+def _fingerprint(flags: list[str]) -> str:
+    """Changes whenever a header, a source, a flag or torch does."""
+    digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
+    for path in sorted([*ROOT.glob("csrc/*/*"), *HOST.rglob("*")]):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(sanitize: bool = False) -> Path:
+    """The library, compiled unless it is there already from an earlier run on the same sources."""
+    flags = FLAGS + (SANITIZE if sanitize else [])
+    folder = Path(tempfile.gettempdir()) / f"dd_kernels_host_{os.getuid()}_{_fingerprint(flags)}"
+    library = folder / "dd_kernels_host.so"
+    if library.exists():
+        return library
+    folder.mkdir(exist_ok=True)
+    include = [f"-I{path}" for path in (HOST, ROOT / "csrc", *include_paths())]
+    define = "-DTORCH_TARGET_VERSION=0x020A000000000000"
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.parent.name}_{source.stem}_{source.suffix[1:]}.{os.getpid()}.o"
+        command = [compiler(), *flags, define, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return str(target)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, _sources()))
+    partial = folder / f"{os.getpid()}.so"
+    link = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
+    subprocess.run([compiler(), *flags, "-shared", *objects, *link, "-o", str(partial)], check=True)
+    partial.replace(library)
+    return library
+
+
+class HostLibrary:
+    """The library, loaded, and what tests set in it."""
+
+    def __init__(self, path: Path) -> None:
+        torch.ops.load_library(str(path))
+        self._library = ctypes.CDLL(str(path))
+
+    def set_chip(self, sm_count: int = 132, major: int = 9, l2_bytes: int = 60 << 20) -> None:
+        """The chip that kernels are planned for; an H200 unless told otherwise."""
+        self._library.dd_host_chip(ctypes.c_int(sm_count), ctypes.c_int(major), ctypes.c_int64(l2_bytes))
+
+    def set_backwards(self, backwards: bool) -> None:
+        """Whether a block's last thread runs first, which a missing barrier does not survive."""
+        self._library.dd_host_backwards(ctypes.c_bool(backwards))
+
+
+def define_ops() -> None:
+    """Schemas of ``dd_kernels_host``: those of ``dd_kernels``."""
+    for name in ("randn", "q_sample", "reverse_step", "group_norm_silu", "group_norm_silu_backward"):
+        schema = str(getattr(torch.ops.dd_kernels, name).default._schema)
+        torch.library.define(f"dd_kernels_host::{name}", schema[schema.index("(") :])
