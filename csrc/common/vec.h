@@ -56,11 +56,17 @@ DD_INLINE void store(float* p, int64_t left, Vec v) {
 
 DD_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes : no; }
 
-// As torch.clamp: NaN stays NaN.
+// As torch.clamp: NaN stays NaN. (x86's min and max give their second operand where one is NaN.)
 template <class B>
 DD_INLINE Vec clamp(Vec v, B low, B high) {
+#if DD_LANES == 8
+    return (Vec)_mm256_min_ps((__m256)(high - Vec{}), _mm256_max_ps((__m256)(low - Vec{}), (__m256)v));
+#elif defined(DD_X86)
+    return (Vec)_mm_min_ps((__m128)(high - Vec{}), _mm_max_ps((__m128)(low - Vec{}), (__m128)v));
+#else
     v = select(v < low, low - Vec{}, v);
     return select(v > high, high - Vec{}, v);
+#endif
 }
 
 // a * b + c, rounded once where the instruction set can.

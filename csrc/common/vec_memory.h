@@ -102,7 +102,7 @@ DD_INLINE float* output_tile(const Operand& operand, const Run& tile, float* buf
     return operand.dtype == DType::float32 ? static_cast<float*>(address(operand, tile)) : buffer;
 }
 
-DD_INLINE void write_tile(const Operand& operand, const Tile& tile, const float* values) {
+DD_INLINE void write_tile(const Operand& operand, const Run& tile, const float* values) {
     void* data = address(operand, tile);
     switch (operand.dtype) {
         case DType::float32:

@@ -1,0 +1,80 @@
+// How GroupNorm's work is cut, from the shape alone: the same pieces, and sums over them in the same
+// order, on any number of threads. Hence the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "common/layout.h"
+
+namespace dd::group_norm {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What is read at once: some channels of some pixels, dense in memory.
+struct Piece : Run {
+    int64_t first_channel, channels;  // counted in the unit
+    int64_t pixels, part;             // part: which of the cut's parts of the pixels
+};
+
+// A unit shares nothing with the others: one group of one sample in a contiguous tensor, all groups
+// of one sample where channels are last.
+struct Cut {
+    int64_t samples, channels, pixels, groups;
+    bool channels_last;
+    int64_t piece_channels, piece_pixels;
+
+    int64_t group_channels() const { return channels / groups; }
+    int64_t unit_groups() const { return channels_last ? groups : 1; }
+    int64_t unit_channels() const { return channels_last ? channels : group_channels(); }
+    int64_t units() const { return samples * groups / unit_groups(); }
+    int64_t parts() const { return ceil_div(pixels, piece_pixels); }
+    int64_t pieces() const { return parts() * ceil_div(unit_channels(), piece_channels); }
+    int64_t piece_elements() const { return piece_channels * piece_pixels; }
+
+    int64_t sample(int64_t unit) const { return unit * unit_groups() / groups; }
+    int64_t first_group(int64_t unit) const { return unit * unit_groups() % groups; }
+    int64_t first_channel(int64_t unit) const { return first_group(unit) * group_channels(); }
+
+    Piece piece(int64_t unit, int64_t index) const {
+        int64_t part = index % parts(), first_pixel = part * piece_pixels;
+        int64_t first = index / parts() * piece_channels, left = unit_channels() - first;
+        int64_t pixels_left = pixels - first_pixel;
+        Piece p{};
+        p.part = part;
+        p.first_channel = first;
+        p.channels = left < piece_channels ? left : piece_channels;
+        p.pixels = pixels_left < piece_pixels ? pixels_left : piece_pixels;
+        p.sample = sample(unit);
+        p.offset = channels_last ? first_pixel * channels : (first_channel(unit) + first) * pixels + first_pixel;
+        p.elements = p.channels * p.pixels;
+        return p;
+    }
+};
+
+// Pieces that stay in the L1 cache while they are read twice; where channels are last, in L2, as a
+// piece has all channels and enough pixels to make up for the sums over a group's channels.
+inline Cut cut(int64_t samples, int64_t channels, int64_t pixels, int64_t groups, bool channels_last) {
+    Cut c{samples, channels, pixels, groups, channels_last, channels, 0};
+    if (channels_last) {
+        constexpr int64_t elements = 4096, fewest = 64, most = 256;
+        c.piece_pixels = elements / channels;
+        if (c.piece_pixels < fewest) c.piece_pixels = fewest;
+        if (c.piece_pixels > most) c.piece_pixels = most;
+        if (c.piece_pixels > pixels) c.piece_pixels = pixels;
+        return c;
+    }
+    constexpr int64_t elements = 2048;
+    c.piece_pixels = pixels < elements ? pixels : elements;
+    c.piece_channels = pixels < elements ? elements / pixels : 1;
+    if (c.piece_channels > c.group_channels()) c.piece_channels = c.group_channels();
+    return c;
+}
+
+// What both passes are told beside their tensors; [C] or [N, C], null where absent.
+struct Options {
+    const float *weight, *bias, *pre_shift, *scale, *shift;
+    double eps;
+    bool silu;
+};
+
+}  // namespace dd::group_norm
