@@ -27,7 +27,9 @@ def test_classifier_free_guidance_is_one_call_of_twice_the_batch():
     assert torch.equal(out, model(x, t, y)) and torch.equal(uncond, torch.zeros(SHAPE))
 
 
-@pytest.mark.parametrize("uncond_kwargs", [{"y": torch.zeros(1)}, {"y": torch.zeros(3), "extra": 1}, {"y": torch.tensor(0.0)}])
+@pytest.mark.parametrize(
+    "uncond_kwargs", [{"y": torch.zeros(1)}, {"y": torch.zeros(3), "extra": 1}, {"y": torch.tensor(0.0)}]
+)
 def test_arguments_that_cannot_be_joined_take_two_calls(uncond_kwargs):
     sizes = []
 

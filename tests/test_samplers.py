@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import dd_kernels as dd
+from dd_kernels.ops.reverse_step.reference import COLUMNS
 
 SCHEDULE = dd.linear_schedule(1000)
 SHAPE = (4, 3, 6, 6)
@@ -25,23 +26,54 @@ def gaussian_model(mean, std):
     return epsilon
 
 
-@pytest.mark.parametrize(
-    "table",
-    [
-        dd.ddpm(SCHEDULE, 200, clip=None),
-        dd.ddpm(SCHEDULE, variance="fixed_large", clip=None),
-        dd.ddim(SCHEDULE, 200, clip=None),
-        dd.ddim(SCHEDULE, 200, eta=0.5, clip=None),
-        dd.ddim(SCHEDULE, 200, eta=1.0, clip=None, spacing="linspace"),
-    ],
-    ids=["ddpm", "ddpm-large", "ddim", "ddim-0.5", "ddim-1"],
-)
-def test_samplers_reach_the_mean_and_variance_of_gaussian_data(table):
+def moments(table, mean, std):
+    """Mean and standard deviation that a sampler must reach with ``gaussian_model``: there a step is linear in x."""
+    m, variance = 0.0, 1.0
+    for t, row in zip(table.timesteps.tolist(), table.rows.tolist(), strict=True):
+        c = dict(zip(COLUMNS, row, strict=True))
+        alpha_bar = SCHEDULE.alpha_bar[t]
+        slope = math.sqrt(1 - alpha_bar) / (alpha_bar * std**2 + 1 - alpha_bar)  # epsilon = slope x + offset
+        offset = -slope * math.sqrt(alpha_bar) * mean
+        out = c["prev_from_x0"] * c["x0_num_out"] / c["x0_den"] + c["prev_from_out"]
+        gain = c["prev_from_x0"] * c["x0_num_x"] / c["x0_den"] + c["prev_from_x"] + out * slope
+        m, variance = gain * m + out * offset, gain**2 * variance + c["sigma"] ** 2
+    return m, math.sqrt(variance)
+
+
+SAMPLERS = {
+    "ddpm": dd.ddpm(SCHEDULE, clip=None),
+    "ddpm-large": dd.ddpm(SCHEDULE, 200, variance="fixed_large", clip=None),
+    "ddim": dd.ddim(SCHEDULE, 200, clip=None),
+    "ddim-0.5": dd.ddim(SCHEDULE, 200, eta=0.5, clip=None),
+    "ddim-1": dd.ddim(SCHEDULE, 200, eta=1.0, clip=None, spacing="linspace"),
+}
+
+
+@pytest.mark.parametrize("table", SAMPLERS.values(), ids=SAMPLERS.keys())
+def test_samples_have_the_mean_and_variance_that_the_rows_imply(table):
     mean, std, count = 0.4, 0.5, 16_384
     x = dd.sample(gaussian_model(mean, std), (count // 1024, 1024), table, seed=3)
-    # Five standard errors of the estimates, and the discretisation of 200 steps (measured below 1.5 %).
-    assert float(x.mean()) == pytest.approx(mean, abs=5 * std / math.sqrt(count) + 0.015 * std)
-    assert float(x.std()) == pytest.approx(std, rel=5 / math.sqrt(2 * count) + 0.015)
+    expected_mean, expected_std = moments(table, mean, std)
+    # Five standard errors of the estimates.
+    assert float(x.mean()) == pytest.approx(expected_mean, abs=5 * std / math.sqrt(count))
+    assert float(x.std()) == pytest.approx(expected_std, rel=5 / math.sqrt(2 * count))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        dd.ddpm,
+        lambda *args, **options: dd.ddpm(*args, variance="fixed_large", **options),
+        dd.ddim,
+        lambda *args, **options: dd.ddim(*args, eta=0.5, **options),
+        lambda *args, **options: dd.ddim(*args, eta=1.0, **options),
+    ],
+    ids=SAMPLERS.keys(),
+)
+def test_more_steps_come_closer_to_the_data(sampler):
+    errors = [abs(moments(sampler(SCHEDULE, steps, clip=None), 0.4, 0.5)[1] - 0.5) for steps in (20, 100, 1000)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.01 * 0.5
 
 
 @pytest.mark.parametrize("table", [dd.ddim(SCHEDULE, 10), dd.ddim(SCHEDULE, 10, eta=1.0), dd.ddpm(SCHEDULE, 10)])

@@ -26,7 +26,12 @@ def test_cosine_schedule_has_the_published_values():
 
 @pytest.mark.parametrize(
     ("name", "peer"),
-    [("linear", {}), ("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}), ("squaredcos_cap_v2", {}), ("sigmoid", {})],
+    [
+        ("linear", {}),
+        ("scaled_linear", {"beta_start": 0.00085, "beta_end": 0.012}),
+        ("squaredcos_cap_v2", {}),
+        ("sigmoid", {}),
+    ],
 )
 def test_betas_are_those_of_diffusers(name, peer):
     diffusers = pytest.importorskip("diffusers")
@@ -101,7 +106,11 @@ def test_tables_are_read_only_and_repr_is_short():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: dd.from_betas([]), ValueError, r"betas must be a sequence of at least one number; got the shape \[0\]"),
+        (
+            lambda: dd.from_betas([]),
+            ValueError,
+            r"betas must be a sequence of at least one number; got the shape \[0\]",
+        ),
         (lambda: dd.from_betas([[0.1]]), ValueError, r"got the shape \[1, 1\]"),
         (lambda: dd.from_betas([0.1, 1.5]), ValueError, r"betas must lie in \(0, 1\]; got values from 0.1 to 1.5"),
         (lambda: dd.from_betas([0.1, float("nan")]), ValueError, "betas must lie in"),
