@@ -140,7 +140,7 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         # conv1's bias is added by norm2, which reads h anyway: one pass over memory less.
-        h = F.conv2d(h, self.conv1.weight, padding=1)
+        h = self.conv1._conv_forward(h, self.conv1.weight, None)
         bias = self.conv1.bias.expand(h.shape[0], -1)
         emb = self.embedding(embedding)
         if self.scale_shift:

@@ -28,3 +28,16 @@ def assert_within_budget(ours, plain, exact, what="output"):
     error, budget = ((v.double() - exact).abs().max().item() for v in (ours, plain))
     rounding = torch.finfo(ours.dtype).eps * exact.abs().max().item()
     assert error <= 2 * budget + rounding, f"{what}: error {error:.3g}, plain PyTorch's {budget:.3g}, {rounding=:.3g}"
+
+
+def assert_all_within_budget(ours, plain, exact):
+    """Output, gradient of x, and all parameters' gradients together: of one small tensor the error is chance."""
+
+    def joined(run):
+        parameters = torch.cat([value.flatten() for name, value in run.items() if name not in ("output", "x")])
+        return {"output": run["output"], "gradient of x": run["x"], "gradient of the parameters": parameters}
+
+    assert ours.keys() == plain.keys() == exact.keys()
+    ours, plain, exact = joined(ours), joined(plain), joined(exact)
+    for name, value in exact.items():
+        assert_within_budget(ours[name], plain[name], value, name)
