@@ -6,6 +6,7 @@
 """
 
 from .backend import BackendUnavailableError, use_backend
+from .nn.fuse import fuse, unfuse
 from .ops import group_norm_silu, q_sample, randn, reverse_step
 from .samplers import Step, ddim_step, ddpm_step, posterior_mean, sample, sample_progressive
 from .schedules import (
@@ -36,6 +37,7 @@ __all__ = [
     "ddpm_step",
     "from_alpha_bars",
     "from_betas",
+    "fuse",
     "group_norm_silu",
     "linear_schedule",
     "named_schedule",
@@ -50,5 +52,6 @@ __all__ = [
     "sigmoid_schedule",
     "squaredcos_cap_v2_schedule",
     "timestep_sequence",
+    "unfuse",
     "use_backend",
 ]
