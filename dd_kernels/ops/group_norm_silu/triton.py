@@ -1,0 +1,289 @@
+"""GroupNorm and SiLU in Triton, the forward pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import is_channels_last, power_of_2
+from .triton_backward import group_norm_silu_backward
+from .triton_tiles import Plan, affine, channel_values, dimensions, group_sum, place, plan
+
+__all__ = ["group_norm_silu", "group_norm_silu_backward"]
+
+_PER_CHANNEL = ["weight", "bias", "pre_shift", "scale", "shift", "mean", "rstd"]
+
+
+@triton.jit
+def _activate(v, SILU: tl.constexpr):
+    return v * tl.sigmoid(v) if SILU else v
+
+
+@triton.jit
+def _reciprocal_deviation(variance, eps):
+    return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+
+
+@triton.jit(do_not_specialize_on_alignment=_PER_CHANNEL)
+def _whole_groups(
+    x,
+    weight,
+    bias,
+    eps,
+    pre_shift,
+    scale,
+    shift,
+    y,
+    mean,
+    rstd,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Everything for the groups of one tile: one read, statistics in registers, one write."""
+    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_CHANNELS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * BLOCK_CHANNELS
+    c = tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    channel = first + c
+    inside = (c < BLOCK_CHANNELS) & (channel < CHANNELS)
+    mask = inside[:, None] & (p < pixels)[None, :]
+    base = n * CHANNELS * pixels + place(first, 0, pixels, CHANNELS, CHANNELS_LAST)
+    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+
+    value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
+    before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
+    count = pixels * GROUP
+    mu = group_sum(tl.sum(value, 1) + pixels * before, GROUP, BLOCK_C) / count
+    centred = tl.where(mask, value + (before - mu)[:, None], 0.0)
+    variance = group_sum(tl.sum(centred * centred, 1), GROUP, BLOCK_C) / count
+    reciprocal = _reciprocal_deviation(variance, eps)
+
+    gain, shift_to = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    result = _activate(centred * (gain * reciprocal)[:, None] + shift_to[:, None], SILU)
+    tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
+    group = n * (CHANNELS // GROUP) + channel // GROUP
+    tl.store(mean + group, mu, mask=inside & (c % GROUP == 0))
+    tl.store(rstd + group, reciprocal, mask=inside & (c % GROUP == 0))
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"])
+def _partial_moments(
+    x,
+    partials,
+    splits,
+    tiles,
+    pixels,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """partials [N, splits, 2, C]: each channel's mean, and sum of squares about it, over ``tiles`` blocks of pixels."""
+    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C)
+    part = tl.program_id(0) // blocks
+    n = (part // splits).to(tl.int64)
+    first_c = tl.program_id(0) % blocks * BLOCK_C
+    first_p = (part % splits * tiles).to(tl.int64) * BLOCK_P
+    c = tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    inside = first_c + c < CHANNELS
+    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    x += n * CHANNELS * pixels + place(first_c, first_p, pixels, CHANNELS, CHANNELS_LAST)
+
+    left = tl.minimum(pixels - first_p, tiles * BLOCK_P).to(tl.int32)
+    count = 0.0
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, left, BLOCK_P):
+        mask = inside[:, None] & (p < left - start)[None, :]
+        value = tl.load(x + place(0, start, pixels, CHANNELS, CHANNELS_LAST) + offset, mask=mask, other=0.0)
+        value = value.to(tl.float32)
+        tile_count = tl.minimum(left - start, BLOCK_P).to(tl.float32)
+        tile_mean = tl.sum(value, 1) / tile_count
+        centred = tl.where(mask, value - tile_mean[:, None], 0.0)
+        # Chan et al. (1979): the moments of two sets from the moments of each.
+        away = tile_mean - mean
+        total = count + tile_count
+        mean += away * (tile_count / total)
+        squares += tl.sum(centred * centred, 1) + away * away * (count * tile_count / total)
+        count = total
+    at = part.to(tl.int64) * 2 * CHANNELS + first_c + c
+    tl.store(partials + at, mean, mask=inside)
+    tl.store(partials + at + CHANNELS, squares, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits", "span"], do_not_specialize_on_alignment=["pre_shift", "mean", "rstd"])
+def _combine_moments(
+    partials,
+    pre_shift,
+    eps,
+    mean,
+    rstd,
+    splits,
+    span,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """mean and rstd of one group from the moments of its channels over each span."""
+    groups: tl.constexpr = CHANNELS // GROUP
+    n = (tl.program_id(0) // groups).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) % groups * GROUP + c
+    inside = c < GROUP
+    before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)[None, :]
+    s = tl.arange(0, BLOCK_S)
+    partials += n * splits * 2 * CHANNELS + channel[None, :] + s[:, None] * (2 * CHANNELS)
+
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        mask = inside[None, :] & (first + s < splits)[:, None]
+        count = tl.minimum(pixels - (first + s).to(tl.int64) * span, span).to(tl.float32)[:, None]
+        part = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0)
+        total += tl.where(mask, count * (part + before), 0.0)
+    elements = pixels.to(tl.float32) * GROUP
+    mu = tl.sum(total) / elements
+
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        mask = inside[None, :] & (first + s < splits)[:, None]
+        count = tl.minimum(pixels - (first + s).to(tl.int64) * span, span).to(tl.float32)[:, None]
+        away = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0) + before - mu
+        squares = tl.load(partials + (first * 2 + 1) * CHANNELS, mask=mask, other=0.0)
+        total += tl.where(mask, squares + count * away * away, 0.0)
+    tl.store(mean + tl.program_id(0), mu)
+    tl.store(rstd + tl.program_id(0), _reciprocal_deviation(tl.sum(total) / elements, eps))
+
+
+@triton.jit(do_not_specialize_on_alignment=_PER_CHANNEL)
+def _apply(
+    x,
+    weight,
+    bias,
+    pre_shift,
+    scale,
+    shift,
+    mean,
+    rstd,
+    y,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """y of one tile, the statistics being known."""
+    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C)
+    part = tl.program_id(0) // blocks
+    parts = tl.cdiv(pixels, BLOCK_P)
+    n = (part // parts).to(tl.int64)
+    first_c = tl.program_id(0) % blocks * BLOCK_C
+    first_p = (part % parts).to(tl.int64) * BLOCK_P
+    c = tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    channel = first_c + c
+    inside = channel < CHANNELS
+    mask = inside[:, None] & (p < tl.minimum(pixels - first_p, BLOCK_P).to(tl.int32))[None, :]
+    base = n * CHANNELS * pixels + place(first_c, first_p, pixels, CHANNELS, CHANNELS_LAST)
+    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+
+    value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
+    group = n * (CHANNELS // GROUP) + channel // GROUP
+    centre = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
+    centre -= tl.load(mean + group, mask=inside, other=0.0)
+    gain, shift_to = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    gain *= tl.load(rstd + group, mask=inside, other=0.0)
+    result = _activate((value + centre[:, None]) * gain[:, None] + shift_to[:, None], SILU)
+    tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
+
+
+def _statistics(x: Tensor, group: int, eps: float, pre_shift: Tensor | None, mean: Tensor, rstd: Tensor, cut: Plan) -> None:
+    """mean and rstd [N, G] of groups too large for one program."""
+    samples, channels, pixels = dimensions(x)
+    partials = torch.empty((samples, cut.splits, 2, channels), dtype=torch.float32, device=x.device)
+    tile = {"BLOCK_C": cut.block_c, "BLOCK_P": cut.block_p, "num_warps": cut.warps}
+    grid = (samples * cut.splits * triton.cdiv(channels, cut.block_c),)
+    _partial_moments[grid](
+        x, partials, cut.splits, cut.tiles, pixels, CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **tile
+    )
+    block_c = power_of_2(group)
+    block_s = max(1, min(2048 // block_c, power_of_2(cut.splits)))
+    _combine_moments[(mean.numel(),)](
+        partials,
+        pre_shift,
+        eps,
+        mean,
+        rstd,
+        cut.splits,
+        cut.tiles * cut.block_p,
+        pixels,
+        CHANNELS=channels,
+        GROUP=group,
+        BLOCK_S=block_s,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    pre_shift: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    """Writes y, mean and rstd [N, G]."""
+    if x.numel() == 0:
+        return
+    cut = plan(x, num_groups, "forward")
+    samples, channels, pixels = dimensions(x)
+    shape = {
+        "CHANNELS": channels,
+        "GROUP": channels // num_groups,
+        "CHANNELS_LAST": is_channels_last(x),
+        "SILU": silu,
+        "BLOCK_C": cut.block_c,
+        "BLOCK_P": cut.block_p,
+        "num_warps": cut.warps,
+    }
+    blocks = samples * triton.cdiv(channels, cut.block_channels)
+    if cut.one_program:
+        _whole_groups[(blocks,)](
+            x,
+            weight,
+            bias,
+            float(eps),
+            pre_shift,
+            scale,
+            shift,
+            y,
+            mean,
+            rstd,
+            pixels,
+            BLOCK_CHANNELS=cut.block_channels,
+            **shape,
+        )
+    else:
+        _statistics(x, channels // num_groups, float(eps), pre_shift, mean, rstd, cut)
+        grid = (blocks * triton.cdiv(pixels, cut.block_p),)
+        _apply[grid](x, weight, bias, pre_shift, scale, shift, mean, rstd, y, pixels, **shape)

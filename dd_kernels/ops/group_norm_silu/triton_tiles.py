@@ -1,0 +1,138 @@
+"""How GroupNorm is cut into tiles for Triton, and what its forward and backward kernels share.
+
+A tile is [channels, pixels] in either memory format. Where a tile that holds whole groups fits into the
+registers of one program, one kernel reads and writes everything once. Above that, the pixels of a channel
+are split over programs, whose partial results a second kernel adds in a fixed order for a third.
+The cut depends on C, G and the pixels, never on the batch size, so neither do the bits of a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import is_channels_last, power_of_2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The limits of a plan; tile sizes in elements, powers of 2."""
+
+    one_program: int  # the largest tile that one program holds
+    least: int  # groups smaller than this share a program
+    split_tile: int  # what a program of the split reads at a time
+    splits: int  # at most so many programs per channel and sample
+    row_bytes: int  # of consecutive channels that a channels_last tile should have, half of it at least
+    elements_per_warp: int
+
+
+# Replace an entry to tune for a device.
+SIZES = {
+    "forward": Sizes(32768, 2048, 8192, 256, 64, 1024),
+    "backward": Sizes(16384, 1024, 4096, 256, 64, 512),
+}
+_MAX_WARPS = 16
+_MOST_SHARING = 32  # channels of a tile that holds several groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One way to cut [N, C, ...] into tiles."""
+
+    one_program: bool
+    block_channels: int  # of a tile; those above, up to BLOCK_C, are masked
+    block_c: int
+    block_p: int
+    splits: int  # programs per channel and sample
+    tiles: int  # of each program, one after another
+    warps: int
+
+
+def dimensions(x: Tensor) -> tuple[int, int, int]:
+    """N, C and the number of pixels."""
+    samples, channels = x.shape[:2]
+    return samples, channels, x[:1, :1].numel()
+
+
+def _block_of_groups(
+    channels: int, group: int, block_p: int, itemsize: int, sizes: Sizes, last: bool
+) -> tuple[int, int]:
+    """(channels, BLOCK_C) of a tile of whole groups; (0, 0) where none fits.
+
+    The block grows by powers of 2 until groups are no longer tiny and, in channels_last, until a pixel's
+    row is long and starts at 16 bytes. The first block that fits is kept where nothing wider does.
+    """
+    best = (0, 0)
+    block_c = power_of_2(group)
+    while block_c <= max(_MOST_SHARING, power_of_2(group)):
+        held = min(block_c // group * group, channels)
+        # Sums over each of several groups take registers of their own.
+        if block_c * block_p > (sizes.one_program if held == group else sizes.one_program // 2):
+            break
+        row = held * itemsize
+        aligned = not last or row % 16 == 0 or held == channels
+        long = not last or row >= sizes.row_bytes // 2 or held == channels
+        if best == (0, 0) or aligned:
+            best = (held, block_c)
+        if held == channels or (aligned and long and block_c * block_p >= sizes.least):
+            break
+        block_c *= 2
+    return best
+
+
+def plan(x: Tensor, num_groups: int, kind: str) -> Plan:
+    """The tiles of a dense x; ``kind`` is "forward" or "backward"."""
+    sizes, last = SIZES[kind], is_channels_last(x)
+    _, channels, pixels = dimensions(x)
+    block_p = power_of_2(pixels)
+    held, block_c = _block_of_groups(channels, channels // num_groups, block_p, x.element_size(), sizes, last)
+    one_program = held > 0
+    if not one_program:
+        widest = 2 * sizes.row_bytes // x.element_size() if last else max(1, sizes.split_tile // block_p)
+        held = block_c = min(power_of_2(channels), widest)
+        block_p = min(block_p, sizes.split_tile // block_c)
+    tiles = triton.cdiv(triton.cdiv(pixels, block_p), sizes.splits)
+    splits = triton.cdiv(pixels, tiles * block_p)
+    warps = max(1, min(_MAX_WARPS, block_c * block_p // sizes.elements_per_warp))
+    return Plan(one_program, held, block_c, block_p, splits, tiles, warps)
+
+
+@triton.jit
+def place(channel, pixel, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where an element lies in its sample."""
+    if CHANNELS_LAST:
+        return pixel * CHANNELS + channel
+    else:
+        return channel * pixels + pixel
+
+
+@triton.jit
+def group_sum(v, GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
+    """For each channel [BLOCK_C] the sum of v over its group; a tile starts at the first channel of a group."""
+    if BLOCK_C < 2 * GROUP:
+        return tl.zeros_like(v) + tl.sum(v, 0)
+    else:
+        group = tl.arange(0, BLOCK_C) // GROUP
+        return tl.sum(tl.where(group[:, None] == group[None, :], v[None, :], 0.0), 1)
+
+
+@triton.jit
+def channel_values(v, at, mask, default: tl.constexpr, BLOCK_C: tl.constexpr):
+    """v at ``at`` [BLOCK_C], or the default for an argument that was not given."""
+    if v is None:
+        return tl.full((BLOCK_C,), default, tl.float32)
+    else:
+        return tl.load(v + at, mask=mask, other=default)
+
+
+@triton.jit
+def affine(weight, bias, scale, shift, n, channel, mask, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(gain, offset) [BLOCK_C] of y = act(gain * normalised + offset)."""
+    row = n * CHANNELS + channel
+    modulation = 1.0 + channel_values(scale, row, mask, 0.0, BLOCK_C)
+    gain = channel_values(weight, channel, mask, 1.0, BLOCK_C) * modulation
+    offset = channel_values(bias, channel, mask, 0.0, BLOCK_C) * modulation
+    return gain, offset + channel_values(shift, row, mask, 0.0, BLOCK_C)
