@@ -13,7 +13,6 @@ import pathlib
 import time
 from collections.abc import Callable
 
-from .. import backend as backends
 from .. import data
 from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown
 from ..evaluate.table import LARGE, ROWS, SAMPLES, STEPS
@@ -58,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"samples per cell; a distance of fewer is biased upwards more (default: {SAMPLES})",
     )
     parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the timesteps (default: leading)")
-    parser.add_argument("--seed", type=common.seed, default=0, help="of the samples and the classifier (default: 0)")
+    parser.add_argument("--seed", type=common.seed, default=0, help="of the samples (default: 0)")
     parser.add_argument("--out", nargs="+", default=[], help="files to write too: .md (the tables), .json (everything)")
     common.add_model_arguments(parser, classes=False)
 
@@ -82,7 +81,7 @@ def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
 def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
     train, test = data.digits("train"), data.digits("test")
     _check_fits(loaded, test)
-    judge = Judge(train, test, args.seed % 2**63)
+    judge = Judge(train, test)
     classes = None if loaded.model.config["num_classes"] is None else judge.labels(args.num_samples).tolist()
     return evaluate(
         loaded.model,
@@ -103,8 +102,8 @@ def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes them."""
-    with backends.use_backend(args.backend):
-        loaded = LoadedModel.from_arguments(args)
+    loaded = LoadedModel.from_arguments(args)
+    with common.backend_of(args, loaded.device):
         outputs = _outputs(args.out)
         start = time.perf_counter()
         evaluation = _measure(loaded, args)

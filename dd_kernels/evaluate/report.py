@@ -1,0 +1,85 @@
+"""An evaluation as the table that a person reads, and as JSON with everything in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from typing import Any
+
+import numpy as np
+import torch
+
+from .table import LARGE, Cell, Evaluation, row_name
+
+TITLES = {
+    "distance": "Fréchet distance to held-out images (lower is better; the floor is {floor:.1f})",
+    "sure": "Share of samples that the classifier is sure of (held-out images: {test_sure:.1%})",
+    "images_per_second": "Images/s",
+}
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "sure":
+        return f"{value:.1%}"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _grid(evaluation: Evaluation, name: str) -> str:
+    """One measure as a Markdown table: rows are samplers, columns are steps."""
+    rows = list(dict.fromkeys(cell.row for cell in evaluation.cells))
+    columns = list(dict.fromkeys(cell.steps for cell in evaluation.cells))
+    cells: dict[tuple[Any, int], Cell] = {(cell.row, cell.steps): cell for cell in evaluation.cells}
+    first = max(len(row_name(row)) for row in rows)
+    lines = [
+        [" " * first, *(f"{steps} steps" for steps in columns)],
+        ["-" * first, *("---:" for _ in columns)],
+        *(
+            [row_name(row).ljust(first), *(_figure(name, getattr(cells[row, s], name)) for s in columns)]
+            for row in rows
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("| " + " | ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
+    """The evaluation as text that is also Markdown: three tables, and how they were measured.
+
+    ``run`` is :func:`environment` and the run's seconds, model, dtype, guidance and batch_size.
+    """
+    facts = dataclasses.asdict(evaluation)
+    parts = [f"**{title.format(**facts)}**\n\n{_grid(evaluation, name)}" for name, title in TITLES.items()]
+    large = any(cell.row == LARGE for cell in evaluation.cells)
+    notes = [
+        f"{evaluation.samples} samples per cell, seed {evaluation.settings['seed']}, "
+        f"timesteps {evaluation.settings['spacing']}, of {evaluation.settings['timesteps']}. "
+        "eta 0 is DDIM, eta 1 is DDPM with the posterior variance"
+        + ("; DDPM's larger variance is beta of the steps taken." if large else "."),
+        f"Features: the {evaluation.features} inputs of the last layer of a classifier trained on real training "
+        f"images, accuracy {evaluation.accuracy:.1%} on {evaluation.test_images} held-out ones; "
+        f"sure is a probability of at least {evaluation.sure_probability:g}.",
+        f"The floor is the distance of {evaluation.floor_images} real training images of the same classes; "
+        f"the classifier is sure of {evaluation.floor_sure:.1%} of them.",
+        "Measured in {seconds:.0f} s on {device}, {threads} threads, backend {backend}, torch {torch}; "
+        "model {model}, {dtype}, guidance {guidance:g}, batches of {batch_size}.".format(**run),
+    ]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
+
+
+def environment(device: torch.device, backend: str) -> dict[str, Any]:
+    """What the figures were measured with, as plain JSON values."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device} ({name})",
+        "backend": backend,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def as_json(evaluation: Evaluation, run: dict[str, Any]) -> str:
+    """Everything, ``run`` too; a row is eta or "fixed_large"."""
+    return json.dumps({**dataclasses.asdict(evaluation), "run": run}, indent=2) + "\n"
