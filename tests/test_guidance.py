@@ -24,7 +24,8 @@ def test_classifier_free_guidance_is_one_call_of_twice_the_batch():
     x, t, y = torch.randn(SHAPE), torch.full((3,), 5), torch.tensor([1.0, 2.0, 3.0])
     out, uncond = predict(counted, x, t, {"y": y, "mode": "a"}, {"y": torch.zeros(3), "mode": "a"})
     assert sizes == [6]
-    assert torch.equal(out, model(x, t, y)) and torch.equal(uncond, torch.zeros(SHAPE))
+    assert torch.equal(out, model(x, t, y))
+    assert torch.equal(uncond, torch.zeros(SHAPE))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,8 @@ def test_arguments_that_cannot_be_joined_take_two_calls(uncond_kwargs):
     x, y = torch.randn(SHAPE), torch.ones(3)
     out, uncond = predict(counted, x, torch.zeros(3), {"y": y}, uncond_kwargs)
     assert sizes == [3, 3]
-    assert torch.equal(out, x) and not uncond.any()
+    assert torch.equal(out, x)
+    assert not uncond.any()
 
 
 def test_guided_sampling_extrapolates_from_the_unconditional():
@@ -82,5 +84,6 @@ def test_classifier_guidance_keeps_the_learned_variance_and_scale_0_the_model():
 
     x, t = torch.randn(SHAPE), torch.full((3,), 400)
     out = classifier_guided(learned, log_probability, SCHEDULE, scale=2.0)(x, t)
-    assert torch.equal(out[:, 2:], learned(x, t)[:, 2:]) and not torch.equal(out[:, :2], learned(x, t)[:, :2])
+    assert torch.equal(out[:, 2:], learned(x, t)[:, 2:])
+    assert not torch.equal(out[:, :2], learned(x, t)[:, :2])
     assert torch.equal(classifier_guided(learned, log_probability, SCHEDULE, scale=0.0)(x, t), learned(x, t))

@@ -170,7 +170,8 @@ def test_a_16_bit_model_gets_x_in_its_dtype_and_the_state_stays_float32():
             return self.gain * x
 
     x = dd.sample(Half(), SHAPE, dd.ddim(SCHEDULE, 5), seed=0)
-    assert x.dtype == torch.float32 and x.isfinite().all()
+    assert x.dtype == torch.float32
+    assert x.isfinite().all()
 
 
 def test_inversion_then_sampling_returns_to_the_image():
@@ -287,7 +288,7 @@ def test_bad_model_table_and_shape_are_named():
     table = dd.ddim(SCHEDULE, 5)
     with pytest.raises(TypeError, match="model must be callable"):
         dd.sample(None, SHAPE, table)
-    with pytest.raises(TypeError, match="table must be a StepTable.*got Schedule"):
+    with pytest.raises(TypeError, match=r"table must be a StepTable.*got Schedule"):
         dd.sample(model, SHAPE, SCHEDULE)
     with pytest.raises(ValueError, match="shape_or_x must be a tensor or the shape"):
         dd.sample(model, (), table)

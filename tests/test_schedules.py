@@ -62,7 +62,8 @@ def test_alpha_bars_and_betas_are_two_views_of_one_schedule(betas):
 def test_zero_terminal_snr_keeps_the_first_and_zeroes_the_last():
     schedule = dd.linear_schedule(1000)
     rescaled = dd.rescale_zero_terminal_snr(schedule)
-    assert rescaled.alpha_bar[-1] == 0 and rescaled.snr[-1] == 0
+    assert rescaled.alpha_bar[-1] == 0
+    assert rescaled.snr[-1] == 0
     assert rescaled.alpha_bar[0] == pytest.approx(schedule.alpha_bar[0], rel=1e-12)
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod.double().numpy()

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,8 @@ def test_spacings_visit_exactly_the_steps_asked_for(spacing, steps):
     sequence = dd.timestep_sequence(1000, steps, spacing)
     assert len(sequence) == steps
     assert np.all(np.diff(sequence) > 0)
-    assert sequence[0] >= 0 and sequence[-1] < 1000
+    assert sequence[0] >= 0
+    assert sequence[-1] < 1000
     if spacing != "leading":
         assert sequence[-1] == 999
 
@@ -30,7 +33,8 @@ def test_spacings_visit_exactly_the_steps_asked_for(spacing, steps):
 @pytest.mark.parametrize("steps", [61, 103, 121])
 def test_trailing_is_right_where_floating_ranges_give_one_step_too_many(steps):
     sequence = dd.timestep_sequence(1000, steps, "trailing")
-    assert len(sequence) == steps and sequence[0] >= 0
+    assert len(sequence) == steps
+    assert sequence[0] >= 0
 
 
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
@@ -64,7 +68,7 @@ def test_ddim_rows_are_equation_12(eta):
     table = dd.ddim(SCHEDULE, 10, eta=eta, clip=None)
     timesteps = [*table.timesteps.tolist(), None]
     rng = np.random.default_rng(0)
-    for i, (t, t_prev) in enumerate(zip(timesteps, timesteps[1:], strict=False)):
+    for i, (t, t_prev) in enumerate(itertools.pairwise(timesteps)):
         a, a_prev = SCHEDULE.alpha_bar[t], 1.0 if t_prev is None else SCHEDULE.alpha_bar[t_prev]
         x, epsilon, z = rng.normal(size=3)
         sigma = eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
@@ -165,7 +169,8 @@ def test_a_table_is_uploaded_once():
     table = dd.ddim(SCHEDULE, 5)
     first = table.on(torch.device("cpu"))
     assert table.on(torch.device("cpu")) is first
-    assert first.rows.dtype == torch.float32 and len(first.steps) == 5
+    assert first.rows.dtype == torch.float32
+    assert len(first.steps) == 5
 
 
 @pytest.mark.parametrize(
@@ -198,7 +203,7 @@ def test_bad_input_gets_one_clear_error(call, message):
 
 
 def test_unknown_columns_are_refused():
-    with pytest.raises(TypeError, match="a table has the columns.*got sigm"):
+    with pytest.raises(TypeError, match=r"a table has the columns.*got sigm"):
         from_columns(np.arange(3), sigm=1.0)
 
 
