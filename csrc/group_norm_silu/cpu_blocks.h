@@ -9,22 +9,22 @@ struct Count {
     static constexpr int count = n;
 };
 
-// visit(Count, first element, lanes): four vectors at a time, whose long chains of operations then
+// visit(Count, first element, lanes): some vectors at a time, whose long chains of operations then
 // overlap, single ones, and a last one of fewer lanes.
-template <class Visit>
+template <int some = 4, class Visit>
 DD_INLINE void for_blocks(int64_t n, Visit visit) {
     int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) visit(Count<4>{}, i, int64_t{kLanes});
+    for (; i + some * kLanes <= n; i += some * kLanes) visit(Count<some>{}, i, int64_t{kLanes});
     for (; i + kLanes <= n; i += kLanes) visit(Count<1>{}, i, int64_t{kLanes});
     if (i < n) visit(Count<1>{}, i, n - i);
 }
 
-// visit(Count, first value): four pixels at a time, so that a sum in memory is read and written a quarter as often.
+// visit(Count, first pixel): four pixels at a time, so that what is per channel is read a quarter as often.
 template <class Visit>
-DD_INLINE void for_pixels(const float* x, int64_t pixels, int64_t channels, Visit visit) {
+DD_INLINE void for_pixels(int64_t pixels, Visit visit) {
     int64_t pixel = 0;
-    for (; pixel + 4 <= pixels; pixel += 4) visit(Count<4>{}, x + pixel * channels);
-    for (; pixel < pixels; ++pixel) visit(Count<1>{}, x + pixel * channels);
+    for (; pixel + 4 <= pixels; pixel += 4) visit(Count<4>{}, pixel);
+    for (; pixel < pixels; ++pixel) visit(Count<1>{}, pixel);
 }
 
 DD_INLINE Vec load_some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load_first(p, lanes); }
@@ -43,6 +43,16 @@ DD_INLINE Vec keep_first(Vec v, int64_t lanes) {
     Vec kept{};
     __builtin_memcpy(&kept, &v, static_cast<size_t>(lanes) * sizeof(float));
     return kept;
+}
+
+// Affine, lane by lane.
+struct Line {
+    Vec centre, gain, offset;
+};
+
+DD_INLINE Line line_of(const float* coefficients, int64_t channels, int64_t lanes) {
+    return {load_some(coefficients, lanes), load_some(coefficients + channels, lanes),
+            load_some(coefficients + 2 * channels, lanes)};
 }
 
 DD_INLINE void fill(float* p, int64_t n, float value) {

@@ -6,7 +6,7 @@ using group_norm::Forward;
 using group_norm::Moments;
 
 // Centred on a first estimate of the mean and then corrected for it, so that neither sum cancels.
-DD_INLINE Moments centred_moments(double count, float centre, double sum, double sum_of_squares) {
+DD_INLINE Moments centred_moments(double count, double centre, double sum, double sum_of_squares) {
     return {count, centre + sum / count, sum_of_squares - sum * sum / count};
 }
 
@@ -44,50 +44,56 @@ DD_INLINE double sum_of(const float* values, int64_t count) {
     return total;
 }
 
+// sums[c] of x[pixel][c] over the pixels.
+DD_INLINE void sum_pixels(const float* x, int64_t pixels, int64_t channels, float* sums) {
+    fill(sums, channels, 0.0f);
+    for_pixels(pixels, [&](auto rows, int64_t pixel) {
+        for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
+            Vec total{};
+            for (int r = 0; r < rows.count; ++r) total += load_some(x + (pixel + r) * channels + c, lanes);
+            store_some(sums + c, lanes, load_some(sums + c, lanes) + total);
+        });
+    });
+}
+
+// The same of d = x[pixel][c] - centres[c], and of its square.
+DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, const float* centres, float* sums,
+                              float* squares) {
+    fill(sums, channels, 0.0f);
+    fill(squares, channels, 0.0f);
+    for_pixels(pixels, [&](auto rows, int64_t pixel) {
+        for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
+            Vec total{}, square{}, centre = load_some(centres + c, lanes);
+            for (int r = 0; r < rows.count; ++r) {
+                Vec d = load_some(x + (pixel + r) * channels + c, lanes) - centre;
+                total += d;
+                square = fma(d, d, square);
+            }
+            store_some(sums + c, lanes, load_some(sums + c, lanes) + total);
+            store_some(squares + c, lanes, load_some(squares + c, lanes) + square);
+        });
+    });
+}
+
 // Of x + pre_shift over pixels [pixels][channels], for every group; scratch holds 3 floats per channel.
 DD_INLINE void pixel_moments(const float* x, int64_t pixels, int64_t channels, int64_t groups, const float* pre_shift,
                              float* scratch, Moments* out) {
     float *sums = scratch, *squares = sums + channels, *centres = squares + channels;
     int64_t width = channels / groups;
     double count = static_cast<double>(pixels * width);
-    fill(sums, channels, 0.0f);
-    for_pixels(x, pixels, channels, [&](auto rows, const float* from) {
-        for_blocks(channels, [&](auto block, int64_t i, int64_t lanes) {
-            for (int j = 0; j < block.count; ++j, i += kLanes) {
-                Vec total = load_some(sums + i, lanes);
-                for (int r = 0; r < rows.count; ++r) total += load_some(from + r * channels + i, lanes);
-                store_some(sums + i, lanes, total);
-            }
-        });
-    });
+    sum_pixels(x, pixels, channels, sums);
     for (int64_t g = 0; g < groups; ++g) {
         double total = sum_of(sums + g * width, width);
         if (pre_shift != nullptr) total += static_cast<double>(pixels) * sum_of(pre_shift + g * width, width);
-        float centre = static_cast<float>(total / count);
-        out[g].mean = centre;
+        out[g].mean = static_cast<float>(total / count);
         for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-            centres[c] = pre_shift == nullptr ? centre : centre - pre_shift[c];
+            centres[c] = static_cast<float>(pre_shift == nullptr ? out[g].mean : out[g].mean - pre_shift[c]);
         }
     }
-    fill(sums, 2 * channels, 0.0f);
-    for_pixels(x, pixels, channels, [&](auto rows, const float* from) {
-        for_blocks(channels, [&](auto block, int64_t i, int64_t lanes) {
-            for (int j = 0; j < block.count; ++j, i += kLanes) {
-                Vec total = load_some(sums + i, lanes), square = load_some(squares + i, lanes);
-                Vec centre = load_some(centres + i, lanes);
-                for (int r = 0; r < rows.count; ++r) {
-                    Vec d = load_some(from + r * channels + i, lanes) - centre;
-                    total += d;
-                    square = fma(d, d, square);
-                }
-                store_some(sums + i, lanes, total);
-                store_some(squares + i, lanes, square);
-            }
-        });
-    });
+    sum_deviations(x, pixels, channels, centres, sums, squares);
     for (int64_t g = 0; g < groups; ++g) {
-        out[g] = centred_moments(count, static_cast<float>(out[g].mean), sum_of(sums + g * width, width),
-                                 sum_of(squares + g * width, width));
+        out[g] =
+            centred_moments(count, out[g].mean, sum_of(sums + g * width, width), sum_of(squares + g * width, width));
     }
 }
 
@@ -135,34 +141,32 @@ template <bool silu>
 DD_INLINE void map_rows(const float* x, float* y, int64_t rows, int64_t length, const float* coefficients,
                         int64_t stride) {
     for (int64_t row = 0; row < rows; ++row, x += length, y += length) {
-        Vec centre = splat(coefficients[row]), gain = splat(coefficients[stride + row]);
-        Vec offset = splat(coefficients[2 * stride + row]);
+        const float* c = coefficients + row;
+        Line line{splat(c[0]), splat(c[stride]), splat(c[2 * stride])};
         for_blocks(length, [&](auto block, int64_t i, int64_t lanes) {
-            Vec z[block.count];
+            Vec out[block.count];
             for (int j = 0; j < block.count; ++j) {
-                z[j] = fma(load_some(x + i + j * kLanes, lanes) - centre, gain, offset);
+                Vec d = load_some(x + i + j * kLanes, lanes) - line.centre;
+                out[j] = activation<silu>(fma(d, line.gain, line.offset));
             }
-            for (int j = 0; j < block.count; ++j) z[j] = activation<silu>(z[j]);
-            for (int j = 0; j < block.count; ++j) store_some(y + i + j * kLanes, lanes, z[j]);
+            for (int j = 0; j < block.count; ++j) store_some(y + i + j * kLanes, lanes, out[j]);
         });
     }
 }
 
 template <bool silu>
 DD_INLINE void map_pixels(const float* x, float* y, int64_t pixels, int64_t channels, const float* coefficients) {
-    const float *centre = coefficients, *gain = centre + channels, *offset = gain + channels;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, y += channels) {
-        for_blocks(channels, [&](auto block, int64_t i, int64_t lanes) {
-            Vec z[block.count];
-            for (int j = 0; j < block.count; ++j) {
-                int64_t c = i + j * kLanes;
-                z[j] = fma(load_some(x + c, lanes) - load_some(centre + c, lanes), load_some(gain + c, lanes),
-                           load_some(offset + c, lanes));
+    for_pixels(pixels, [&](auto rows, int64_t pixel) {
+        for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
+            Line line = line_of(coefficients + c, channels, lanes);
+            Vec out[rows.count];
+            for (int r = 0; r < rows.count; ++r) {
+                Vec d = load_some(x + (pixel + r) * channels + c, lanes) - line.centre;
+                out[r] = activation<silu>(fma(d, line.gain, line.offset));
             }
-            for (int j = 0; j < block.count; ++j) z[j] = activation<silu>(z[j]);
-            for (int j = 0; j < block.count; ++j) store_some(y + i + j * kLanes, lanes, z[j]);
+            for (int r = 0; r < rows.count; ++r) store_some(y + (pixel + r) * channels + c, lanes, out[r]);
         });
-    }
+    });
 }
 
 template <bool silu>

@@ -42,12 +42,6 @@ DD_HOST_DEVICE Value activation_gradient(Value dy, Value z) {
     return dy;
 }
 
-// Sums over a channel of one sample, with d = x - centre: of dz, dz d and d. All its gradients follow.
-template <class Real>
-struct ChannelSums {
-    Real dz, dz_d, d;
-};
-
 // n = (x + pre_shift - mean) rstd is d rstd + remainder, remainder what the centre's rounding took.
 template <class Real>
 DD_HOST_DEVICE Real centre_remainder(float centre, Real mean, Real rstd, const ChannelOptions<Real>& o) {

@@ -56,7 +56,7 @@ struct Cut {
 inline Cut cut(int64_t samples, int64_t channels, int64_t pixels, int64_t groups, bool channels_last) {
     Cut c{samples, channels, pixels, groups, channels_last, channels, 0};
     if (channels_last) {
-        constexpr int64_t elements = 4096, fewest = 64, most = 256;
+        constexpr int64_t elements = 4096, fewest = 64, most = 128;
         c.piece_pixels = elements / channels;
         if (c.piece_pixels < fewest) c.piece_pixels = fewest;
         if (c.piece_pixels > most) c.piece_pixels = most;

@@ -1,0 +1,95 @@
+#include "group_norm_silu/two_passes.h"
+
+namespace dd::group_norm {
+
+// Over pixels of one channel of one sample, with d = x - centre. All gradients follow from these.
+struct ChannelSums {
+    double dz, dz_d, d;
+
+    void add(const ChannelSums& other) {
+        dz += other.dz;
+        dz_d += other.dz_d;
+        d += other.d;
+    }
+};
+
+struct Backward {
+    Cut cut;
+    Operand dy, x, dx;
+    const float *mean, *rstd;
+    Options options;
+    float *dpre_shift, *dscale, *dshift;  // [N, C], or null where not wanted
+    double *dweight_parts, *dbias_parts;  // [N, C] too: what each sample adds
+};
+
+}  // namespace dd::group_norm
+
+#define DD_KERNEL "group_norm_silu/cpu_backward_kernel.h"
+#include "common/each_isa.h"
+
+namespace dd::group_norm {
+namespace {
+
+struct BackwardPass : Backward {
+    using Partial = ChannelSums;
+    int64_t partials() const { return cut.parts() * cut.unit_channels(); }
+    int64_t coefficients() const { return 5 * cut.unit_channels(); }
+    int64_t scratch() const { return 3 * cut.unit_channels() + 2 * cut.piece_elements(); }
+
+    void prepare(int64_t unit, float* coefficients) const {
+        DD_CHOOSE(group_norm_backward_prepare)(*this, unit, coefficients);
+    }
+    void reduce(int64_t unit, int64_t piece, const float* coefficients, ChannelSums* sums, float* scratch) const {
+        DD_CHOOSE(group_norm_backward_reduce)(*this, unit, piece, coefficients, sums, scratch);
+    }
+    void finish(int64_t unit, ChannelSums* sums, float* coefficients) const {
+        DD_CHOOSE(group_norm_backward_finish)(*this, unit, sums, coefficients);
+    }
+    void map(int64_t unit, int64_t piece, const float* coefficients, float* scratch) const {
+        DD_CHOOSE(group_norm_backward_map)(*this, unit, piece, coefficients, scratch);
+    }
+};
+
+float* mutable_floats(const std::optional<Tensor>& x) {
+    return x.has_value() ? static_cast<float*>(x->mutable_data_ptr()) : nullptr;
+}
+
+// One sum over the samples per channel, in the order of the samples.
+void sum_samples(const double* parts, int64_t samples, int64_t channels, float* out) {
+    constexpr int64_t block = 64;
+    int64_t grain = std::max<int64_t>(1, 16384 / (samples * block + 1));
+    torch::stable::parallel_for(0, ceil_div(channels, block), grain, [&](int64_t first, int64_t last) {
+        for (int64_t start = first * block; start < std::min(channels, last * block); start += block) {
+            int64_t width = std::min(block, channels - start);
+            double totals[block] = {};
+            for (int64_t n = 0; n < samples; ++n) {
+                for (int64_t c = 0; c < width; ++c) totals[c] += parts[n * channels + start + c];
+            }
+            for (int64_t c = 0; c < width; ++c) out[start + c] = static_cast<float>(totals[c]);
+        }
+    });
+}
+
+void group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
+                              std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+                              std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                              bool silu, Tensor dx, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
+                              std::optional<Tensor> dpre_shift, std::optional<Tensor> dscale,
+                              std::optional<Tensor> dshift) {
+    Options options{floats(weight), floats(bias), floats(pre_shift), floats(scale), floats(shift), eps, silu};
+    Cut cut = cut_of(x, num_groups);
+    std::unique_ptr<double[]> parts(new double[static_cast<size_t>(2 * cut.samples * cut.channels)]);
+    double *dweight_parts = parts.get(), *dbias_parts = dweight_parts + cut.samples * cut.channels;
+    run(BackwardPass{{cut, operand(dy), operand(x), operand(dx), static_cast<const float*>(mean.const_data_ptr()),
+                      static_cast<const float*>(rstd.const_data_ptr()), options, mutable_floats(dpre_shift),
+                      mutable_floats(dscale), mutable_floats(dshift), dweight_parts, dbias_parts}});
+    if (dweight.has_value()) sum_samples(dweight_parts, cut.samples, cut.channels, mutable_floats(dweight));
+    if (dbias.has_value()) sum_samples(dbias_parts, cut.samples, cut.channels, mutable_floats(dbias));
+}
+
+}  // namespace
+}  // namespace dd::group_norm
+
+STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) {
+    m.impl("group_norm_silu_backward", TORCH_BOX(&dd::group_norm::group_norm_silu_backward));
+}
