@@ -6,12 +6,18 @@
 #include <stdexcept>
 #include <string>
 
+#ifdef DD_X86
+#include <cpuid.h>
+#endif
+
 namespace dd {
 namespace {
 
 bool has_avx2() {
 #ifdef DD_X86
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    unsigned a, b, c = 0, d;  // Clang's __builtin_cpu_supports knew no "f16c" before 19
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c & bit_F16C);
 #else
     return false;
 #endif

@@ -15,7 +15,7 @@ DD_INLINE const float* model_output(const ReverseStepArguments& a, const Tile& t
     return buffer;
 }
 
-// What a step adds, sigma z, of a tile; null where it adds nothing.
+// z of a tile, scaled where the model learned its variance; null where the step adds no noise.
 DD_INLINE const float* step_noise(const ReverseStepArguments& a, const Tile& tile, const StepRow& row, int64_t draw,
                                   float* buffer, float* scratch) {
     if (row.sigma == 0.0f || !(a.noise || a.draws_noise)) return nullptr;
@@ -25,24 +25,25 @@ DD_INLINE const float* step_noise(const ReverseStepArguments& a, const Tile& til
     } else {
         fill_noise(buffer, a.layout, tile, a.key.counter(tile.sample, draw, kStreamReverseStep), scratch);
     }
-    const float* variance = a.variance ? read_tile(a.variance, tile, scratch) : nullptr;
+    if (!a.variance) return z;
+    const float* variance = read_tile(a.variance, tile, scratch);
     for (int64_t i = 0; i < tile.elements; i += kLanes) {
         int64_t left = tile.elements - i;
-        Vec sigma = variance ? learned_sigma(load(variance + i, left), row) : splat(row.sigma);
-        store(buffer + i, left, load(z + i, left) * sigma);
+        store(buffer + i, left, load(z + i, left) * learned_sigma(load(variance + i, left), row));
     }
     return buffer;
 }
 
-DD_INLINE void step_tile(const float* x, const float* out, const float* noise, int64_t n, const StepRow& row,
-                         const Clip& clip, float* x_prev, float* x0) {
+// x_prev = mean + noise_scale noise.
+DD_INLINE void step_tile(const float* x, const float* out, const float* noise, float noise_scale, int64_t n,
+                         const StepRow& row, const Clip& clip, float* x_prev, float* x0) {
     for (int64_t i = 0; i < n; i += kLanes) {
         int64_t left = n - i;
         Vec x_i = load(x + i, left), out_i = load(out + i, left);
         Vec x0_i = predict_x0(x_i, out_i, row, clip);
         Vec mean = step_mean(x0_i, x_i, out_i, row);
         if (x0) store(x0 + i, left, x0_i);
-        store(x_prev + i, left, noise ? mean + load(noise + i, left) : mean);
+        store(x_prev + i, left, noise ? fma(load(noise + i, left), noise_scale, mean) : mean);
     }
 }
 
@@ -60,7 +61,7 @@ void reverse_step(const ReverseStepArguments& a, int64_t first_tile, int64_t las
         const float* noise = step_noise(a, tile, row, a.timesteps[step], buffers[3], buffers[2]);
         float* x_prev = output_tile(a.x_prev, tile, buffers[4]);
         float* x0 = a.x0 ? output_tile(a.x0, tile, buffers[5]) : nullptr;
-        step_tile(x, out, noise, tile.elements, row, clip, x_prev, x0);
+        step_tile(x, out, noise, a.variance ? 1.0f : row.sigma, tile.elements, row, clip, x_prev, x0);
         write_tile(a.x_prev, tile, x_prev);
         if (x0) write_tile(a.x0, tile, x0);
     }
