@@ -103,7 +103,7 @@ class UNet(nn.Module):
         """
         self._check_images(x)
         embedding = F.silu(self._embedding(x, t, y))
-        h = self.conv_in(x.to(self.conv_in.weight.dtype).contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = [h]
         for stage in self.down:
             for i in range(len(stage.resnets)):

@@ -28,7 +28,7 @@ VARIANTS = {
     },
     "plain": {"resample": "plain", "middle_attention": False, "num_res_blocks": 2, "embedding_channels": 10},
     "guidance": {"num_heads": 2, "num_classes": 5, "null_class": True, "out_channels": 2, "time_channels": 24},
-    "one level": {"channels": (16,), "num_res_blocks": 2, "dropout": 0.5, "embedding_channels": 7},
+    "one level": {"in_channels": 1, "channels": (16,), "num_res_blocks": 2, "dropout": 0.5, "embedding_channels": 7},
 }
 
 
@@ -37,7 +37,7 @@ def build(name: str) -> UNet:
 
 
 def inputs(model: UNet, batch: int = 3, size: tuple[int, int] = (8, 8)) -> tuple:
-    x = torch.randn(batch, 3, *size)
+    x = torch.randn(batch, model.config["in_channels"], *size)
     t = torch.randint(0, 1000, (batch,))
     classes = model.config["num_classes"]
     return x, t, None if classes is None else torch.randint(0, classes, (batch,))
@@ -69,7 +69,7 @@ def test_forward_and_gradients_within_the_error_budget(name):
 def test_shape_dtype_and_layout(name):
     model = build(name)
     config = model.config
-    channels = (config["out_channels"] or 3) * (2 if config["learn_variance"] else 1)
+    channels = (config["out_channels"] or config["in_channels"]) * (2 if config["learn_variance"] else 1)
     x, t, y = inputs(model, 2, (8, 16))
     out = model(x, t, y)
     assert out.shape == (2, channels, 8, 16)
