@@ -31,12 +31,12 @@ def check_like(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {x_name}, {x.device}; got {y.device}")
 
 
-def check_shape(name: str, y: Tensor | None, shape: Sequence[int], device: torch.device) -> None:
+def check_shape(name: str, y: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises unless ``y`` is None or a floating tensor of ``shape`` on ``device``."""
     if y is None:
         return
     check_float(name, y)
-    if list(y.shape) != list(shape):
+    if y.shape != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}; got {list(y.shape)}")
     if y.device != device:
         raise ValueError(f"{name} must be on {device}; got {y.device}")

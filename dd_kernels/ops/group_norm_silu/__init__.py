@@ -35,6 +35,12 @@ def _(*args: Any) -> None:
     return None
 
 
+_OPS = {  # the overloads themselves: choosing one costs a microsecond per call
+    "group_norm_silu": torch.ops.dd_kernels.group_norm_silu.default,
+    "group_norm_silu_backward": torch.ops.dd_kernels.group_norm_silu_backward.default,
+}
+
+
 def _run(chosen: str, name: str, arguments: tuple) -> None:
     """Calls the op ``name`` of the backend; outputs are among the arguments."""
     if chosen == "triton":
@@ -42,13 +48,14 @@ def _run(chosen: str, name: str, arguments: tuple) -> None:
 
         getattr(triton, name)(*arguments)
     else:
-        getattr(torch.ops.dd_kernels, name)(*arguments)
+        _OPS[name](*arguments)
 
 
 def _forward(chosen: str, x: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd [N, G] (float32) for the backward pass."""
     y = torch.empty_like(x)
-    mean, rstd = torch.empty((2, x.shape[0], options[0]), dtype=torch.float32, device=x.device).unbind()
+    mean = torch.empty((x.shape[0], options[0]), dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     _run(chosen, "group_norm_silu", (x, *options, y, mean, rstd))
     return y, mean, rstd
 
@@ -99,20 +106,29 @@ class _GroupNormSiLU(torch.autograd.Function):
 
 def _check(x: Tensor, num_groups: int, eps: float, activation: str, channels: dict, rows: dict) -> None:
     checks.check_float("x", x)
-    if x.ndim < 2:
-        raise ValueError(f"x must be [N, C, ...]; got {list(x.shape)}")
-    if num_groups < 1 or x.shape[1] % num_groups != 0:
-        raise ValueError(f"num_groups must divide the {x.shape[1]} channels of x; got {num_groups}")
-    if x.numel() == 0 and x.shape[0] != 0:
-        raise ValueError(f"x must have at least one element per sample; got the shape {list(x.shape)}")
+    shape, device = x.shape, x.device
+    if len(shape) < 2:
+        raise ValueError(f"x must be [N, C, ...]; got {list(shape)}")
+    if num_groups < 1 or shape[1] % num_groups != 0:
+        raise ValueError(f"num_groups must divide the {shape[1]} channels of x; got {num_groups}")
+    if x.numel() == 0 and shape[0] != 0:
+        raise ValueError(f"x must have at least one element per sample; got the shape {list(shape)}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0; got {eps}")
     if activation not in ("silu", "none"):
         raise ValueError(f"activation must be 'silu' or 'none'; got {activation!r}")
     for name, v in channels.items():
-        checks.check_shape(name, v, x.shape[1:2], x.device)
+        if v is not None:
+            checks.check_shape(name, v, shape[1:2], device)
     for name, v in rows.items():
-        checks.check_shape(name, v, x.shape[:2], x.device)
+        if v is not None:
+            checks.check_shape(name, v, shape[:2], device)
+
+
+def _dense_float32(v: Tensor | None) -> Tensor | None:
+    if v is None or (v.dtype == torch.float32 and v.is_contiguous()):
+        return v
+    return v.to(torch.float32).contiguous()
 
 
 def group_norm_silu(
@@ -169,9 +185,7 @@ def group_norm_silu(
 
     x = checks.dense(x)
     # The kernels read these few values as dense float32; autograd casts their gradients back.
-    weight, bias, pre_shift, scale, shift = (
-        v if v is None else v.to(torch.float32).contiguous() for v in small
-    )
+    weight, bias, pre_shift, scale, shift = (_dense_float32(v) for v in small)
     if checks.needs_grad(x, *small):
         return _GroupNormSiLU.apply(x, weight, bias, pre_shift, scale, shift, num_groups, eps, silu, chosen)
     return _forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))[0]
