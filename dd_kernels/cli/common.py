@@ -18,7 +18,6 @@ from .. import checkpoint, tables
 from ..checkpoint import ModelInfo
 from ..data import class_indices
 from ..nn import UNet
-from ..tables import StepTable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -170,11 +169,16 @@ def clip(text: str) -> float | tables.DynamicThreshold | None:
     return value
 
 
-def ddim_table(loaded: LoadedModel, args: argparse.Namespace, **options: Any) -> StepTable:
-    """DDIM with --steps and --spacing on the model's schedule."""
-    return tables.ddim(
-        loaded.info.make_schedule(), args.steps, spacing=args.spacing, prediction=loaded.info.prediction, **options
-    )
+def add_step_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """--steps and --spacing."""
+    parser.add_argument("--steps", type=count, help=f"(default: {default})")
+    parser.add_argument("--spacing", choices=tables.SPACINGS, help="(default: leading; linspace for ddpm)")
+
+
+def ddim_options(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """What --steps (50, or the model's T if that is less) and --spacing mean to ``ddim`` and its inversion."""
+    steps = min(50, loaded.info.num_timesteps) if args.steps is None else args.steps
+    return {"steps": steps, "spacing": args.spacing or "leading", "prediction": loaded.info.prediction}
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from .. import data, samplers, tables
 from ..images import Output
 from ..ops import randn
-from ..tables import SPACINGS
 from . import common
 from .common import LoadedModel
 
@@ -26,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ends.add_argument("--images", nargs=2, metavar=("A", "B"), help="two image files instead of two seeds")
     parser.add_argument("-n", "--frames", type=common.integer(2), default=11, help="images per walk (default: 11)")
     parser.add_argument("--rows", type=common.count, help="walks between seeds (default: one per class, or 8)")
-    parser.add_argument("--steps", type=common.count, default=50, help="of DDIM, each way (default: 50)")
-    parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the timesteps (default: leading)")
+    common.add_step_arguments(parser, "50, each way")
     parser.add_argument("--out", default="interpolation.png", help="(default: interpolation.png)")
     parser.add_argument("--overwrite", action="store_true", help="a folder that holds files may be written to")
     common.add_model_arguments(parser)
@@ -45,9 +43,7 @@ def _ends_of_images(
     channels, size, _ = loaded.info.sample_shape
     pixels = data.ImageData(torch.stack([data.load_image(path, size, channels) for path in paths]))
     x_start = pixels.batch(torch.arange(2))[0].to(loaded.device)
-    table = tables.ddim_inversion(
-        loaded.info.make_schedule(), args.steps, spacing=args.spacing, prediction=loaded.info.prediction
-    )
+    table = tables.ddim_inversion(loaded.info.make_schedule(), **common.ddim_options(loaded, args))
     rows = 1 if labels is None else len(labels)
     both = x_start.repeat_interleave(rows, dim=0)  # [2 rows, C, H, W]
     conditions = loaded.conditions(None if labels is None else labels * 2)
@@ -63,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     with common.backend_of(args, loaded.device):
         labels = loaded.labels(args.classes, default="none" if args.images else "all")
         # A latent from inversion is the image's own only on the path without clipping.
-        table = common.ddim_table(loaded, args, clip=None if args.images else 1.0)
+        clip = None if args.images else 1.0
+        table = tables.ddim(loaded.info.make_schedule(), clip=clip, **common.ddim_options(loaded, args))
         output = Output(args.out, args.overwrite)
         if args.images:
             if args.rows is not None:

@@ -14,7 +14,7 @@ import torch
 
 from .. import samplers, tables
 from ..images import Output
-from ..tables import SPACINGS, StepTable
+from ..tables import StepTable
 from . import common
 from .common import LoadedModel
 
@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="a folder that holds files may be written to")
     parser.add_argument("--columns", type=common.count, help="images per row of the grid (default: a square)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: ddim)")
-    parser.add_argument("--steps", type=common.count, help="(default: 50 for ddim, all of the model's for ddpm)")
+    common.add_step_arguments(parser, "50 for ddim, all of the model's for ddpm")
     parser.add_argument("--eta", type=common.number, help="ddim: noise of each step, in [0, 1] (default: 0)")
-    parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: leading; ddpm: linspace)")
     parser.add_argument("--variance", choices=("fixed_small", "fixed_large"), help="ddpm (default: fixed_small)")
     parser.add_argument("--clip", type=common.clip, default=1.0, help="x0 to this range, none or dynamic (default: 1)")
     parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
@@ -41,13 +40,17 @@ def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
     unfit = {"ddim": "variance", "ddpm": "eta"}[args.sampler]
     if getattr(args, unfit) is not None:
         raise ValueError(f"--{unfit} must be left out with --sampler {args.sampler}; got {getattr(args, unfit)}")
-    spacing = {} if args.spacing is None else {"spacing": args.spacing}
-    options = {"prediction": loaded.info.prediction, "clip": args.clip, **spacing}
     schedule = loaded.info.make_schedule()
-    if args.sampler == "ddpm":
-        return tables.ddpm(schedule, args.steps, variance=args.variance or "fixed_small", **options)
-    steps = min(50, len(schedule)) if args.steps is None else args.steps
-    return tables.ddim(schedule, steps, eta=args.eta or 0.0, **options)
+    if args.sampler == "ddim":
+        return tables.ddim(schedule, eta=args.eta or 0.0, clip=args.clip, **common.ddim_options(loaded, args))
+    return tables.ddpm(
+        schedule,
+        args.steps,
+        variance=args.variance or "fixed_small",
+        prediction=loaded.info.prediction,
+        clip=args.clip,
+        spacing=args.spacing or "linspace",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
