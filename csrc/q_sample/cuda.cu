@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kUnitThreads) q_sample_kernel(const QSampleArg
     if (!unit.exists()) return;
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
         const Marginal marginal = load_marginal(a, sample);
-        float z[unit.kRows][unit.kWidth];
+        float z[unit.kRows][unit.kWidth] = {};
         if (!a.noise) {
             const NoiseKey key = load_key(a.key);
             unit.normals(key.counter(sample, key.draw, kStreamQSample), z);

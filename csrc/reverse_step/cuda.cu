@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kUnitThreads) reverse_step_kernel(const Revers
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
         const Step step = load_step(a, sample);
         const bool noisy = step.row.sigma != 0.0f && (a.noise || a.key);
-        float z[unit.kRows][width];
+        float z[unit.kRows][width] = {};
         if (noisy && !a.noise) unit.normals(load_key(a.key).counter(sample, step.draw, kStreamReverseStep), z);
 #pragma unroll
         for (int row = 0; row < unit.kRows; ++row) {

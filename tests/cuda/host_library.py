@@ -33,38 +33,39 @@ def _sources() -> list[Path]:
     return sorted([*ROOT.glob("csrc/*/cuda*.cu"), *ROOT.glob("csrc/*/cuda*.cpp"), HOST / "host.cpp"])
 
 
-def _fingerprint(flags: list[str]) -> str:
-    """Changes whenever a header, a source, a flag or torch does."""
-    digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    for path in sorted([*ROOT.glob("csrc/*/*"), *HOST.rglob("*")]):
-        if path.is_file():
-            digest.update(path.read_bytes())
+def _digest(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
     return digest.hexdigest()[:16]
 
 
+def _compile(command: list[str], source: Path, target: Path) -> Path:
+    """``target`` itself, made unless an earlier run on the same sources made it."""
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.o")
+        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(partial)], check=True)
+        partial.replace(target)
+    return target
+
+
 def build(sanitize: bool = False) -> Path:
-    """The library, compiled unless it is there already from an earlier run on the same sources."""
-    flags = FLAGS + (SANITIZE if sanitize else [])
-    folder = Path(tempfile.gettempdir()) / f"dd_kernels_host_{os.getuid()}_{_fingerprint(flags)}"
-    library = folder / "dd_kernels_host.so"
-    if library.exists():
-        return library
+    """The library; what an earlier run compiled from the same sources is used again."""
+    folder = Path(tempfile.gettempdir()) / f"dd_kernels_host_{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    include = [f"-I{path}" for path in (HOST, ROOT / "csrc", *include_paths())]
-    define = "-DTORCH_TARGET_VERSION=0x020A000000000000"
-
-    def compile_one(source: Path) -> str:
-        target = folder / f"{source.parent.name}_{source.stem}_{source.suffix[1:]}.{os.getpid()}.o"
-        command = [compiler(), *flags, define, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
-        subprocess.run(command, check=True)
-        return str(target)
-
+    flags = [*FLAGS, *(SANITIZE if sanitize else []), "-DTORCH_TARGET_VERSION=0x020A000000000000"]
+    command = [compiler(), *flags, *(f"-I{path}" for path in (HOST, ROOT / "csrc", *include_paths()))]
+    headers = sorted(path for path in [*ROOT.glob("csrc/*/*.*h"), *HOST.rglob("*.h")])
+    common = _digest(command, torch.__version__, *headers)
+    targets = {source: folder / f"{source.parent.name}_{source.stem}_{_digest(common, source)}.o" for source in _sources()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, _sources()))
-    partial = folder / f"{os.getpid()}.so"
-    link = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]
-    subprocess.run([compiler(), *flags, "-shared", *objects, *link, "-o", str(partial)], check=True)
-    partial.replace(library)
+        objects = list(pool.map(lambda item: _compile(command, *item), targets.items()))
+    library = folder / f"dd_kernels_host_{_digest([str(path) for path in objects])}.so"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}")
+        link = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+        subprocess.run([compiler(), *flags, *map(str, objects), *link, "-o", str(partial)], check=True)
+        partial.replace(library)
     return library
 
 

@@ -56,6 +56,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaSuccess ? "no error" : "invalid argument";
 }
 
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize, cudaDevAttrComputeCapabilityMajor };
+
 namespace host_cuda {
 
 constexpr unsigned kWarp = 32;
@@ -87,6 +89,7 @@ struct Device {
     std::vector<unsigned> shuffles;  // how many each thread has made, for double buffering
     bool backwards = false;
     Chip chip;
+    int ordinal = 0;  // every chip is a device of its own
 
     unsigned thread() const { return static_cast<unsigned>(scheduler.current()) % blockDim.x; }
     unsigned rank() const { return static_cast<unsigned>(scheduler.current()) / blockDim.x; }
@@ -132,6 +135,19 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<
 }
 
 }  // namespace host_cuda
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = host_cuda::device.ordinal;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+    const host_cuda::Chip& chip = host_cuda::device.chip;
+    *value = name == cudaDevAttrMultiProcessorCount ? chip.sm_count
+             : name == cudaDevAttrL2CacheSize       ? static_cast<int>(chip.l2_bytes)
+                                                    : chip.major;
+    return cudaSuccess;
+}
 
 #define threadIdx (dim3(host_cuda::device.thread(), 0, 0))
 #define blockIdx (host_cuda::device.here().index)

@@ -1,0 +1,18 @@
+#include "group_norm_silu/cuda.h"
+
+#include "group_norm_silu/cuda_regimes.h"
+
+namespace dd::cuda {
+
+void group_norm_silu(const NormForward& arguments, cudaStream_t stream) {
+    switch (arguments.plan.regime) {
+        case Regime::warp:
+            return group_norm_silu_warp(arguments, stream);
+        case Regime::held:
+            return group_norm_silu_held(arguments, stream);
+        case Regime::split:
+            return group_norm_silu_split(arguments, stream);
+    }
+}
+
+}  // namespace dd::cuda

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "group_norm_silu/cuda.h"
+
+namespace dd::cuda {
+
+struct NormBackward {
+    NormShape shape;
+    NormPlan plan;
+    NormOptions options;
+    const void *dy, *x;
+    const float *mean, *rstd;  // [N, G]
+    void* dx;
+    float *dweight, *dbias, *dpre_shift, *dscale, *dshift;  // null where not asked for
+    float* sums;                                            // [N C][sum_parts][3], of a split tile's channels
+    float* per_sample;   // [2][N][C], what every sample adds to dweight and dbias; null if neither is asked for
+    int sum_parts;       // blocks that the sums over a channel are split over
+    int64_t first_tile;  // of a wave
+};
+
+// Blocks that a channel of a split tile is summed by.
+int backward_sum_parts(const NormShape& shape, const NormPlan& plan);
+
+void group_norm_silu_backward(const NormBackward& arguments, cudaStream_t stream);
+
+// The regimes it chooses from.
+void group_norm_silu_backward_held(const NormBackward& arguments, cudaStream_t stream);
+void group_norm_silu_backward_split(const NormBackward& arguments, cudaStream_t stream);
+
+}  // namespace dd::cuda

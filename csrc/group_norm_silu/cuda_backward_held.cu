@@ -1,0 +1,162 @@
+// x and dy of a tile in the registers of a block, or of a cluster of blocks: two reads, one write.
+#include "group_norm_silu/cuda_backward.cuh"
+
+namespace dd::cuda {
+namespace {
+
+// The block's shared memory: what its threads or rows add up to, its share of the sums, the tile's sums.
+struct Shared {
+    float *entries, *share, *total;  // share, total: [kSums][tile_channels]
+    GroupLine* lines;                // [tile_groups]
+
+    static int64_t entry_count(const NormShape& shape, const NormPlan& plan) {
+        if (plan.access == Access::contiguous) return kSums * plan.rows_each;
+        return shape.vector() * (kNormThreads / plan.columns) * (plan.columns | 1);
+    }
+
+    static int64_t bytes(const NormShape& shape, const NormPlan& plan) {
+        return 4 * (entry_count(shape, plan) + 2 * kSums * plan.tile_channels + 2 * plan.tile_groups);
+    }
+
+    template <class Place>
+    DD_DEVICE explicit Shared(const Place& place) {
+        const int count = place.kSameChannels ? place.kLength * place.step * place.pitch
+                                              : kSums * static_cast<int>(place.plan.rows_each);
+        entries = shared_memory();
+        share = entries + count;
+        total = share + kSums * place.plan.tile_channels;
+        lines = reinterpret_cast<GroupLine*>(total + kSums * place.plan.tile_channels);
+    }
+};
+
+// The block's share of the channels' sums, where channels are last.
+template <DType dtype, int K, class Place, class Tensor>
+DD_DEVICE void sum_columns(const Place& place, const NormBackward& a, const Tensor& x, const Tensor& dy,
+                           const Affine (&maps)[Place::kLength], const Shared& shared) {
+    Sums sums[Place::kLength] = {};
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+        if (!place.has(x.row(place, i))) continue;
+        float v[Place::kLength], g[Place::kLength];
+        x.packs[i].floats(v);
+        dy.packs[i].floats(g);
+#pragma unroll
+        for (int k = 0; k < Place::kLength; ++k) add(sums[k], element<dtype>(v[k], g[k], maps[k], a.options.silu));
+    }
+    reduce_channels(place, sums, shared.entries, shared.share);
+}
+
+// The same of a contiguous tile: every row is in one channel, and a channel is a run of rows.
+template <DType dtype, int K, class Place, class Tensor>
+DD_DEVICE void sum_rows(const Place& place, const NormBackward& a, const Tensor& x, const Tensor& dy,
+                        const Shared& shared) {
+    const int rows = static_cast<int>(a.plan.rows_each);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+        const int row = x.row(place, i);
+        if (!place.has(row)) continue;
+        Affine maps[Place::kLength];
+        load_maps(place, a, row, maps);
+        float v[Place::kLength], g[Place::kLength];
+        x.packs[i].floats(v);
+        dy.packs[i].floats(g);
+        Sums sums{};
+#pragma unroll
+        for (int k = 0; k < Place::kLength; ++k) add(sums, element<dtype>(v[k], g[k], maps[k], a.options.silu));
+        shared.entries[row - place.begin] = sums.dz;
+        shared.entries[rows + row - place.begin] = sums.dz_d;
+        shared.entries[2 * rows + row - place.begin] = sums.d;
+    }
+    __syncthreads();
+    const int rows_per_channel = static_cast<int>(a.shape.pixels) / Place::kLength, lane = threadIdx.x % kWarp;
+    for (int i = threadIdx.x / kWarp; i < kSums * a.plan.tile_channels; i += kNormThreads / kWarp) {
+        const int channel = i % a.plan.tile_channels, kind = i / a.plan.tile_channels;
+        int first = channel * rows_per_channel, last = first + rows_per_channel;
+        if (first < place.begin) first = place.begin;
+        if (last > place.end) last = place.end;
+        float sum = 0.0f;
+        for (int row = first + lane; row < last; row += kWarp) {
+            sum += shared.entries[kind * rows + row - place.begin];
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) shared.share[i] = sum;
+    }
+}
+
+// total: the sums of the whole tile.
+template <class Place>
+DD_DEVICE void share_sums(const Place& place, const Shared& shared) {
+    const int blocks = place.plan.cluster;
+    if (blocks > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+    for (int i = threadIdx.x; i < kSums * place.plan.tile_channels; i += kNormThreads) {
+        float sum = blocks > 1 ? load_from_rank(&shared.share[i], 0) : shared.share[i];
+        for (int rank = 1; rank < blocks; ++rank) sum += load_from_rank(&shared.share[i], rank);
+        shared.total[i] = sum;
+    }
+    // No block may end while another reads its memory.
+    if (blocks > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+}
+
+template <DType dtype, Access access, int K>
+__global__ void __launch_bounds__(kNormThreads, 2) held_backward_kernel(const NormBackward a) {
+    const unsigned cluster = static_cast<unsigned>(a.plan.cluster);
+    const Place<dtype, access> place(a.shape, a.plan, blockIdx.x / cluster, static_cast<int>(blockIdx.x % cluster));
+    const Shared shared(place);
+    const Held<Place<dtype, access>, K> x(place, a.x, place.first_row()), dy(place, a.dy, place.first_row());
+    Affine maps[place.kLength];
+    GroupLine lines[place.kLength];
+    if constexpr (place.kSameChannels) {
+        load_maps(place, a, place.first_row(), maps);
+        sum_columns<dtype, K>(place, a, x, dy, maps, shared);
+    } else {
+        sum_rows<dtype, K>(place, a, x, dy, shared);
+    }
+    share_sums(place, shared);
+    const int channels = a.plan.tile_channels;
+    auto total = [&](int i) {
+        return Sums{shared.total[i], shared.total[channels + i], shared.total[2 * channels + i]};
+    };
+    group_lines(place, a, total, shared.lines);
+    __syncthreads();
+    if (blockIdx.x % cluster == 0) small_gradients(place, a, total, shared.lines);
+    auto line = [&](int channel) { return shared.lines[place.group(channel)]; };
+    if (place.kSameChannels) place.per_channel(place.first_row(), lines, line);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+        const auto row = x.row(place, i);
+        if (!place.has(row)) continue;
+        if (!place.kSameChannels) {
+            load_maps(place, a, row, maps);
+            place.per_channel(row, lines, line);
+        }
+        finish_row<dtype>(place, a, row, x.packs[i], dy.packs[i], maps, lines);
+    }
+}
+
+template <DType dtype>
+auto kernel_for(const NormPlan& plan) {
+    if (plan.access == Access::contiguous) {
+        return plan.held == 2 ? &held_backward_kernel<dtype, Access::contiguous, 2>
+                              : &held_backward_kernel<dtype, Access::contiguous, 4>;
+    }
+    return plan.held == 2 ? &held_backward_kernel<dtype, Access::channels_last, 2>
+                          : &held_backward_kernel<dtype, Access::channels_last, 4>;
+}
+
+}  // namespace
+
+void group_norm_silu_backward_held(const NormBackward& a, cudaStream_t stream) {
+    auto kernel = a.shape.dtype == DType::float32    ? kernel_for<DType::float32>(a.plan)
+                  : a.shape.dtype == DType::bfloat16 ? kernel_for<DType::bfloat16>(a.plan)
+                                                     : kernel_for<DType::float16>(a.plan);
+    Grid grid{a.plan.tiles * a.plan.cluster, 1, kNormThreads, Shared::bytes(a.shape, a.plan), a.plan.cluster};
+    launch("group_norm_silu_backward", kernel, grid, stream, a);
+}
+
+}  // namespace dd::cuda

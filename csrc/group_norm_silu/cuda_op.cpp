@@ -1,0 +1,99 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "common/cuda_chip.h"
+#include "common/cuda_torch.h"
+#include "common/tensors.h"
+#include "group_norm_silu/cuda.h"
+#include "group_norm_silu/cuda_backward.h"
+
+namespace dd::cuda {
+namespace {
+
+bool is_aligned(std::initializer_list<Tensor> tensors) {
+    return std::all_of(tensors.begin(), tensors.end(),
+                       [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; });
+}
+
+NormShape norm_shape(const Tensor& x, int64_t groups, bool aligned) {
+    const Layout layout = layout_of(x);
+    const int64_t channels = x.size(1);
+    bool last = layout.channels != 1 || channels == 1;
+    return {x.size(0), channels, last ? layout.pixels : layout.pixels / channels, groups, last, aligned, dtype_of(x)};
+}
+
+NormOptions norm_options(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                         const std::optional<Tensor>& pre_shift, const std::optional<Tensor>& scale,
+                         const std::optional<Tensor>& shift, double eps, bool silu) {
+    return {data<float>(weight),
+            data<float>(bias),
+            data<float>(pre_shift),
+            data<float>(scale),
+            data<float>(shift),
+            static_cast<float>(eps),
+            silu};
+}
+
+Tensor scratch(const Tensor& like, int64_t floats) {
+    return torch::stable::new_empty(like, {floats}, ScalarType::Float);
+}
+
+float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+void group_norm_silu_op(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                        double eps, std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
+                        std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean, Tensor rstd) {
+    if (x.numel() == 0) return;
+    OnDevice device(x);
+    NormForward a{};
+    a.shape = norm_shape(x, num_groups, is_aligned({x, y}));
+    a.plan = plan_norm(a.shape, Direction::forward, current_chip());
+    a.options = norm_options(weight, bias, pre_shift, scale, shift, eps, silu);
+    a.x = x.const_data_ptr();
+    a.y = y.mutable_data_ptr();
+    a.mean = floats(mean);
+    a.rstd = floats(rstd);
+    std::optional<Tensor> partials;
+    if (int64_t count = forward_partials(a.shape, a.plan)) a.partials = floats(partials.emplace(scratch(x, count)));
+    group_norm_silu(a, device.stream);
+}
+
+float* floats(const std::optional<Tensor>& x) { return x.has_value() ? floats(*x) : nullptr; }
+
+void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
+                                 std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+                                 std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
+                                 std::optional<Tensor> shift, bool silu, Tensor dx, std::optional<Tensor> dweight,
+                                 std::optional<Tensor> dbias, std::optional<Tensor> dpre_shift,
+                                 std::optional<Tensor> dscale, std::optional<Tensor> dshift) {
+    OnDevice device(x);
+    NormBackward a{};
+    a.shape = norm_shape(x, num_groups, is_aligned({dy, x, dx}));
+    a.options = norm_options(weight, bias, pre_shift, scale, shift, eps, silu);
+    a.dy = dy.const_data_ptr();
+    a.x = x.const_data_ptr();
+    a.mean = data<float>(mean);
+    a.rstd = data<float>(rstd);
+    a.dx = dx.mutable_data_ptr();
+    a.dweight = floats(dweight);
+    a.dbias = floats(dbias);
+    a.dpre_shift = floats(dpre_shift);
+    a.dscale = floats(dscale);
+    a.dshift = floats(dshift);
+    const int64_t rows = a.shape.samples * a.shape.channels;
+    std::optional<Tensor> sums, per_sample;
+    if (a.dweight || a.dbias) a.per_sample = floats(per_sample.emplace(scratch(x, 2 * rows)));
+    if (rows > 0) {
+        a.plan = plan_norm(a.shape, Direction::backward, current_chip());
+        a.sum_parts = backward_sum_parts(a.shape, a.plan);
+        if (a.plan.regime == Regime::split) a.sums = floats(sums.emplace(scratch(x, 3 * rows * a.sum_parts)));
+    }
+    group_norm_silu_backward(a, device.stream);
+}
+
+}  // namespace
+}  // namespace dd::cuda
+
+DD_CUDA_OPS(m) {
+    m.impl("group_norm_silu", TORCH_BOX(&dd::cuda::group_norm_silu_op));
+    m.impl("group_norm_silu_backward", TORCH_BOX(&dd::cuda::group_norm_silu_backward_op));
+}

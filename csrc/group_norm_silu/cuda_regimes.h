@@ -1,0 +1,12 @@
+// The regimes that group_norm_silu() in cuda.cu chooses from.
+#pragma once
+
+#include "group_norm_silu/cuda.h"
+
+namespace dd::cuda {
+
+void group_norm_silu_warp(const NormForward& arguments, cudaStream_t stream);
+void group_norm_silu_held(const NormForward& arguments, cudaStream_t stream);
+void group_norm_silu_split(const NormForward& arguments, cudaStream_t stream);
+
+}  // namespace dd::cuda

@@ -1,0 +1,79 @@
+// A group to every warp: small images, contiguous.
+#include "group_norm_silu/cuda_regimes.h"
+#include "group_norm_silu/cuda_tile.cuh"
+
+namespace dd::cuda {
+namespace {
+
+template <DType dtype, int K>
+__global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormForward a) {
+    constexpr int length = vector_length(dtype);
+    using Packed = Pack<dtype, false>;
+    const int lane = threadIdx.x % kWarp, vectors = static_cast<int>(a.plan.rows);
+    const unsigned tile = blockIdx.x * kNormWarps + threadIdx.x / kWarp;
+    if (tile >= a.plan.tiles) return;
+    const int64_t first_element = static_cast<int64_t>(tile) * vectors * length;
+    const unsigned sample = tile / static_cast<unsigned>(a.shape.groups);
+    const int64_t first_channel =
+        static_cast<int64_t>(tile % static_cast<unsigned>(a.shape.groups)) * a.plan.group_channels;
+    auto channel = [&](int vector) {
+        return first_channel + static_cast<unsigned>(vector * length) / static_cast<unsigned>(a.shape.pixels);
+    };
+    auto options = [&](int vector) { return channel_options(a.options, a.shape, sample, channel(vector)); };
+
+    Packed held[K];
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+        const int vector = lane + i * kWarp;
+        if (vector < vectors) held[i] = Packed::load(a.x, first_element + vector * length);
+    }
+    auto each = [&](const auto& visit) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            const int vector = lane + i * kWarp;
+            if (vector >= vectors) continue;
+            float v[length];
+            held[i].floats(v);
+            const float shift = parameter(a.options.pre_shift, sample * a.shape.channels + channel(vector), 0.0f);
+#pragma unroll
+            for (int k = 0; k < length; ++k) visit(v[k] + shift);
+        }
+    };
+    const float count = static_cast<float>(vectors * length);
+    float sum = 0.0f, squares = 0.0f;
+    each([&](float v) { sum += v; });
+    const float mean = warp_sum(sum) / count;
+    each([&](float v) { squares = fma(v - mean, v - mean, squares); });
+    const float rstd = 1.0f / sqrt(warp_sum(squares) / count + a.options.eps);
+    if (lane == 0) {
+        a.mean[tile] = mean;
+        a.rstd[tile] = rstd;
+    }
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+        const int vector = lane + i * kWarp;
+        if (vector >= vectors) continue;
+        float v[length];
+        held[i].floats(v);
+        const Affine map = affine(mean, rstd, options(vector));
+#pragma unroll
+        for (int k = 0; k < length; ++k) v[k] = normalise<dtype>(v[k], map, a.options.silu);
+        Packed::store(a.y, first_element + vector * length, v);
+    }
+}
+
+template <DType dtype>
+auto kernel_for(const NormPlan& plan) {
+    return plan.held == 2 ? &warp_kernel<dtype, 2> : &warp_kernel<dtype, kMostHeldByWarp>;
+}
+
+}  // namespace
+
+void group_norm_silu_warp(const NormForward& a, cudaStream_t stream) {
+    auto kernel = a.shape.dtype == DType::float32    ? kernel_for<DType::float32>(a.plan)
+                  : a.shape.dtype == DType::bfloat16 ? kernel_for<DType::bfloat16>(a.plan)
+                                                     : kernel_for<DType::float16>(a.plan);
+    launch("group_norm_silu", kernel, {ceil_div(a.plan.tiles, kNormWarps), 1, kNormWarps * kWarp}, stream, a);
+}
+
+}  // namespace dd::cuda
