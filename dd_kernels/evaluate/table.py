@@ -20,7 +20,7 @@ from .judge import FEATURES, SURE, Judge
 LARGE = "fixed_large"
 STEPS = (10, 20, 50, 100, 1000)
 ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, LARGE)
-SAMPLES = 360
+SAMPLES = 200
 
 
 def row_name(row: float | str) -> str:
