@@ -86,31 +86,33 @@ def tile_of(
     counters [BLOCK_C, BLOCK_P // 4], four elements each. Where the pixels of a channel are no multiple of 4,
     quads straddle channels, and each channel starts its tile at the beginning of its first quad.
     """
+    tile = tl.program_id(0)
     p = tl.arange(0, BLOCK_P)[None, :]
     q = tl.arange(0, BLOCK_P // 4)[None, :]
+    tiles_p = tl.cdiv(pixels + 3 if STRADDLES else pixels, BLOCK_P)
+    first_p = (tile % tiles_p).to(tl.int64) * BLOCK_P
+    left = tl.minimum(pixels - first_p, BLOCK_P).to(tl.int32)
     if BY_CHANNEL:
-        tiles_p = tl.cdiv(pixels + 3 if STRADDLES else pixels, BLOCK_P)
-        tiles_c = tl.cdiv(CHANNELS, BLOCK_C)
-        tile = tl.program_id(0)
+        tiles_c: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C)
         n = tile // (tiles_p * tiles_c)
-        first_p = (tile % tiles_p).to(tl.int64) * BLOCK_P
         first_c = tile // tiles_p % tiles_c * BLOCK_C
         c = tl.arange(0, BLOCK_C)[:, None]
         start = (first_c + c).to(tl.int64) * pixels  # of each channel, in elements
-        quad = (start // 4 + first_p // 4).to(tl.int32) + q
         if STRADDLES:
             p = p - (start % 4).to(tl.int32)
-        left = tl.minimum(pixels - first_p, BLOCK_P).to(tl.int32)
+        first = first_p * CHANNELS + first_c
+        offset = p * CHANNELS + c
         mask = (p < left) & (first_c + c < CHANNELS)
         if STRADDLES:
             mask = mask & (p + first_p >= 0)
-        return n, first_p * CHANNELS + first_c, p * CHANNELS + c, mask, quad
+        quad = (start // 4 + first_p // 4).to(tl.int32) + q
     else:
-        tiles = tl.cdiv(pixels, BLOCK_P)
-        n = tl.program_id(0) // tiles
-        first = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P
-        left = tl.minimum(pixels - first, BLOCK_P).to(tl.int32)
-        return n, first, p, p < left, (first // 4).to(tl.int32) + q
+        n = tile // tiles_p
+        first = first_p
+        offset = p
+        mask = p < left
+        quad = (first_p // 4).to(tl.int32) + q
+    return n, first, offset, mask, quad
 
 
 @triton.jit

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from ..triton_common import is_channels_last, power_of_2
 from .triton_backward import group_norm_silu_backward
-from .triton_tiles import Plan, affine, channel_values, dimensions, group_sum, place, plan
+from .triton_tiles import (
+    Plan,
+    affine,
+    channel_values,
+    dimensions,
+    group_sum,
+    place,
+    plan,
+    split_tile,
+    whole_tile,
+)
 
 __all__ = ["group_norm_silu", "group_norm_silu_backward"]
 
@@ -48,31 +58,26 @@ def _whole_groups(
     BLOCK_P: tl.constexpr,
 ):
     """Everything for the groups of one tile: one read, statistics in registers, one write."""
-    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_CHANNELS)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK_CHANNELS
-    c = tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
-    channel = first + c
-    inside = (c < BLOCK_CHANNELS) & (channel < CHANNELS)
-    mask = inside[:, None] & (p < pixels)[None, :]
-    base = n * CHANNELS * pixels + place(first, 0, pixels, CHANNELS, CHANNELS_LAST)
-    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
-
+    n, channel, inside, base, offset, mask = whole_tile(
+        pixels, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_C, BLOCK_P
+    )
     value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
     before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
-    count = pixels * GROUP
+    count = (pixels * GROUP).to(tl.float32)
     mu = group_sum(tl.sum(value, 1) + pixels * before, GROUP, BLOCK_C) / count
     centred = tl.where(mask, value + (before - mu)[:, None], 0.0)
-    variance = group_sum(tl.sum(centred * centred, 1), GROUP, BLOCK_C) / count
+    # A mean much larger than the deviation is rounded coarsely: what that left is taken out as well.
+    rest = group_sum(tl.sum(centred, 1), GROUP, BLOCK_C) / count
+    variance = group_sum(tl.sum(centred * centred, 1), GROUP, BLOCK_C) / count - rest * rest
     reciprocal = _reciprocal_deviation(variance, eps)
 
-    gain, shift_to = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
-    result = _activate(centred * (gain * reciprocal)[:, None] + shift_to[:, None], SILU)
+    gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    gain *= reciprocal
+    result = _activate(centred * gain[:, None] + (end - rest * gain)[:, None], SILU)
     tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
     group = n * (CHANNELS // GROUP) + channel // GROUP
-    tl.store(mean + group, mu, mask=inside & (c % GROUP == 0))
-    tl.store(rstd + group, reciprocal, mask=inside & (c % GROUP == 0))
+    tl.store(mean + group, mu + rest, mask=inside & (channel % GROUP == 0))
+    tl.store(rstd + group, reciprocal, mask=inside & (channel % GROUP == 0))
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"])
@@ -88,25 +93,17 @@ def _partial_moments(
     BLOCK_P: tl.constexpr,
 ):
     """partials [N, splits, 2, C]: each channel's mean, and sum of squares about it, over ``tiles`` blocks of pixels."""
-    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C)
-    part = tl.program_id(0) // blocks
-    n = (part // splits).to(tl.int64)
-    first_c = tl.program_id(0) % blocks * BLOCK_C
-    first_p = (part % splits * tiles).to(tl.int64) * BLOCK_P
-    c = tl.arange(0, BLOCK_C)
+    _, part, channel, inside, base, offset, left = split_tile(
+        splits, tiles * BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
+    )
     p = tl.arange(0, BLOCK_P)
-    inside = first_c + c < CHANNELS
-    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
-    x += n * CHANNELS * pixels + place(first_c, first_p, pixels, CHANNELS, CHANNELS_LAST)
-
-    left = tl.minimum(pixels - first_p, tiles * BLOCK_P).to(tl.int32)
     count = 0.0
     mean = tl.zeros((BLOCK_C,), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, left, BLOCK_P):
         mask = inside[:, None] & (p < left - start)[None, :]
-        value = tl.load(x + place(0, start, pixels, CHANNELS, CHANNELS_LAST) + offset, mask=mask, other=0.0)
-        value = value.to(tl.float32)
+        here = x + base + place(0, start, pixels, CHANNELS, CHANNELS_LAST)
+        value = tl.load(here + offset, mask=mask, other=0.0).to(tl.float32)
         tile_count = tl.minimum(left - start, BLOCK_P).to(tl.float32)
         tile_mean = tl.sum(value, 1) / tile_count
         centred = tl.where(mask, value - tile_mean[:, None], 0.0)
@@ -116,7 +113,7 @@ def _partial_moments(
         mean += away * (tile_count / total)
         squares += tl.sum(centred * centred, 1) + away * away * (count * tile_count / total)
         count = total
-    at = part.to(tl.int64) * 2 * CHANNELS + first_c + c
+    at = part * 2 * CHANNELS + channel
     tl.store(partials + at, mean, mask=inside)
     tl.store(partials + at + CHANNELS, squares, mask=inside)
 
@@ -144,16 +141,18 @@ def _combine_moments(
     inside = c < GROUP
     before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)[None, :]
     s = tl.arange(0, BLOCK_S)
-    partials += n * splits * 2 * CHANNELS + channel[None, :] + s[:, None] * (2 * CHANNELS)
+    partials += n * splits * 2 * CHANNELS
+    pivot = tl.load(partials + tl.program_id(0) % groups * GROUP)  # near all the means, so that little is summed
+    partials += channel[None, :] + s[:, None] * (2 * CHANNELS)
 
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for first in range(0, splits, BLOCK_S):
         mask = inside[None, :] & (first + s < splits)[:, None]
         count = tl.minimum(pixels - (first + s).to(tl.int64) * span, span).to(tl.float32)[:, None]
         part = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0)
-        total += tl.where(mask, count * (part + before), 0.0)
+        total += tl.where(mask, count * (part - pivot + before), 0.0)
     elements = pixels.to(tl.float32) * GROUP
-    mu = tl.sum(total) / elements
+    mu = pivot + tl.sum(total) / elements
 
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for first in range(0, splits, BLOCK_S):
@@ -186,31 +185,23 @@ def _apply(
     BLOCK_P: tl.constexpr,
 ):
     """y of one tile, the statistics being known."""
-    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C)
-    part = tl.program_id(0) // blocks
-    parts = tl.cdiv(pixels, BLOCK_P)
-    n = (part // parts).to(tl.int64)
-    first_c = tl.program_id(0) % blocks * BLOCK_C
-    first_p = (part % parts).to(tl.int64) * BLOCK_P
-    c = tl.arange(0, BLOCK_C)
-    p = tl.arange(0, BLOCK_P)
-    channel = first_c + c
-    inside = channel < CHANNELS
-    mask = inside[:, None] & (p < tl.minimum(pixels - first_p, BLOCK_P).to(tl.int32))[None, :]
-    base = n * CHANNELS * pixels + place(first_c, first_p, pixels, CHANNELS, CHANNELS_LAST)
-    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
-
+    n, _, channel, inside, base, offset, left = split_tile(
+        tl.cdiv(pixels, BLOCK_P), BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
+    )
+    mask = inside[:, None] & (tl.arange(0, BLOCK_P) < left)[None, :]
     value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
     group = n * (CHANNELS // GROUP) + channel // GROUP
     centre = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
     centre -= tl.load(mean + group, mask=inside, other=0.0)
-    gain, shift_to = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
     gain *= tl.load(rstd + group, mask=inside, other=0.0)
-    result = _activate((value + centre[:, None]) * gain[:, None] + shift_to[:, None], SILU)
+    result = _activate((value + centre[:, None]) * gain[:, None] + end[:, None], SILU)
     tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
 
 
-def _statistics(x: Tensor, group: int, eps: float, pre_shift: Tensor | None, mean: Tensor, rstd: Tensor, cut: Plan) -> None:
+def _statistics(
+    x: Tensor, group: int, eps: float, pre_shift: Tensor | None, mean: Tensor, rstd: Tensor, cut: Plan
+) -> None:
     """mean and rstd [N, G] of groups too large for one program."""
     samples, channels, pixels = dimensions(x)
     partials = torch.empty((samples, cut.splits, 2, channels), dtype=torch.float32, device=x.device)

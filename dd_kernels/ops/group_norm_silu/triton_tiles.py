@@ -103,36 +103,82 @@ def plan(x: Tensor, num_groups: int, kind: str) -> Plan:
 @triton.jit
 def place(channel, pixel, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Where an element lies in its sample."""
-    if CHANNELS_LAST:
-        return pixel * CHANNELS + channel
-    else:
-        return channel * pixels + pixel
+    return pixel * CHANNELS + channel if CHANNELS_LAST else channel * pixels + pixel
+
+
+@triton.jit
+def whole_tile(
+    pixels,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """(n, channel, inside, base, offset, mask) of this program's groups, all their pixels.
+
+    channel and inside are [BLOCK_C]; the elements [BLOCK_C, BLOCK_P] lie at base, a 64-bit scalar, + offset.
+    """
+    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_CHANNELS)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * BLOCK_CHANNELS
+    c = tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    inside = (c < BLOCK_CHANNELS) & (first + c < CHANNELS)
+    base = n * CHANNELS * pixels + place(first, 0, pixels, CHANNELS, CHANNELS_LAST)
+    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    return n, first + c, inside, base, offset, inside[:, None] & (p < pixels)[None, :]
+
+
+@triton.jit
+def split_tile(
+    parts,
+    span,
+    pixels,
+    CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """(n, part, channel, inside, base, offset, left) of this program, one of ``parts`` of ``span`` pixels.
+
+    part counts over the samples too; the tile at base is the first of the part's, and ``left`` its pixels.
+    """
+    blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_C)
+    part = tl.program_id(0) // blocks
+    n = (part // parts).to(tl.int64)
+    first_c = tl.program_id(0) % blocks * BLOCK_C
+    first_p = (part % parts).to(tl.int64) * span
+    c = tl.arange(0, BLOCK_C)
+    p = tl.arange(0, BLOCK_P)
+    base = n * CHANNELS * pixels + place(first_c, first_p, pixels, CHANNELS, CHANNELS_LAST)
+    offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
+    left = tl.minimum(pixels - first_p, span).to(tl.int32)
+    return n, part.to(tl.int64), first_c + c, first_c + c < CHANNELS, base, offset, left
 
 
 @triton.jit
 def group_sum(v, GROUP: tl.constexpr, BLOCK_C: tl.constexpr):
     """For each channel [BLOCK_C] the sum of v over its group; a tile starts at the first channel of a group."""
     if BLOCK_C < 2 * GROUP:
-        return tl.zeros_like(v) + tl.sum(v, 0)
+        total = tl.zeros_like(v) + tl.sum(v, 0)
     else:
         group = tl.arange(0, BLOCK_C) // GROUP
-        return tl.sum(tl.where(group[:, None] == group[None, :], v[None, :], 0.0), 1)
+        total = tl.sum(tl.where(group[:, None] == group[None, :], v[None, :], 0.0), 1)
+    return total
 
 
 @triton.jit
 def channel_values(v, at, mask, default: tl.constexpr, BLOCK_C: tl.constexpr):
     """v at ``at`` [BLOCK_C], or the default for an argument that was not given."""
-    if v is None:
-        return tl.full((BLOCK_C,), default, tl.float32)
-    else:
-        return tl.load(v + at, mask=mask, other=default)
+    return tl.full((BLOCK_C,), default, tl.float32) if v is None else tl.load(v + at, mask=mask, other=default)
 
 
 @triton.jit
 def affine(weight, bias, scale, shift, n, channel, mask, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(gain, offset) [BLOCK_C] of y = act(gain * normalised + offset)."""
+    """(gain, end) [BLOCK_C] of y = act(gain * normalised + end)."""
     row = n * CHANNELS + channel
     modulation = 1.0 + channel_values(scale, row, mask, 0.0, BLOCK_C)
     gain = channel_values(weight, channel, mask, 1.0, BLOCK_C) * modulation
-    offset = channel_values(bias, channel, mask, 0.0, BLOCK_C) * modulation
-    return gain, offset + channel_values(shift, row, mask, 0.0, BLOCK_C)
+    end = channel_values(bias, channel, mask, 0.0, BLOCK_C) * modulation
+    return gain, end + channel_values(shift, row, mask, 0.0, BLOCK_C)

@@ -1,0 +1,177 @@
+"""The backward pass of GroupNorm and SiLU in Triton, for groups too large for one program."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import power_of_2
+from .triton_gradients import (
+    GRADIENTS,
+    PER_CHANNEL,
+    channel_gradients,
+    input_gradient,
+    sum_rows,
+    through_activation,
+)
+from .triton_tiles import Plan, affine, dimensions, place, split_tile
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"], do_not_specialize_on_alignment=PER_CHANNEL)
+def _partial_sums(
+    dy,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    pre_shift,
+    scale,
+    shift,
+    partials,
+    splits,
+    tiles,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """partials [N, splits, 3, C]: by_dz, by_product and by_xhat over ``tiles`` blocks of pixels."""
+    n, part, channel, inside, base, offset, left = split_tile(
+        splits, tiles * BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
+    )
+    by_dz = tl.zeros((BLOCK_C,), tl.float32)
+    by_product = tl.zeros((BLOCK_C,), tl.float32)
+    by_xhat = tl.zeros((BLOCK_C,), tl.float32)
+    for start in range(0, left, BLOCK_P):
+        mask = inside[:, None] & (tl.arange(0, BLOCK_P) < left - start)[None, :]
+        here = base + place(0, start, pixels, CHANNELS, CHANNELS_LAST)
+        value = tl.load(x + here + offset, mask=mask, other=0.0)
+        upstream = tl.load(dy + here + offset, mask=mask, other=0.0)  # 0 where masked, and so is dz
+        xhat, dz, _, _ = through_activation(
+            upstream, value, mean, rstd, weight, bias, pre_shift, scale, shift,
+            n, channel, inside, CHANNELS, GROUP, SILU, BLOCK_C,
+        )  # fmt: skip
+        by_dz += tl.sum(dz, 1)
+        by_product += tl.sum(dz * xhat, 1)
+        by_xhat += tl.sum(tl.where(mask, xhat, 0.0), 1)
+    row = part * 3 * CHANNELS + channel
+    tl.store(partials + row, by_dz, mask=inside)
+    tl.store(partials + row + CHANNELS, by_product, mask=inside)
+    tl.store(partials + row + 2 * CHANNELS, by_xhat, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=PER_CHANNEL + GRADIENTS)
+def _combine_sums(
+    partials,
+    rstd,
+    weight,
+    bias,
+    scale,
+    shift,
+    means,
+    dpre_shift,
+    dscale,
+    dshift,
+    per_sample,
+    splits,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """m1 and m2 of one group into means [N, G, 2], and the gradients of its channels."""
+    groups: tl.constexpr = CHANNELS // GROUP
+    row: tl.constexpr = 3 * CHANNELS
+    n = (tl.program_id(0) // groups).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    channel = tl.program_id(0) % groups * GROUP + c
+    inside = c < GROUP
+    at = partials + n * splits * row + channel
+    by_dz = sum_rows(at, splits, inside, row, BLOCK_S, BLOCK_C)
+    by_product = sum_rows(at + CHANNELS, splits, inside, row, BLOCK_S, BLOCK_C)
+    by_xhat = sum_rows(at + 2 * CHANNELS, splits, inside, row, BLOCK_S, BLOCK_C)
+
+    gain, _ = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    pixel_count = pixels.to(tl.float32)
+    m1 = tl.sum(gain * by_dz) / (pixel_count * GROUP)
+    m2 = tl.sum(gain * by_product) / (pixel_count * GROUP)
+    tl.store(means + 2 * tl.program_id(0), m1)
+    tl.store(means + 2 * tl.program_id(0) + 1, m2)
+    channel_gradients(
+        by_dz, by_product, by_xhat, m1, m2, gain, tl.load(rstd + tl.program_id(0)), weight, bias, scale,
+        dpre_shift, dscale, dshift, per_sample, n, channel, inside, pixel_count, CHANNELS, BLOCK_C,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=PER_CHANNEL)
+def _apply_backward(
+    dy,
+    x,
+    mean,
+    rstd,
+    weight,
+    bias,
+    pre_shift,
+    scale,
+    shift,
+    means,
+    dx,
+    pixels,
+    CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """dx of one tile, the means of its groups being known."""
+    n, _, channel, inside, base, offset, left = split_tile(
+        tl.cdiv(pixels, BLOCK_P), BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
+    )
+    mask = inside[:, None] & (tl.arange(0, BLOCK_P) < left)[None, :]
+    value = tl.load(x + base + offset, mask=mask, other=0.0)
+    upstream = tl.load(dy + base + offset, mask=mask, other=0.0)
+    xhat, dz, gain, reciprocal = through_activation(
+        upstream, value, mean, rstd, weight, bias, pre_shift, scale, shift,
+        n, channel, inside, CHANNELS, GROUP, SILU, BLOCK_C,
+    )  # fmt: skip
+    at = means + 2 * (n * (CHANNELS // GROUP) + channel // GROUP)
+    m1 = tl.load(at, mask=inside, other=0.0)
+    m2 = tl.load(at + 1, mask=inside, other=0.0)
+    result = input_gradient(xhat, dz, gain, reciprocal, m1, m2)
+    tl.store(dx + base + offset, result.to(dx.dtype.element_ty), mask=mask)
+
+
+def split_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    options: tuple[Tensor | None, ...],
+    dx: Tensor,
+    gradients: tuple[Tensor | None, ...],
+    shape: dict[str, int | bool],
+    cut: Plan,
+) -> None:
+    """Writes dx and the gradients; ``options`` are weight, bias, pre_shift, scale and shift."""
+    (samples, channels, pixels), group = dimensions(x), shape["GROUP"]
+    weight, bias, _, scale, shift = options
+    partials = torch.empty((samples, cut.splits, 3, channels), dtype=torch.float32, device=x.device)
+    means = torch.empty((*mean.shape, 2), dtype=torch.float32, device=x.device)
+    blocks = samples * triton.cdiv(channels, cut.block_c)
+    _partial_sums[(blocks * cut.splits,)](dy, x, mean, rstd, *options, partials, cut.splits, cut.tiles, pixels, **shape)
+    block_c = power_of_2(group)
+    block_s = max(1, min(1024 // block_c, power_of_2(cut.splits)))
+    sizes = {"CHANNELS": channels, "GROUP": group, "BLOCK_S": block_s, "BLOCK_C": block_c, "num_warps": 4}
+    _combine_sums[(mean.numel(),)](
+        partials, rstd, weight, bias, scale, shift, means, *gradients, cut.splits, pixels, **sizes
+    )
+    grid = (blocks * triton.cdiv(pixels, cut.block_p),)
+    _apply_backward[grid](dy, x, mean, rstd, *options, means, dx, pixels, **shape)
