@@ -46,13 +46,14 @@ def noise_key(seed: int | Tensor, first_sample: int, draw: int, device: torch.de
             )
         return seed
     name = (seed, first_sample, draw, device)
-    key = None if torch.compiler.is_compiling() else _keys.get(name)
+    keeps = type(seed) is type(first_sample) is type(draw) is int and not torch.compiler.is_compiling()
+    key = _keys.get(name) if keeps else None  # 1.0 and True would find the key of 1
     if key is None:
         signed_seed = _check_word("seed", seed, 64)
         signed_seed -= (signed_seed >> 63) << 64
         values = (signed_seed, _check_word("first_sample", first_sample, 32), _check_word("draw", draw, 32))
         key = torch.tensor(values, dtype=torch.int64, device=device)
-        if not torch.compiler.is_compiling():
+        if keeps:
             if len(_keys) >= 64:
                 _keys.clear()
             _keys[name] = key

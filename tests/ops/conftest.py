@@ -1,0 +1,67 @@
+"""The kernels that the op suite runs on: one suite for all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dd_kernels
+from dd_kernels import backend as backends
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A backend on a device; ``isa`` is the CPU library's instruction set."""
+
+    name: str
+    device: str
+    isa: str | None = None
+
+    def op(self, op: str) -> Callable[..., Any]:
+        """What the public function of ``op`` calls: outputs are among its arguments."""
+        if self.name == "triton":
+            return getattr(importlib.import_module(f"dd_kernels.ops.{op}.triton"), op)
+        return getattr(torch.ops.dd_kernels, op)
+
+    def truncates(self, dtype: torch.dtype) -> bool:
+        """Triton's interpreter cuts float32 to bfloat16 where the compiled kernel rounds."""
+        return self.name == "triton" and backends.interpreting_triton() and dtype == torch.bfloat16
+
+
+def _isa_function() -> Callable[[bytes | None], bytes | None]:
+    library = next(Path(dd_kernels.__file__).parent.glob("_cpu.*so"))
+    function = ctypes.CDLL(str(library)).dd_kernels_cpu_isa
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
+    return function
+
+
+def _available() -> list[Kernel]:
+    kernels = []
+    if backends.unavailable("cpu") is None:
+        force = _isa_function()
+        before = force(None)
+        kernels += [Kernel("cpu", "cpu", isa) for isa in ("avx2", "baseline") if force(isa.encode()) is not None]
+        force(before)
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels += [Kernel(name, accelerator) for name in ("triton", "cuda") if not backends.unavailable(name, accelerator)]
+    return kernels
+
+
+@pytest.fixture(params=_available(), ids=lambda kernel: "-".join(filter(None, (kernel.name, kernel.isa))))
+def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
+    """Every kernel backend that runs here; the CPU library once for each instruction set."""
+    if request.param.isa is None:
+        yield request.param
+        return
+    force = _isa_function()
+    before = force(None)
+    force(request.param.isa.encode())
+    yield request.param
+    force(before)

@@ -1,0 +1,296 @@
+"""The reverse step against float64, for every sampler, option, layout and dtype."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from budget import DTYPES, assert_within_budget, sentinels_survive, within_sentinels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dd_kernels as dd
+from dd_kernels.ops.randn import noise_key
+from dd_kernels.tables import DynamicThreshold, from_columns
+
+SCHEDULE = dd.linear_schedule(1000)
+THRESHOLD = DynamicThreshold(0.9, 3.0)
+TABLES = {
+    "ddpm": dd.ddpm(SCHEDULE, steps=20),
+    "ddpm, no clip, fixed_large, v": dd.ddpm(SCHEDULE, 20, variance="fixed_large", prediction="v", clip=None),
+    "ddpm, learned_range": dd.ddpm(SCHEDULE, 20, variance="learned_range"),
+    "ddpm, dynamic threshold": dd.ddpm(SCHEDULE, 20, clip=THRESHOLD),
+    "ddim": dd.ddim(SCHEDULE, steps=20),
+    "ddim, eta 0.7, x_start": dd.ddim(SCHEDULE, steps=20, eta=0.7, prediction="x_start"),
+    "ddim inversion": dd.ddim_inversion(SCHEDULE, steps=20),
+    "prev_from_out": from_columns(
+        np.arange(3), x0_num_x=1.1, x0_num_out=-0.4, x0_den=0.9, prev_from_x0=0.5, prev_from_out=0.3, sigma=0.2
+    ),
+}
+SHAPES = [(3, 3, 5, 7), (2, 2, 531)]
+
+
+def tensors(table, shape, dtype=torch.float32, out_dtype=torch.float32):
+    """x and a model output that moves x_0 to both sides of the clip."""
+    wide = [shape[0], shape[1] * (1 + table.learned_variance), *shape[2:]]
+    return torch.randn(shape).to(dtype), torch.randn(wide).to(out_dtype)
+
+
+def double(options):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+
+
+def largest_sigma(table):
+    return 0.0 if not table.stochastic else float(table.column("sigma").max())
+
+
+def check(kernel, x, out, table, step, **options):
+    """(x_prev, x0) of a kernel against float64 and plain PyTorch."""
+    if table.stochastic and "noise" not in options:
+        options.setdefault("seed", 7)
+    x, out, step = (v.to(kernel.device) if isinstance(v, torch.Tensor) else v for v in (x, out, step))
+    options = {k: v.to(kernel.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    wide = double(options)
+    exact = dd.reverse_step(x.double(), out.double(), table, step, return_x0=True, backend="reference", **wide)
+    plain = dd.reverse_step(x, out, table, step, return_x0=True, backend="reference", **options)
+    actual = dd.reverse_step(x, out, table, step, return_x0=True, backend=kernel.name, **options)
+    drawn = largest_sigma(table) if "noise" not in options else 0.0
+    for a, e, p in zip(actual, exact, plain, strict=True):
+        assert_within_budget(a, e, p, drawn, kernel.truncates(x.dtype))
+    alone = dd.reverse_step(x, out, table, step, backend=kernel.name, **options)
+    assert alone.equal(actual[0])
+    return actual[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
+def test_every_sampler(kernel, table, shape):
+    x, out = tensors(table, shape)
+    for step in (0, len(table) // 2, len(table) - 1):
+        check(kernel, x, out, table, step)
+        check(kernel, x, out, table, step, uncond=torch.randn_like(out), guidance_scale=2.5)
+        if table.stochastic:
+            check(kernel, x, out, table, step, noise=torch.randn(shape))
+
+
+@pytest.mark.parametrize(("dtype", "out_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_dtypes(kernel, dtype, out_dtype):
+    for name in ("ddpm", "ddpm, learned_range", "ddim"):
+        table = TABLES[name]
+        for noise_dtype in (*DTYPES, None) if table.stochastic else (None,):
+            x, out = tensors(table, (2, 3, 9, 5), dtype, out_dtype)
+            noise = {} if noise_dtype is None else {"noise": torch.randn(x.shape).to(noise_dtype)}
+            check(kernel, x, out, table, 3, uncond=torch.randn_like(out), guidance_scale=1.5, **noise)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 5, 7), (2, 4, 9, 64), (2, 40, 3, 11)], ids=str)
+@pytest.mark.parametrize("name", ["ddpm", "ddpm, learned_range", "ddim"])
+def test_channels_last_is_kept(kernel, name, shape):
+    table = TABLES[name]
+    x, out = tensors(table, shape)
+    last = torch.channels_last
+    x_prev = check(kernel, x.contiguous(memory_format=last), out.contiguous(memory_format=last), table, 3)
+    assert x_prev.is_contiguous(memory_format=last)
+    contiguous = check(kernel, x, out, table, 3)
+    torch.testing.assert_close(x_prev, contiguous.contiguous(), rtol=0, atol=0)
+    assert check(kernel, x.contiguous(memory_format=last), out, table, 3).equal(contiguous)
+
+
+def test_any_strides(kernel):
+    table = TABLES["ddpm"]
+    base = torch.randn(6, 4, 9, 10)
+    outs = (torch.randn(5, 3, 9, 10)[::2, :2], torch.randn(3, 4, 9, 10).chunk(2, 1)[1], torch.randn(3, 2, 10, 9).mT)
+    for x in (base[::2, :2], base[:3].chunk(2, 1)[0], base[:3, 1:3].mT.contiguous().mT, base[:3, :2].flip(0)):
+        for out in outs:
+            check(kernel, x, out, table, 3)
+            check(kernel, x, out, table, 3, noise=outs[0], uncond=outs[1])
+
+
+def test_a_step_per_sample(kernel):
+    table = TABLES["ddpm"]
+    x, out = tensors(table, (5, 3, 6, 7))
+    steps = torch.tensor([0, 19, 7, 3, 18])
+    together = check(kernel, x, out, table, steps)
+    for i, step in enumerate(steps.tolist()):
+        at = {"seed": 7, "first_sample": i, "backend": kernel.name}
+        one = slice(i, i + 1)
+        alone = dd.reverse_step(x[one].to(kernel.device), out[one].to(kernel.device), table, step, **at)
+        assert alone.equal(together[one])
+
+
+def test_noise_is_that_of_randn(kernel):
+    table = TABLES["ddpm"]
+    x, out = (v.to(kernel.device) for v in tensors(table, (2, 3, 8, 8)))
+    at = {"seed": 3, "first_sample": 5}
+    noise = dd.randn(x.shape, **at, draw=int(table.timesteps[4]), stream=1, device=kernel.device, backend=kernel.name)
+    drawn = dd.reverse_step(x, out, table, 4, **at, backend=kernel.name)
+    assert dd.reverse_step(x, out, table, 4, noise=noise, backend=kernel.name).equal(drawn)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place(kernel, dtype):
+    table = TABLES["ddpm"]
+    x, out = (v.to(kernel.device) for v in tensors(table, (2, 3, 9, 7), dtype))
+    expected = dd.reverse_step(x, out, table, 3, seed=1, backend=kernel.name)
+    x_prev = torch.full_like(x, float("nan"))
+    assert dd.reverse_step(x, out, table, 3, seed=1, x_prev=x_prev, backend=kernel.name) is x_prev
+    assert x_prev.equal(expected)
+    strided = torch.full((2, 3, 7, 9), float("nan"), dtype=dtype, device=kernel.device).mT
+    assert dd.reverse_step(x, out, table, 3, seed=1, x_prev=strided, backend=kernel.name).equal(expected)
+    assert strided.equal(expected)
+    assert dd.reverse_step(x, out, table, 3, seed=1, x_prev=x, backend=kernel.name) is x
+    assert x.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writes_all_of_the_outputs_and_nothing_else(kernel, dtype):
+    shape, table = (3, 3, 5, 7), TABLES["ddpm"]
+    x, out = (within_sentinels(shape, dtype, kernel.device).normal_() for _ in range(2))
+    x_prev, x0 = (within_sentinels(shape, dtype, kernel.device) for _ in range(2))
+    on, key = table.on(x.device), noise_key(1, 0, 0, x.device)
+    arguments = (x, out, None, None, 1.0, None, None, on.rows, on.timesteps, on.steps[3], key, x_prev, x0)
+    kernel.op("reverse_step")(*arguments)
+    assert all(map(sentinels_survive, (x, out, x_prev, x0)))
+    expected = dd.reverse_step(x, out, table, 3, seed=1, return_x0=True, backend=kernel.name)
+    assert x_prev.equal(expected[0])
+    assert x0.equal(expected[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["ddpm", "ddpm, no clip, fixed_large, v", "ddpm, learned_range", "prev_from_out"])
+def test_not_finite(kernel, name, value):
+    table = TABLES[name]
+    x, out = (v.to(kernel.device) for v in tensors(table, (2, 4, 5, 5)))
+    x[0, 1, 2, 3], out[1, 0, 4, 4], out[1, -1, 0, 0] = value, value, value
+    noise = torch.randn_like(x)
+    noise[0, 0, 0, 0] = value
+    for step in (0, len(table) - 1):
+        a, b = (
+            dd.reverse_step(x, out, table, step, noise=noise, return_x0=True, backend=backend)
+            for backend in (kernel.name, "reference")
+        )
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_terms_with_coefficient_0_are_left_out(kernel):
+    """inf times 0 would be NaN: the last step of a stochastic table takes no notice of its noise."""
+    x = torch.randn(2, 3, 4, 4, device=kernel.device)
+    infinite = torch.full_like(x, float("inf"))
+    table = from_columns(np.arange(2), x0_num_out=1.0, x0_clip=1.0, prev_from_x0=0.5, sigma=np.array([0.0, 1.0]))
+    x_prev = dd.reverse_step(infinite, infinite, from_columns(np.arange(1), prev_from_x=0.0), 0, backend=kernel.name)
+    assert x_prev.isnan().all()  # 0 inf / 1: x_0 itself has no term to leave out
+    x_prev = dd.reverse_step(x, infinite, table, 0, noise=infinite, backend=kernel.name)
+    assert (x_prev == 0.5).all()
+    assert (dd.reverse_step(x, infinite, table, 1, noise=infinite, backend=kernel.name) == float("inf")).all()
+
+
+def test_no_signal_left(kernel):
+    """At alpha_bar 0 x_0 is a quotient by 0: +-inf, which the clip makes finite."""
+    table = from_columns(np.arange(1), x0_num_x=1.0, x0_num_out=-1.0, x0_den=0.0, x0_clip=1.0, prev_from_x0=1.0)
+    x, out = (v.to(kernel.device) for v in tensors(table, (2, 3, 4, 5)))
+    assert dd.reverse_step(x, out, table, 0, backend=kernel.name).equal((x - out).sign())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0)], ids=str)
+def test_empty(kernel, shape):
+    x = torch.randn(shape, device=kernel.device)
+    for name in ("ddpm", "ddim"):
+        x_prev, x0 = dd.reverse_step(x, x, TABLES[name], 3, seed=0, return_x0=True, backend=kernel.name)
+        assert x_prev.shape == x0.shape == shape
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_shape_layout_dtype_and_step(data):
+    table = TABLES[data.draw(st.sampled_from(list(TABLES)), label="table")]
+    shape = tuple(data.draw(st.lists(st.integers(1, 7), min_size=4, max_size=4), label="shape"))
+    dtypes = [data.draw(st.sampled_from(DTYPES), label=name) for name in ("dtype", "out dtype", "noise dtype")]
+    x, out = tensors(table, shape, *dtypes[:2])
+    order = data.draw(st.sampled_from([torch.contiguous_format, torch.channels_last]), label="layout")
+    x = x.contiguous(memory_format=order)
+    steps = st.integers(0, len(table) - 1)
+    step = data.draw(steps | st.lists(steps, min_size=shape[0], max_size=shape[0]).map(torch.tensor), label="step")
+    options = {}
+    if table.stochastic and data.draw(st.booleans(), label="noise given"):
+        options["noise"] = torch.randn(shape).to(dtypes[2])
+    elif table.stochastic:
+        options["seed"] = data.draw(st.integers(0, 2**64 - 1), label="seed")
+    if data.draw(st.booleans(), label="guided"):
+        options |= {"uncond": torch.randn_like(out), "guidance_scale": 3.0}
+    exact = dd.reverse_step(x.double(), out.double(), table, step, backend="reference", **double(options))
+    plain = dd.reverse_step(x, out, table, step, backend="reference", **options)
+    actual = dd.reverse_step(x, out, table, step, **options)
+    # A learned sigma may exceed 1 no more than the table's variances do.
+    assert_within_budget(actual, exact, plain, largest_sigma(table))
+
+
+def test_float64_and_gradients_go_to_the_reference():
+    table = TABLES["ddim"]
+    x, out = tensors(table, (2, 3, 4, 4))
+    assert dd.reverse_step(x.double(), out, table, 3).dtype == torch.float64
+    with pytest.raises(dd.BackendUnavailableError, match=r"reverse_step.*'cpu'.*float64"):
+        dd.reverse_step(x, out.double(), table, 3, backend="cpu")
+    out.requires_grad_()
+    dd.reverse_step(x, out, table, 3).sum().backward()
+    assert out.grad.abs().sum() > 0
+    with pytest.raises(dd.BackendUnavailableError, match=r"reverse_step.*'cpu'.*gradient"):
+        dd.reverse_step(x, out, table, 3, backend="cpu")
+
+
+X = torch.zeros(2, 3, 4, 4)
+LEARNED = TABLES["ddpm, learned_range"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": 1.0}, TypeError, "x must be a torch.Tensor; got float"),
+        ({"x": X.int()}, TypeError, "x must be float32.*int32"),
+        ({"x": X.sum()}, ValueError, r"x must be \[N, ...\]"),
+        ({"x": torch.zeros(2), "table": LEARNED}, ValueError, r"x must be \[N, C, ...\] .* learned variance"),
+        ({"out": None}, TypeError, "out must be a torch.Tensor; got NoneType"),
+        ({"out": X[:, :2]}, ValueError, r"out must have the shape \[2, 3, 4, 4\], the shape of x; got \[2, 2, 4, 4\]"),
+        ({"table": LEARNED}, ValueError, r"out must have the shape \[2, 6, 4, 4\], .* learned variance"),
+        ({"out": X.to("meta")}, ValueError, "out must be on the device of x, cpu; got meta"),
+        ({"uncond": X[:1]}, ValueError, r"uncond must have the shape \[2, 3, 4, 4\]"),
+        ({"uncond": X.int()}, TypeError, "uncond must be float32"),
+        ({"seed": None, "noise": X[0]}, ValueError, "noise must have the shape of x"),
+        ({"seed": None, "noise": X.bool()}, TypeError, "noise must be float32.*bool"),
+        ({"noise": X}, ValueError, "only one of noise and seed may be given; got both"),
+        ({"seed": None}, ValueError, "noise or seed must be given for a table that adds noise; got neither"),
+        ({"seed": "0"}, TypeError, "seed must be an int; got str"),
+        ({"first_sample": -1}, ValueError, "first_sample must be in"),
+        ({"step": 20}, ValueError, r"step must be in \[0, 20\); got 20"),
+        ({"step": -1}, ValueError, r"step must be in \[0, 20\); got -1"),
+        ({"step": torch.tensor([0, 25])}, ValueError, r"step must be in \[0, 20\); got 25"),
+        ({"step": torch.tensor([0, 1, 2])}, ValueError, r"step must have the shape \[\] or \[2\]"),
+        ({"step": 0.5}, TypeError, "step must be an int or an integer tensor; got float"),
+        ({"x_prev": X[:1]}, ValueError, "x_prev must have the shape of x"),
+        ({"x_prev": X.half()}, TypeError, "x_prev must have the dtype of x, torch.float32; got torch.float16"),
+        ({"backend": "cuda"}, dd.BackendUnavailableError, "reverse_step: backend='cuda' was asked for but cannot run"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dd.reverse_step(**{"x": X, "out": X, "table": TABLES["ddpm"], "step": 3, "seed": 0, **arguments})
+
+
+def test_opcheck(kernel):
+    if kernel.name == "triton":
+        return
+    table = TABLES["ddpm"]
+    x, out = (v.to(kernel.device) for v in tensors(table, (2, 3, 4, 4)))
+    on, key = table.on(x.device), noise_key(1, 0, 0, x.device)
+    shared = (on.rows, on.timesteps, on.steps[3])
+    op = torch.ops.dd_kernels.reverse_step.default
+    torch.library.opcheck(op, (x, out, None, out.clone(), 2.0, None, None, *shared, key, x.clone(), x.clone()))
+    threshold = torch.ones(2, device=x.device)
+    torch.library.opcheck(op, (x, out, out.clone(), None, 1.0, x.clone(), threshold, *shared, None, x.clone(), None))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddpm, learned_range", "ddim", "ddpm, dynamic threshold"])
+def test_compiles_in_one_graph(name):
+    table = TABLES[name]
+    x, out = tensors(table, (2, 3, 5, 5))
+    run = lambda x, out: dd.reverse_step(x * 2, out, table, 3, seed=4) + 1  # noqa: E731
+    assert torch.compile(run, fullgraph=True, backend="aot_eager")(x, out).equal(run(x, out))

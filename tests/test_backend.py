@@ -1,0 +1,116 @@
+"""Which implementation runs, and what is said when the one asked for cannot."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import dd_kernels as dd
+from dd_kernels import backend as backends
+
+
+def run_python(code, **environment):
+    """A new Python with these environment variables: (exit status, output)."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(Path(dd.__file__).parents[1]), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_auto_takes_the_kernel_and_the_reference_where_there_is_an_obstacle():
+    assert backends.choose("op", "auto", torch.device("cpu")) == "cpu"
+    assert backends.choose("op", "auto", torch.device("cpu"), "an obstacle") == "reference"
+    assert backends.choose("op", "auto", torch.device("meta")) == "reference"
+    assert backends.choose("op", "reference", torch.device("cpu"), "an obstacle") == "reference"
+
+
+def test_a_backend_asked_for_by_name_runs_or_says_why_not():
+    assert backends.choose("op", "cpu", torch.device("cpu")) == "cpu"
+    with pytest.raises(dd.BackendUnavailableError, match=r"op: backend='cpu' .* an obstacle"):
+        backends.choose("op", "cpu", torch.device("cpu"), "an obstacle")
+    with pytest.raises(dd.BackendUnavailableError, match=r"op: backend='cpu' .* takes cpu tensors, .* on meta"):
+        backends.choose("op", "cpu", torch.device("meta"))
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu, cuda, triton, reference; got 'mps'"):
+        backends.choose("op", "mps", torch.device("cpu"))
+
+
+def test_unavailable():
+    assert backends.unavailable("auto") is None
+    assert backends.unavailable("reference", "meta") is None
+    assert "no CUDA device" in backends.unavailable("cuda") or torch.cuda.is_available()
+    with pytest.raises(ValueError, match="name must be one of"):
+        backends.unavailable("opencl")
+
+
+def test_triton_takes_cpu_tensors_only_in_its_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.unavailable("triton", "cpu") is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "takes cuda tensors" in backends.unavailable("triton", "cpu")
+
+
+def test_use_backend_is_for_the_block_and_for_every_thread():
+    cpu = torch.device("cpu")
+    with dd.use_backend("reference"):
+        assert backends.choose("op", "auto", cpu) == "reference"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(backends.choose, "op", "auto", cpu).result() == "reference"
+        assert backends.choose("op", "cpu", cpu) == "cpu"
+        with dd.use_backend("cpu"):
+            assert backends.choose("op", "auto", cpu) == "cpu"
+        assert backends.choose("op", "auto", cpu) == "reference"
+    assert backends.choose("op", "auto", cpu) == "cpu"
+    with pytest.raises(ValueError, match="name must be one of"), dd.use_backend("gpu"):
+        pass
+
+
+def test_use_backend_ends_with_an_exception():
+    with pytest.raises(RuntimeError, match="inside"), dd.use_backend("reference"):
+        raise RuntimeError("inside")
+    assert backends.choose("op", "auto", torch.device("cpu")) == "cpu"
+
+
+def test_environment_variable():
+    show = "import torch, dd_kernels.backend as b; print(b.choose('op', 'auto', torch.device('cpu')))"
+    assert run_python(show, DD_KERNELS_BACKEND="reference") == (0, "reference\n")
+    status, text = run_python(show, DD_KERNELS_BACKEND="fast")
+    assert status != 0
+    assert "DD_KERNELS_BACKEND must be one of" in text
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_set_from_the_environment(isa):
+    status, text = run_python(
+        "import dd_kernels as dd; print(dd.randn((1, 2), seed=0).shape)",
+        DD_KERNELS_CPU_ISA=isa,
+        DD_KERNELS_BACKEND="cpu",
+    )
+    if isa == "avx512":
+        assert status != 0
+        assert "DD_KERNELS_CPU_ISA must be baseline or avx2; got 'avx512'" in text
+    else:
+        assert (status == 0) or "lacks AVX2" in text
+
+
+def test_a_library_that_is_absent_or_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backend.py"))
+    assert "was not built" in backends._load_library("cpu")
+    (tmp_path / "_cpu.abi3.so").write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match=r"_cpu\.abi3\.so is there but cannot be loaded"):
+        assert "cannot be loaded" in backends._load_library("cpu")
+
+
+def test_without_the_library_the_reference_serves(monkeypatch):
+    monkeypatch.setitem(backends._why_not, "cpu", "it was not built")
+    z = dd.randn((2, 8), seed=3)
+    assert z.equal(dd.randn((2, 8), seed=3, backend="reference"))
+    with pytest.raises(dd.BackendUnavailableError, match="it was not built"):
+        dd.randn((2, 8), seed=3, backend="cpu")
