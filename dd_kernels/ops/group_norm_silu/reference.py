@@ -28,7 +28,9 @@ def group_norm_silu(
     if pre_shift is not None:
         h = h + per_channel(pre_shift)
     weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
-    y = F.group_norm(h, num_groups, weight, bias, eps)
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # PyTorch's backward pass fails where only the bias is there
+    y = torch.group_norm(h, num_groups, weight, bias, eps)  # F.group_norm refuses groups of one element
     if scale is not None:
         y = y * (1 + per_channel(scale))
     if shift is not None:
