@@ -58,10 +58,13 @@ def timestep_index(name: str, index: int | Tensor, views: Sequence[Tensor], batc
         raise TypeError(f"{name} must be an int or an integer tensor; got {kind}")
     if index.ndim > 1 or index.numel() not in (1, batch):
         raise ValueError(f"{name} must have the shape [] or [{batch}], one per sample; got {list(index.shape)}")
-    if index.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(index))
+    if index.is_cpu and index.numel() > 0 and not torch.compiler.is_compiling():
+        values = index.tolist() if index.ndim == 1 else [index.item()]
+        low, high = min(values), max(values)
         if low < 0 or high >= len(views):
             raise ValueError(f"{name} must be in [0, {len(views)}); got {low if low < 0 else high}")
+    if index.ndim == 1 and index.dtype == torch.int64 and index.device == device:
+        return index.contiguous()
     return index.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
 
 

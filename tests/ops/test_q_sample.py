@@ -40,7 +40,7 @@ def test_noise_drawn(kernel, shape, dtype):
 
 @pytest.mark.parametrize(("dtype", "noise_dtype"), list(itertools.product(DTYPES, DTYPES)))
 def test_noise_given(kernel, dtype, noise_dtype):
-    for shape in SHAPES:
+    for shape in SHAPES[:1] if kernel.interpreted else SHAPES:
         check(kernel, torch.randn(shape).to(dtype), timesteps(shape), torch.randn(shape).to(noise_dtype))
 
 
@@ -65,8 +65,9 @@ def test_channels_last_is_kept(kernel, shape, given_noise):
 def test_any_strides(kernel):
     base = torch.randn(6, 4, 9, 10)
     noises = (torch.randn(5, 3, 9, 10)[::2, :2], torch.randn(3, 4, 9, 10).chunk(2, 1)[1], torch.randn(3, 2, 10, 9).mT)
-    for x in (base[::2, :2], base[:3].chunk(2, 1)[0], base[:3, 1:3].mT.contiguous().mT, base[:3, :2].flip(0)):
-        for noise in noises:
+    xs = (base[::2, :2], base[:3].chunk(2, 1)[0], base[:3, 1:3].mT.contiguous().mT, base[:3, :2].flip(0))
+    for x in xs[2:3] if kernel.interpreted else xs:
+        for noise in noises[1:2] if kernel.interpreted else noises:
             check(kernel, x, timesteps(x.shape), noise)
         check(kernel, x, timesteps(x.shape), seed=1)
 

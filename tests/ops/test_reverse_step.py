@@ -27,7 +27,6 @@ TABLES = {
         np.arange(3), x0_num_x=1.1, x0_num_out=-0.4, x0_den=0.9, prev_from_x0=0.5, prev_from_out=0.3, sigma=0.2
     ),
 }
-SHAPES = [(3, 3, 5, 7), (2, 2, 531)]
 
 
 def tensors(table, shape, dtype=torch.float32, out_dtype=torch.float32):
@@ -62,11 +61,14 @@ def check(kernel, x, out, table, step, **options):
     return actual[0]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
-def test_every_sampler(kernel, table, shape):
-    x, out = tensors(table, shape)
-    for step in (0, len(table) // 2, len(table) - 1):
+def test_every_sampler(kernel, table):
+    last = len(table) - 1
+    shapes, steps = (
+        ([(2, 3, 5, 7)], [0]) if kernel.interpreted else ([(3, 3, 5, 7), (2, 2, 1531)], [0, last // 2, last])
+    )
+    for shape, step in itertools.product(shapes, steps):
+        x, out = tensors(table, shape)
         check(kernel, x, out, table, step)
         check(kernel, x, out, table, step, uncond=torch.randn_like(out), guidance_scale=2.5)
         if table.stochastic:
@@ -75,9 +77,9 @@ def test_every_sampler(kernel, table, shape):
 
 @pytest.mark.parametrize(("dtype", "out_dtype"), list(itertools.product(DTYPES, DTYPES)))
 def test_dtypes(kernel, dtype, out_dtype):
-    for name in ("ddpm", "ddpm, learned_range", "ddim"):
+    for name in ("ddpm, learned_range",) if kernel.interpreted else ("ddpm", "ddpm, learned_range", "ddim"):
         table = TABLES[name]
-        for noise_dtype in (*DTYPES, None) if table.stochastic else (None,):
+        for noise_dtype in (*DTYPES, None) if table.stochastic and not kernel.interpreted else (None,):
             x, out = tensors(table, (2, 3, 9, 5), dtype, out_dtype)
             noise = {} if noise_dtype is None else {"noise": torch.randn(x.shape).to(noise_dtype)}
             check(kernel, x, out, table, 3, uncond=torch.randn_like(out), guidance_scale=1.5, **noise)
@@ -100,8 +102,9 @@ def test_any_strides(kernel):
     table = TABLES["ddpm"]
     base = torch.randn(6, 4, 9, 10)
     outs = (torch.randn(5, 3, 9, 10)[::2, :2], torch.randn(3, 4, 9, 10).chunk(2, 1)[1], torch.randn(3, 2, 10, 9).mT)
-    for x in (base[::2, :2], base[:3].chunk(2, 1)[0], base[:3, 1:3].mT.contiguous().mT, base[:3, :2].flip(0)):
-        for out in outs:
+    xs = (base[::2, :2], base[:3].chunk(2, 1)[0], base[:3, 1:3].mT.contiguous().mT, base[:3, :2].flip(0))
+    for x in xs[2:3] if kernel.interpreted else xs:
+        for out in outs[1:2] if kernel.interpreted else outs:
             check(kernel, x, out, table, 3)
             check(kernel, x, out, table, 3, noise=outs[0], uncond=outs[1])
 
@@ -164,7 +167,7 @@ def test_not_finite(kernel, name, value):
     x[0, 1, 2, 3], out[1, 0, 4, 4], out[1, -1, 0, 0] = value, value, value
     noise = torch.randn_like(x)
     noise[0, 0, 0, 0] = value
-    for step in (0, len(table) - 1):
+    for step in (0,) if kernel.interpreted else (0, len(table) - 1):
         a, b = (
             dd.reverse_step(x, out, table, step, noise=noise, return_x0=True, backend=backend)
             for backend in (kernel.name, "reference")

@@ -94,7 +94,7 @@ def q_sample(
 
         triton.q_sample(*arguments)
     else:
-        torch.ops.dd_kernels.q_sample(*arguments)
+        torch.ops.dd_kernels.q_sample.default(*arguments)
     if not return_noise:
         return x_t
     return x_t, noise.to(x_start.dtype) if z is None else z

@@ -122,5 +122,5 @@ def randn(
 
         triton.randn(z, key, stream)
     else:
-        torch.ops.dd_kernels.randn(z, key, stream)
+        torch.ops.dd_kernels.randn.default(z, key, stream)
     return z

@@ -45,14 +45,13 @@ def _(
 def _split_out(out: Tensor, x: Tensor, learned: bool, name: str) -> tuple[Tensor, Tensor | None]:
     """(prediction, variance values): a model with learned variance gives [N, 2 C, ...]."""
     checks.check_float(name, out)
-    wanted = list(x.shape)
-    if learned:
-        if x.ndim < 2:
-            raise ValueError(f"x must be [N, C, ...] for a table with learned variance; got {wanted}")
-        wanted[1] *= 2
-    if list(out.shape) != wanted:
-        why = ", [N, 2 C, ...], for a table with learned variance" if learned else ", the shape of x"
-        raise ValueError(f"{name} must have the shape {wanted}{why}; got {list(out.shape)}")
+    if learned or out.shape != x.shape:
+        if learned and x.ndim < 2:
+            raise ValueError(f"x must be [N, C, ...] for a table with learned variance; got {list(x.shape)}")
+        wanted = [x.shape[0], 2 * x.shape[1], *x.shape[2:]] if learned else list(x.shape)
+        if list(out.shape) != wanted:
+            why = ", [N, 2 C, ...], for a table with learned variance" if learned else ", the shape of x"
+            raise ValueError(f"{name} must have the shape {wanted}{why}; got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}; got {out.device}")
     return out.chunk(2, dim=1) if learned else (out, None)
@@ -174,7 +173,7 @@ def reverse_step(
 
         triton.reverse_step(*arguments)
     else:
-        torch.ops.dd_kernels.reverse_step(*arguments)
+        torch.ops.dd_kernels.reverse_step.default(*arguments)
     if x_prev is not None and result is not x_prev:
         result = x_prev.copy_(result)
     return (result, x0) if return_x0 else result
