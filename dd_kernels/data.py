@@ -185,17 +185,17 @@ def _checked_labels(labels: np.ndarray, count: int, path: str | pathlib.Path) ->
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def load(source: str, image_size: int | None = None, channels: int = 3, progress: bool = False) -> ImageData:
+def load(source: str, image_size: int | None = None, grey: bool = False, progress: bool = False) -> ImageData:
     """The training images that ``source`` names: "digits", a .npz file or a folder of images.
 
     Raises:
-        ValueError: none of these, or not readable; a folder without ``image_size``, or another with one.
+        ValueError: none of these, or not readable; a folder without ``image_size``; ``grey`` without a folder.
     """
     path = pathlib.Path(source)
     if path.is_dir():
         if image_size is None:
             raise ValueError(f"image_size must be given for the folder of images {source!r}")
-        return image_folder(path, image_size, channels, progress)
+        return image_folder(path, image_size, 1 if grey else 3, progress)
     if source == "digits":
         data = digits("train")
     elif path.is_file():
@@ -204,6 +204,8 @@ def load(source: str, image_size: int | None = None, channels: int = 3, progress
         raise ValueError(
             f"data must be 'digits', a folder of images or a .npz file; got {source!r}, which is not there"
         )
+    if grey:
+        raise ValueError(f"grey may be given only for a folder of images; got it for {source!r}")
     side = data.images.shape[-1]
     if image_size not in (None, side):
         raise ValueError(f"image_size must be that of the data, {side}; got {image_size}")

@@ -195,6 +195,9 @@ def test_load_finds_what_its_name_says(tmp_path):
     assert len(data.load("digits")) == 1437
     _png(tmp_path / "a.png", np.zeros((2, 2)))
     assert data.load(str(tmp_path), 4).images.shape == (1, 3, 4, 4)
+    assert data.load(str(tmp_path), 4, grey=True).images.shape == (1, 1, 4, 4)
+    with pytest.raises(ValueError, match="grey may be given only for a folder of images; got it for 'digits'"):
+        data.load("digits", grey=True)
     np.savez(tmp_path / "a.npz", images=_IMAGES)
     assert len(data.load(str(tmp_path / "a.npz"))) == 3
     for source, size, message in (

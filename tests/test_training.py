@@ -39,7 +39,7 @@ def _options(**changes):
 
 
 def _train(out, images, resume=False, **changes):
-    return training.train(_options(**changes), out, images_=images, resume=resume, save_every=4, sample_every=0)
+    return training.train(_options(**changes), out, dataset=images, resume=resume, save_every=4, sample_every=0)
 
 
 def _same(a, b):
@@ -282,14 +282,14 @@ def test_grids_and_saves_come_when_asked_for(tmp_path, images, monkeypatch):
     events = []
     monkeypatch.setattr(Trainer, "save", lambda self, out: events.append(("save", self.step)))
     monkeypatch.setattr(loop, "draw_grid", lambda run, out: events.append(("grid", run.step)))
-    training.train(_options(steps=6), tmp_path / "a.safetensors", images_=images, save_every=3, sample_every=2)
+    training.train(_options(steps=6), tmp_path / "a.safetensors", dataset=images, save_every=3, sample_every=2)
     assert events == [("grid", 2), ("save", 3), ("grid", 4), ("save", 6), ("save", 6), ("grid", 6)]
 
 
 def test_drawing_a_grid_changes_nothing(tmp_path, images):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    training.train(_options(), a, images_=images, sample_every=2)
-    training.train(_options(), b, images_=images, sample_every=0)
+    training.train(_options(), a, dataset=images, sample_every=2)
+    training.train(_options(), b, dataset=images, sample_every=0)
     assert _same(state_path(a), state_path(b))
 
 
@@ -303,7 +303,7 @@ def test_out_is_never_lost(tmp_path, images):
     out.unlink()
     with pytest.raises(ValueError, match=r"a\.training\.safetensors.* is there already"):
         _train(out, images)
-    training.train(_options(steps=1), out, images_=images, overwrite=True)
+    training.train(_options(steps=1), out, dataset=images, overwrite=True)
     for path, message in (
         (tmp_path / "model.pt", "must end in .safetensors"),
         (tmp_path / "no" / "a.safetensors", "cannot write"),
@@ -312,7 +312,7 @@ def test_out_is_never_lost(tmp_path, images):
         with pytest.raises(ValueError, match=message):
             _train(path, images)
     with pytest.raises(ValueError, match="only one of resume and overwrite"):
-        training.train(_options(), out, images_=images, resume=True, overwrite=True)
+        training.train(_options(), out, dataset=images, resume=True, overwrite=True)
 
 
 def test_resuming_another_run_is_refused(tmp_path, images):
@@ -389,7 +389,7 @@ def test_other_errors(tmp_path, images):
     with pytest.raises(ValueError, match="learn_variance must be false"):
         TrainOptions(model={"learn_variance": True})
     with pytest.raises(ValueError, match="save_every must be at least 0; got -1"):
-        training.train(_options(), tmp_path / "a.safetensors", images_=images, save_every=-1)
+        training.train(_options(), tmp_path / "a.safetensors", dataset=images, save_every=-1)
 
 
 def test_the_digits_defaults_are_options():

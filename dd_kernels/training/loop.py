@@ -147,7 +147,7 @@ def train(
     options: TrainOptions,
     out: PathLike,
     *,
-    images_: ImageData | None = None,
+    dataset: ImageData | None = None,
     resume: bool = False,
     overwrite: bool = False,
     save_every: int = 1000,
@@ -160,7 +160,7 @@ def train(
     Args:
         options: how; with ``resume`` the same as before, but for ``steps``.
         out: the model file, a .safetensors.
-        images_: the training images; loaded as ``options`` say by default.
+        dataset: the training images; loaded as ``options`` say by default.
         resume: continue from the training state beside ``out``: to the same bits as a run that never
             stopped, on one machine with one number of threads.
         overwrite: a model and training state that are there may be lost.
@@ -180,11 +180,11 @@ def train(
             raise ValueError(f"{name} must be at least 0; got {value}")
     out = check_out(out, resume, overwrite)
     check_writable("out", grid_path(out))
-    if images_ is None:
-        channels = 1 if options.grey else 3
-        images_ = load(options.data, options.image_size, channels, progress)
-    with torch.random.fork_rng():
-        trainer = Trainer(options, images_, torch.device(device))
+    if dataset is None:
+        dataset = load(options.data, options.image_size, options.grey, progress)
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        trainer = Trainer(options, dataset, device)
         if resume:
             _check_same_run(options, resumed_options(out))
             trainer.restore(out)

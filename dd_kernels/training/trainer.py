@@ -33,14 +33,14 @@ def state_path(out: PathLike) -> pathlib.Path:
     return out.with_name(f"{out.stem}.training.safetensors")
 
 
-def build_model(options: TrainOptions, images_: ImageData) -> tuple[UNet, ModelInfo]:
+def build_model(options: TrainOptions, dataset: ImageData) -> tuple[UNet, ModelInfo]:
     """A fresh U-Net that fits the data, its weights a function of ``options.seed``."""
-    labelled = images_.labels is not None and not options.unconditional
+    labelled = dataset.labels is not None and not options.unconditional
     fitting = {
-        "image_size": images_.images.shape[-1],
-        "in_channels": images_.images.shape[1],
+        "image_size": dataset.images.shape[-1],
+        "in_channels": dataset.images.shape[1],
         "learn_variance": False,
-        "num_classes": len(images_.classes) if labelled else None,
+        "num_classes": len(dataset.classes) if labelled else None,
         "null_class": labelled and options.label_drop > 0,
     }
     clash = sorted(options.model.keys() & fitting.keys() - {"learn_variance"})
@@ -54,7 +54,7 @@ def build_model(options: TrainOptions, images_: ImageData) -> tuple[UNet, ModelI
         model = UNet.from_config(options.config, **{**fitting, **options.model})
     except TypeError as error:
         raise ValueError(f"model: no U-Net can be built with {options.model}: {error}") from error
-    classes = images_.classes if labelled else ()
+    classes = dataset.classes if labelled else ()
     info = ModelInfo(model.config, options.schedule, options.num_timesteps, options.prediction, classes, {})
     return model, info
 
@@ -68,14 +68,14 @@ class Batch:
     labels: Tensor | None
 
 
-def make_batch(images_: ImageData, options: TrainOptions, null_label: int | None, step: int) -> Batch:
+def make_batch(dataset: ImageData, options: TrainOptions, null_label: int | None, step: int) -> Batch:
     """The batch of step ``step``: a function of (data, options, step), on the CPU."""
     size, seed = options.batch_size, options.seed
 
     def words(stream: int) -> Tensor:
         return data.uniform_words(size, seed=seed, draw=step, stream=stream)
 
-    x_start, labels = images_.batch(data.positions(images_, step * size, size, seed=seed))
+    x_start, labels = dataset.batch(data.positions(dataset, step * size, size, seed=seed))
     if options.flip:
         mirrored = (words(data.STREAM_FLIP) & 1).bool()[:, None, None, None]
         x_start = torch.where(mirrored, x_start.flip(-1), x_start)
@@ -111,9 +111,9 @@ class Trainer:
         stopped_by: the signal that ended :func:`train` early, or None.
     """
 
-    def __init__(self, options: TrainOptions, images_: ImageData, device: torch.device) -> None:
-        self.options, self.images, self.device = options, images_, device
-        model, self.info = build_model(options, images_)
+    def __init__(self, options: TrainOptions, dataset: ImageData, device: torch.device) -> None:
+        self.options, self.dataset, self.device = options, dataset, device
+        model, self.info = build_model(options, dataset)
         self.model = model.to(device).train()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.schedule = named_schedule(options.schedule, options.num_timesteps)
@@ -136,7 +136,7 @@ class Trainer:
         torch.manual_seed((options.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (self.step + 1) / max(options.warmup, 1))
-        loss = self._loss(make_batch(self.images, options, self.model.null_label, self.step))
+        loss = self._loss(make_batch(self.dataset, options, self.model.null_label, self.step))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -176,7 +176,7 @@ class Trainer:
             "step": self.step,
             "loss": self.loss,
             "scaler": self.scaler.state_dict(),
-            "fingerprint": self.images.fingerprint,
+            "fingerprint": self.dataset.fingerprint,
             **self.described().as_metadata(),
         }
         checkpoint.save(state_path(out), checkpoint.TRAINING, self._slots(), metadata)
@@ -192,7 +192,7 @@ class Trainer:
         tensors, metadata = checkpoint.load(path, checkpoint.TRAINING)
         if not {"fingerprint", "scaler", "step", "loss"} <= metadata.keys():
             raise ValueError(f"{str(path)!r} does not say where it stopped")
-        if metadata["fingerprint"] != self.images.fingerprint:
+        if metadata["fingerprint"] != self.dataset.fingerprint:
             raise ValueError(f"data: the images are not those that {str(path)!r} was trained on")
         wanted = self._slots()
         if {name: value.shape for name, value in tensors.items()} != {n: v.shape for n, v in wanted.items()}:
