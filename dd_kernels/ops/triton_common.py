@@ -7,6 +7,7 @@ a channels_last image: noise is counted in logical (C, H, W) order, so a tile th
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import triton
 import triton.language as tl
@@ -50,7 +51,7 @@ def power_of_2(n: int) -> int:
 def plan(op: str, x: Tensor, draws: bool) -> Launch:
     """Cuts a dense tensor into tiles; ``draws`` says whether noise is drawn."""
     sizes = SIZES[op]
-    elements = x[:1].numel()
+    elements = math.prod(x.shape[1:])
     channels, pixels = 1, elements
     by_channel = draws and is_channels_last(x)
     if by_channel:
@@ -60,6 +61,7 @@ def plan(op: str, x: Tensor, draws: bool) -> Launch:
     block_p = max(4, min(sizes.elements // block_c, power_of_2(pixels + 3 * straddles)))
     tiles = triton.cdiv(channels, block_c) * triton.cdiv(pixels + 3 * straddles, block_p)
     geometry = {
+        "elements": elements,
         "pixels": pixels,
         "CHANNELS": channels,
         "BY_CHANNEL": by_channel,
@@ -131,7 +133,7 @@ def coefficient(row, column: tl.constexpr, inside):
 
 @triton.jit
 def sine_cosine(word):
-    """sin and cos of 2 pi word / 2^32 to an ulp, without the branches that an unreduced angle would need.
+    """sin and cos of 2 pi word / 2^32 to 1.5 ulp, without the branches that an unreduced angle would need.
 
     The quadrant is in the top bits, so the reduction is exact; the polynomials are Cephes' sinf and cosf.
     """

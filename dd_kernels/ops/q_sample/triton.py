@@ -76,7 +76,6 @@ def q_sample(
         0 if noise is None else noise.stride(0),
         int(t.numel() > 1),
         rows.shape[0],
-        x_start[0].numel(),
         STREAM=STREAM_Q_SAMPLE,
         **launch.geometry,
     )

@@ -32,4 +32,4 @@ def randn(z: Tensor, key: Tensor, stream: int) -> None:
     if z.numel() == 0:
         return
     launch = plan("randn", z, draws=True)
-    _randn[launch.grid](z, key, stream, z[0].numel(), **launch.geometry)
+    _randn[launch.grid](z, key, stream, **launch.geometry)

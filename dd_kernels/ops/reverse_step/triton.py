@@ -146,7 +146,6 @@ def reverse_step(
         _sample_stride(noise),
         int(step.numel() > 1),
         rows.shape[0],
-        x[0].numel(),
         COLUMNS=len(COLUMNS),
         STREAM=STREAM_REVERSE_STEP,
         **launch.geometry,

@@ -1,0 +1,232 @@
+"""Triton's kernels beyond the op suite: what they compile to, how often, and the branches of large inputs."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from budget import assert_within_budget
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dd_kernels as dd
+from dd_kernels import backend as backends
+from dd_kernels.ops.randn import noise_key
+from dd_kernels.ops.randn import reference as randn_reference
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+
+from dd_kernels.ops import triton_common  # noqa: E402
+from dd_kernels.ops.group_norm_silu import triton_tiles  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[2]
+WRITES_TILES = ("_whole_groups", "_apply", "_whole_groups_backward", "_apply_backward", "_randn", "_q_sample")
+READS_TILES = (*WRITES_TILES[:4], "_partial_moments", "_partial_sums", "_q_sample", "_reverse_step")
+
+interpreted = pytest.mark.skipif(not backends.interpreting_triton(), reason="the op suite runs these on a GPU")
+
+
+def compiling(*arguments):
+    """What a Python process in which Triton compiles, and does not interpret, prints as JSON."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def checks():
+    return compiling("tests/ops/triton_checks.py", "recompiles", "alignments", "graph", "huge")
+
+
+def assert_compiled_well(rows):
+    """No local memory, and tiles moved by the widest access that their layout allows."""
+    for row in rows:
+        name = f"{row['kernel']} {row['shape']} {row['dtype']} {row['layout']} sm_{row['arch']}"
+        assert row["spills"] == 0, name
+        assert row["stack"] == 0, name
+        assert row["registers"] <= 65536 // (32 * row["warps"]), name
+        if row["kernel"] in READS_TILES:
+            assert max(row["loads"].values()) > 0, name
+            assert max(map(int, row["loads"])) >= row["allowed_bits"], name
+            assert min(map(int, row["loads"])) >= min(32, row["allowed_bits"]), name
+        if row["kernel"] in WRITES_TILES:
+            assert max(map(int, row["stores"])) >= row["allowed_bits"], name
+            assert min(map(int, row["stores"])) >= min(32, row["allowed_bits"]), name
+
+
+def test_compiled_kernels_do_not_spill_and_move_whole_vectors():
+    rows = compiling("-m", "benchmarks.triton_aot", "--quick", "--arch", "90", "--dtypes", "bfloat16", "--output", "-")
+    assert {row["kernel"] for row in rows} >= {*WRITES_TILES, *READS_TILES}
+    assert {row["allowed_bits"] for row in rows if row["layout"] == "NCHW"} == {128}
+    assert_compiled_well(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_every_kernel_for_every_architecture(arch):
+    assert_compiled_well(compiling("-m", "benchmarks.triton_aot", "--arch", str(arch), "--output", "-"))
+
+
+@pytest.mark.slow
+def test_processes_share_a_cache(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "tests/ops/triton_checks.py", "cubins"]
+    started = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    first, second = (process.communicate()[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0]
+    assert json.loads(first) == json.loads(second)
+
+
+def test_values_and_batch_sizes_do_not_recompile():
+    """One kernel each; the split pass has three forward and four backward, the whole one two backward."""
+    assert checks()["recompiles"] == {
+        "reverse_step": 1,
+        "q_sample": 1,
+        "randn": 1,
+        "group_norm_silu": 1,
+        "group_norm_silu split": 3,
+        "group_norm_silu sides": 3,
+        "group_norm_silu_backward": 2,
+        "group_norm_silu_backward split": 4,
+    }
+
+
+def test_the_alignment_of_small_tensors_does_not_recompile():
+    assert checks()["alignments"] == 1
+
+
+def test_more_than_2_to_the_31_elements_per_sample_compile():
+    assert checks()["huge"] == ["_randn", "_randn", "_partial_moments", "_combine_moments", "_apply"]
+
+
+def test_one_graph_on_cuda_tensors():
+    """Dynamo traces every op into one graph with its Triton kernel in it."""
+    assert checks()["graph"].count("triton_kernel_wrapper_mutation") == 4
+
+
+@triton.jit
+def _store_words(out, key, stream, quads, BLOCK: tl.constexpr):
+    quad = tl.arange(0, BLOCK)[None, :]
+    drawn = triton_common.words(key, 3, tl.load(key + 2), stream.to(tl.uint32), quad)
+    at = out + quad * 4
+    for i in tl.static_range(4):
+        tl.store(at + i, drawn[i].to(tl.int64), mask=quad < quads)
+
+
+@interpreted
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x123456789ABCDEF0])
+def test_words_equal_the_reference_to_the_bit(seed):
+    key = noise_key(seed, 2**32 - 2, 2**32 - 1, torch.device("cpu"))
+    out = torch.full((21, 4), -1)
+    _store_words[(1,)](out, key, 2**32 - 1, 21, BLOCK=32)
+    expected = randn_reference.words(key, 4, 84, key[2:3], 2**32 - 1)
+    assert out.equal(expected[3])
+
+
+@triton.jit
+def _store_sine_cosine(out, words, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    sine, cosine = triton_common.sine_cosine(tl.load(words + i).to(tl.uint32))
+    tl.store(out + i, sine)
+    tl.store(out + BLOCK + i, cosine)
+
+
+@interpreted
+def test_sine_and_cosine_to_two_ulps():
+    corners = torch.tensor([1 << 29, 1 << 30, 3 << 29, 1 << 31, 5 << 29, 3 << 30, 7 << 29, 1 << 32])
+    words = torch.cat([corners + d for d in (-1, 0, 1)] + [torch.arange(0, 1 << 32, 2**32 // 4072 + 1)]) % (1 << 32)
+    words = words[:4096]
+    words = torch.cat([words, words.new_zeros(4096 - len(words))])
+    out = torch.empty(2, 4096)
+    _store_sine_cosine[(1,)](out, words, BLOCK=4096)
+    angle = words.double() * (2 * torch.pi * 2.0**-32)
+    exact = torch.stack((angle.sin(), angle.cos()))
+    assert ((out.double() - exact).abs() <= 2.0**-22 * exact.abs() + 1e-15).all()
+
+
+@st.composite
+def images(draw):
+    groups, group = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    sides = draw(st.integers(1, 200)), draw(st.integers(1, 200))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    x = torch.empty(draw(st.integers(1, 4)), groups * group, *sides, dtype=dtype, device="meta")
+    last = draw(st.booleans())
+    return (x.contiguous(memory_format=torch.channels_last) if last else x), groups
+
+
+@given(images(), st.sampled_from(["forward", "backward"]))
+def test_plans_cover_the_image(image, kind):
+    x, groups = image
+    sizes, cut = triton_tiles.SIZES[kind], triton_tiles.plan(x, groups, kind)
+    _, channels, pixels = triton_tiles.dimensions(x)
+    assert cut == triton_tiles.plan(x[:1], groups, kind), "the batch size changes the cut, and so the bits"
+    assert cut.block_c & (cut.block_c - 1) == cut.block_p & (cut.block_p - 1) == 0
+    assert cut.block_channels <= cut.block_c
+    if cut.one_program:
+        assert cut.block_channels % (channels // groups) == 0
+        assert cut.block_p >= pixels
+        assert cut.block_c * cut.block_p <= sizes.one_program
+    else:
+        assert cut.splits <= sizes.splits
+        covered = cut.splits * cut.tiles * cut.block_p
+        assert pixels <= covered < pixels + cut.tiles * cut.block_p
+        assert cut.block_c * cut.block_p <= sizes.split_tile
+
+
+SPLIT_CASES = {
+    "every pixel block partial": ((2, 6, 5, 7), 3),
+    "one split, several groups": ((1, 8, 3, 3), 4),
+    "many tiles per split": ((2, 2, 16, 17), 1),
+    "more channels than a block": ((1, 40, 2, 3), 4),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("case", SPLIT_CASES)
+def test_split_groups(case, memory_format, monkeypatch):
+    """What large groups run, at small sizes: forward and every gradient."""
+    small = triton_tiles.Sizes(1, 1, 64, 3, 16, 64)
+    monkeypatch.setattr(triton_tiles, "SIZES", {"forward": small, "backward": small})
+    shape, groups = SPLIT_CASES[case]
+    n, c = shape[:2]
+    x = (torch.randn(shape) + 3).contiguous(memory_format=memory_format)
+    dy = torch.randn(shape).contiguous(memory_format=memory_format)
+    inputs = (x, torch.randn(c), torch.randn(c), *(torch.randn(n, c) for _ in range(3)))
+    assert not triton_tiles.plan(x, groups, "forward").one_program
+
+    def run(dtype, backend):
+        leaves = [v.detach().to(dtype).requires_grad_() for v in inputs]
+        weight, bias, pre_shift, scale, shift = leaves[1:]
+        options = {"pre_shift": pre_shift, "scale": scale, "shift": shift, "backend": backend}
+        y = dd.group_norm_silu(leaves[0], groups, weight, bias, **options)
+        return y, *torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    exact, plain = run(torch.float64, "reference"), run(torch.float32, "reference")
+    for a, e, p in zip(run(torch.float32, "triton"), exact, plain, strict=True):
+        # A few elements can be lucky in plain PyTorch: a rounding of what was summed is allowed as well.
+        assert_within_budget(a, e, p + 2 * (e.abs().max() * torch.finfo(torch.float32).eps).float())
+
+
+@interpreted
+def test_a_large_mean_costs_nothing_in_one_program():
+    """Mean / deviation 1000: as exact as at 1, where plain PyTorch has lost three digits."""
+    x = torch.randn(2, 8, 16, 16) + 1000
+    exact = dd.group_norm_silu(x.double(), 2, backend="reference")
+    assert (dd.group_norm_silu(x, 2, backend="triton") - exact).abs().max() < 3e-6
+
+
+def test_sizes_can_be_replaced(monkeypatch):
+    x = torch.empty(1, 3, 32, 32)
+    before = triton_common.plan("randn", x, draws=True)
+    sizes = dataclasses.replace(triton_common.SIZES["randn"], elements=512)
+    monkeypatch.setitem(triton_common.SIZES, "randn", sizes)
+    assert triton_common.plan("randn", x, draws=True).grid[0] == 2 * before.grid[0]

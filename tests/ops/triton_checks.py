@@ -1,0 +1,109 @@
+"""What a process where Triton compiles, and does not interpret, can tell with no GPU; run by test_triton.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+import torch
+import torch.utils._triton
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dd_kernels as dd
+from benchmarks.triton_aot import compile_only, group_norm, q_sample, randn, specialisations
+from dd_kernels.ops.group_norm_silu import triton as gn
+from dd_kernels.ops.reverse_step import triton as step_op
+
+
+def _steps_and_seeds(batch: int, step: int, seed: int, scale: float) -> None:
+    """A step of a loop: the row is a view anywhere in memory, guidance an int or a float."""
+    x = torch.empty(batch, 3, 32, 32)
+    key = torch.tensor([0, seed, batch, step])[1:]
+    row = torch.arange(50)[step : step + 1]
+    rows, timesteps = torch.zeros(50, 10), torch.arange(50)
+    step_op.reverse_step(x, x, None, x, scale, None, None, rows, timesteps, row, key, x, None)
+
+
+def recompiles() -> dict[str, int]:
+    """How many kernels a family of calls compiles that differ in values, batch size or table length."""
+    dtype = torch.bfloat16
+    families = {
+        "reverse_step": [lambda i=i: _steps_and_seeds(i, 7 * i % 50, 3**i, i) for i in range(1, 8)],
+        "q_sample": [lambda n=n: q_sample(3, 32, n, dtype, False) for n in range(1, 9)],
+        "randn": [lambda n=n: randn(3, 32, n, dtype, False) for n in range(1, 9)],
+        "group_norm_silu": [lambda n=n: group_norm(128, 32, n, dtype, True, False) for n in range(1, 9)],
+        "group_norm_silu split": [lambda n=n: group_norm(128, 256, n, dtype, True, False) for n in range(1, 9)],
+        "group_norm_silu sides": [lambda s=s: group_norm(128, s, 2, dtype, True, False) for s in (132, 256, 300, 512)],
+        "group_norm_silu_backward": [lambda n=n: group_norm(128, 32, n, dtype, False, True) for n in range(1, 9)],
+        "group_norm_silu_backward split": [
+            lambda n=n: group_norm(128, 256, n, dtype, False, True) for n in range(1, 9)
+        ],
+    }
+    return {name: len(specialisations(calls)) for name, calls in families.items()}
+
+
+def alignments() -> int:
+    """Kernels compiled for parameters and statistics that lie anywhere, as in a flat parameter buffer."""
+    buffer = torch.empty(4096)
+    x = torch.empty(2, 128, 8, 8)
+
+    def call(first: int) -> None:
+        weight, bias = buffer[first : first + 128], buffer[first + 129 : first + 257]
+        mean, rstd = buffer[first + 300 : first + 364].view(2, 32), buffer[first + 401 : first + 465].view(2, 32)
+        gn.group_norm_silu(x, 32, weight, bias, 1e-5, None, None, None, True, x, mean, rstd)
+
+    return len(specialisations([lambda i=i: call(i) for i in range(5)]))
+
+
+def graph() -> list[str]:
+    """The calls in the one graph of a loop's body on fake CUDA tensors."""
+    torch.utils._triton.has_triton = lambda: True  # dynamo asks for a GPU before it knows a Triton kernel
+    found: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        found.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
+        return module
+
+    schedule = dd.linear_schedule(1000)
+    table = dd.ddpm(schedule)
+
+    def body(x, out, step, weight, seed):
+        h = dd.group_norm_silu(out, 2, weight, weight, backend="triton")
+        x = dd.reverse_step(x, h, table, step, seed=seed, backend="triton")
+        x = x + dd.q_sample(x, step, schedule, seed=seed, backend="triton")
+        return x + dd.randn(tuple(x.shape), seed=seed, device=x.device, backend="triton")
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 4, 8, 8, device="cuda:0")
+        schedule.on(x.device), table.on(x.device)
+        integers = torch.empty(3, dtype=torch.int64, device="cuda:0")
+        step = torch.empty(1, dtype=torch.int64, device="cuda:0")
+        arguments = (x, x.to(torch.bfloat16), step, torch.empty(4, device="cuda:0"), integers)
+        assert torch.compile(body, fullgraph=True, backend=keep)(*arguments).shape == x.shape
+    return found
+
+
+def huge() -> list[str]:
+    """Samples of more than 2^31 elements compile with 64-bit offsets."""
+    with compile_only(90) as launches:
+        randn(2, 1 << 16, 1, torch.bfloat16, False)
+        randn(2, 1 << 16, 1, torch.bfloat16, True)
+        group_norm(32, 1 << 14, 1, torch.bfloat16, True, False)
+    return [launch.name for launch in launches]
+
+
+def cubins() -> list[str]:
+    """Digests of a few compiled kernels."""
+    with compile_only(90) as launches:
+        randn(3, 32, 4, torch.float32, False)
+        q_sample(3, 32, 4, torch.float32, False)
+    return [hashlib.sha256(launch.kernel.asm["cubin"]).hexdigest() for launch in launches]
+
+
+CHECKS = {"recompiles": recompiles, "alignments": alignments, "graph": graph, "huge": huge, "cubins": cubins}
+
+if __name__ == "__main__":
+    print(triton.__version__, file=sys.stderr)
+    json.dump({name: CHECKS[name]() for name in sys.argv[1:]}, sys.stdout)
