@@ -127,6 +127,13 @@ def ddim_inverse_columns(prediction: str, alpha_bar: Tensor, alpha_bar_next: Ten
     }
 
 
+class Threshold(DynamicThreshold):
+    """As diffusers clamps: a max_value below 1 wins over 1."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
 def as_table(
     columns: Mapping[str, Tensor | float], clip: tuple | None, learned_variance: bool, known: Tensor | None = None
 ) -> StepTable:
@@ -137,7 +144,7 @@ def as_table(
     arrays = {k: v.double().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
     threshold = None
     if clip is not None and clip[0] == "threshold":
-        threshold = DynamicThreshold(*clip[1:])
+        threshold = Threshold(*clip[1:])
     elif clip is not None:
         arrays["x0_clip"] = clip[1]
     steps = next(len(v) for v in arrays.values() if isinstance(v, np.ndarray))

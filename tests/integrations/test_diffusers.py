@@ -39,7 +39,10 @@ def _config(name: str, pick: random.Random) -> dict[str, Any]:
         return config | {"set_alpha_to_one": config["prediction_type"] != "sample" and pick.random() < 0.5}
     config["timestep_spacing"] = pick.choice(["leading", "trailing", "linspace"])
     config["thresholding"] = pick.random() < 0.3
-    config |= {"dynamic_thresholding_ratio": pick.choice([0.995, 0.8]), "sample_max_value": pick.choice([1.0, 1.5])}
+    config |= {
+        "dynamic_thresholding_ratio": pick.choice([0.995, 0.8]),
+        "sample_max_value": pick.choice([1.0, 1.5, 0.5]),
+    }
     finite = config["clip_sample"] or config["thresholding"] or config["prediction_type"] != "epsilon"
     config["rescale_betas_zero_snr"] = finite and pick.random() < 0.3
     if name == "DDIMScheduler":
