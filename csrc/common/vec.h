@@ -54,6 +54,14 @@ DD_INLINE void store(float* p, int64_t left, Vec v) {
     store_first(p, left, v);
 }
 
+// body(i, left) for every vector of an array of n floats; left is a constant but for the last.
+template <class Body>
+DD_INLINE void for_vectors(int64_t n, Body body) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) body(i, int64_t{kLanes});
+    if (i < n) body(i, n - i);
+}
+
 DD_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes : no; }
 
 // As torch.clamp: NaN stays NaN. (x86's min and max give their second operand where one is NaN.)

@@ -17,10 +17,9 @@ void q_sample(const QSampleArguments& a, int64_t first_tile, int64_t last_tile, 
             fill_noise(z_buffer, a.layout, tile, a.key.counter(tile.sample, a.key.draw, kStreamQSample), out_buffer);
         }
         float* x_t = output_tile(a.x_t, tile, out_buffer);
-        for (int64_t i = 0; i < tile.elements; i += kLanes) {
-            int64_t left = tile.elements - i;
+        for_vectors(tile.elements, [&](int64_t i, int64_t left) {
             store(x_t + i, left, diffuse(load(x_start + i, left), load(z + i, left), row));
-        }
+        });
         write_tile(a.x_t, tile, x_t);
         if (a.noise_out) write_tile(a.noise_out, tile, z);
     }

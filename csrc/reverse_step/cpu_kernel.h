@@ -8,43 +8,47 @@ DD_INLINE const float* model_output(const ReverseStepArguments& a, const Tile& t
     const float* out = read_tile(a.out, tile, buffer);
     if (!a.uncond) return out;
     const float* uncond = read_tile(a.uncond, tile, scratch);
-    for (int64_t i = 0; i < tile.elements; i += kLanes) {
-        int64_t left = tile.elements - i;
+    for_vectors(tile.elements, [&](int64_t i, int64_t left) {
         store(buffer + i, left, guide(load(out + i, left), load(uncond + i, left), a.guidance_scale));
-    }
+    });
     return buffer;
 }
 
-// z of a tile, scaled where the model learned its variance; null where the step adds no noise.
-DD_INLINE const float* step_noise(const ReverseStepArguments& a, const Tile& tile, const StepRow& row, int64_t draw,
-                                  float* buffer, float* scratch) {
-    if (row.sigma == 0.0f || !(a.noise || a.draws_noise)) return nullptr;
+// What a step adds, z scale; z is null where it adds nothing.
+struct StepNoise {
+    const float* z;
+    float scale;
+};
+
+DD_INLINE StepNoise step_noise(const ReverseStepArguments& a, const Tile& tile, const StepRow& row, int64_t draw,
+                               float* buffer, float* scratch) {
+    if (row.sigma == 0.0f || !(a.noise || a.draws_noise)) return {nullptr, 0.0f};
     const float* z = buffer;
     if (a.noise) {
         z = read_tile(a.noise, tile, buffer);
     } else {
         fill_noise(buffer, a.layout, tile, a.key.counter(tile.sample, draw, kStreamReverseStep), scratch);
     }
-    if (!a.variance) return z;
+    if (!a.variance) return {z, row.sigma};
     const float* variance = read_tile(a.variance, tile, scratch);
-    for (int64_t i = 0; i < tile.elements; i += kLanes) {
-        int64_t left = tile.elements - i;
+    for_vectors(tile.elements, [&](int64_t i, int64_t left) {
         store(buffer + i, left, load(z + i, left) * learned_sigma(load(variance + i, left), row));
-    }
-    return buffer;
+    });
+    return {buffer, 1.0f};
 }
 
-// x_prev = mean + noise_scale noise.
-DD_INLINE void step_tile(const float* x, const float* out, const float* noise, float noise_scale, int64_t n,
-                         const StepRow& row, const Clip& clip, float* x_prev, float* x0) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-        int64_t left = n - i;
+// What a loop may lack is the template's, so that the usual one has no choice left in it.
+template <bool adds_noise, bool returns_x0>
+void step_tile(const float* x, const float* out, const StepNoise& noise, int64_t n, const StepRow& row,
+               const Clip& clip, float* x_prev, float* x0) {
+    for_vectors(n, [&](int64_t i, int64_t left) {
         Vec x_i = load(x + i, left), out_i = load(out + i, left);
         Vec x0_i = predict_x0(x_i, out_i, row, clip);
-        Vec mean = step_mean(x0_i, x_i, out_i, row);
-        if (x0) store(x0 + i, left, x0_i);
-        store(x_prev + i, left, noise ? fma(load(noise + i, left), noise_scale, mean) : mean);
-    }
+        Vec result = step_mean(x0_i, x_i, out_i, row);
+        if (adds_noise) result = fma(load(noise.z + i, left), noise.scale, result);
+        if (returns_x0) store(x0 + i, left, x0_i);
+        store(x_prev + i, left, result);
+    });
 }
 
 void reverse_step(const ReverseStepArguments& a, int64_t first_tile, int64_t last_tile, float* scratch) {
@@ -58,10 +62,12 @@ void reverse_step(const ReverseStepArguments& a, int64_t first_tile, int64_t las
         const Clip clip = a.threshold ? Clip{a.threshold[tile.sample], true} : Clip{row.x0_clip, false};
         const float* x = read_tile(a.x, tile, buffers[0]);
         const float* out = model_output(a, tile, buffers[1], buffers[2]);
-        const float* noise = step_noise(a, tile, row, a.timesteps[step], buffers[3], buffers[2]);
+        const StepNoise noise = step_noise(a, tile, row, a.timesteps[step], buffers[3], buffers[2]);
         float* x_prev = output_tile(a.x_prev, tile, buffers[4]);
         float* x0 = a.x0 ? output_tile(a.x0, tile, buffers[5]) : nullptr;
-        step_tile(x, out, noise, a.variance ? 1.0f : row.sigma, tile.elements, row, clip, x_prev, x0);
+        auto run = noise.z ? (x0 ? step_tile<true, true> : step_tile<true, false>)
+                           : (x0 ? step_tile<false, true> : step_tile<false, false>);
+        run(x, out, noise, tile.elements, row, clip, x_prev, x0);
         write_tile(a.x_prev, tile, x_prev);
         if (x0) write_tile(a.x0, tile, x0);
     }

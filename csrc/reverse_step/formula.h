@@ -24,10 +24,12 @@ struct Clip {
 };
 
 // Numerator and denominator stay apart: with no signal left the denominator is 0, and +-inf can be clipped.
+// The quotients are of one number per sample, so that a loop divides once.
 template <class Value>
 DD_HOST_DEVICE Value predict_x0(Value x, Value out, const StepRow& row, const Clip& clip) {
-    Value x0 = clamp(fma(x, row.x0_num_x, out * row.x0_num_out) / row.x0_den, -clip.limit, clip.limit);
-    return clip.divide ? x0 / clip.limit : x0;
+    Value x0 = fma(x, row.x0_num_x, out * row.x0_num_out) * (1.0f / row.x0_den);
+    x0 = clamp(x0, -clip.limit, clip.limit);
+    return clip.divide ? x0 * (1.0f / clip.limit) : x0;
 }
 
 // The mean of q(x_{t-1} | x_t, x_0) (Ho et al., 2020, eq. 7), or DDIM's (Song et al., 2021, eq. 12).
