@@ -79,8 +79,7 @@ class TrainOptions:
 # 8 x 8 images of ten classes: a small model, soon trained. models/README.md says what they give.
 DIGITS: dict[str, Any] = {
     "config": "digits",
-    "prediction": "v",
-    "steps": 2000,
+    "steps": 4000,
     "batch_size": 64,
     "lr": 1e-3,
     "warmup": 200,
