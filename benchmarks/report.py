@@ -19,6 +19,7 @@ from . import results
 from .results import Row
 
 ROOT = Path(__file__).parent.parent
+IMPLEMENTATIONS = ("dd_kernels", "reference", "diffusers")
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
@@ -57,6 +58,25 @@ def markdown(rows: Sequence[Row]) -> str:
     return f"Measured on {machine['device']}{isa}, torch {machine['torch']}:\n\n" + "\n".join(text)
 
 
+STEPS = {"ddim": (10, 20, 50, 100), "ddpm": (1000,)}
+
+
+def throughput(rows: Sequence[Row]) -> str:
+    """Images/s of whole samplers as a table, extrapolated from the time of one step; nothing where none was timed."""
+    text = []
+    for row in (row for row in rows if row["op"] == "sample"):
+        model, sampler = row["case"].split()
+        for steps in STEPS[sampler]:
+            rates = results.images_per_second(row, steps)
+            cells = [model, f"{sampler.upper()}, {steps} steps", str(row["shape"][0]), str(row["threads"])]
+            text.append([*cells, *(f"{rates[name]:.3g}" if name in rates else "" for name in IMPLEMENTATIONS)])
+    if not text:
+        return ""
+    head = ["model", "sampler", "batch", "threads", *IMPLEMENTATIONS]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *text)]
+    return "\n\nImages/s, extrapolated from the time of one step (random weights):\n\n" + "\n".join(lines)
+
+
 def draw(rows: Sequence[Row], file: Path) -> None:
     """How many times faster, by op and peer: a dot for the median over shapes, a line for the range."""
     import matplotlib
@@ -85,7 +105,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 def readme_section() -> str:
     """What stands between the README's two marks."""
-    return "\n\n".join(markdown(results.load(file)) for file in sorted(results.FOLDER.glob("*.json")))
+    found = [results.load(file) for file in sorted(results.FOLDER.glob("*.json"))]
+    return "\n\n".join(markdown(rows) + throughput(rows) for rows in found)
 
 
 def render() -> None:

@@ -55,6 +55,14 @@ def test_slower_compares_ratios_of_the_same_case():
     ]
 
 
+def test_images_per_second_follow_from_the_time_of_one_step():
+    step = row(2.0, shape=(8, 3, 32, 32), op="sample", case="cifar10 ddim", us=1e6)
+    step["peers"] = {"diffusers": {"ratio": 2.0, "us": 2e6}, "reference": {"not_measured": "why"}}
+    assert results.images_per_second(step, 10) == {"dd_kernels": 0.8, "diffusers": 0.4}
+    assert "| cifar10 | DDIM, 20 steps | 8 | 1 | 0.4 |  | 0.2 |" in report.throughput([step, row(3.0)])
+    assert report.throughput([row(3.0)]) == ""
+
+
 def test_results_are_saved_by_device_and_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     (file,) = results.save([row(2.0)])
