@@ -72,8 +72,8 @@ def _whole_groups(
     reciprocal = _reciprocal_deviation(variance, eps)
 
     gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
-    gain *= reciprocal
-    result = _activate(centred * gain[:, None] + (end - rest * gain)[:, None], SILU)
+    normalised = (centred - rest[:, None]) * reciprocal[:, None]
+    result = _activate(normalised * gain[:, None] + end[:, None], SILU)
     tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
     group = n * (CHANNELS // GROUP) + channel // GROUP
     tl.store(mean + group, mu + rest, mask=inside & (channel % GROUP == 0))
