@@ -34,7 +34,11 @@ def _peer(sampler: str) -> dict[str, Any]:
 
 
 def _case(
-    sampler: str, shape: tuple[int, ...], out_dtype: torch.dtype = torch.float32, layout: str = "contiguous"
+    sampler: str,
+    shape: tuple[int, ...],
+    out_dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    in_place: bool = False,
 ) -> Case:
     table, seed = TABLES[sampler], SEEDS[sampler]
     step = len(table) // 2
@@ -47,9 +51,9 @@ def _case(
     size = (4 + out_dtype.itemsize + 4) * torch.Size(shape).numel()
     return Case(
         "reverse_step",
-        sampler,
+        f"{sampler} in place" if in_place else sampler,
         shape,
-        lambda x, out: dd.reverse_step(x, out, table, step, seed=seed),
+        lambda x, out: dd.reverse_step(x, out, table, step, seed=seed, x_prev=x if in_place else None),
         rotated(make, size),
         size,
         _peer(sampler),
@@ -62,6 +66,13 @@ def _case(
 @pytest.mark.parametrize("sampler", TABLES)
 def test_step(compare: Callable[[Case], dict[str, Any]], sampler: str, shape: tuple[int, ...]) -> None:
     compare(_case(sampler, shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("sampler", TABLES)
+def test_in_place(compare: Callable[[Case], dict[str, Any]], sampler: str, shape: tuple[int, ...]) -> None:
+    """As :func:`dd_kernels.sample` runs it, where a new tensor's pages would cost more than the step."""
+    compare(_case(sampler, shape, in_place=True))
 
 
 @pytest.mark.parametrize("sampler", TABLES)
