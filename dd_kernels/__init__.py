@@ -6,6 +6,15 @@
 """
 
 from .backend import BackendUnavailableError, use_backend
+from .diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+    SpacedDiffusion,
+    get_named_beta_schedule,
+    space_timesteps,
+)
 from .nn.fuse import fuse, unfuse
 from .ops import group_norm_silu, q_sample, randn, reverse_step
 from .samplers import Step, ddim_step, ddpm_step, posterior_mean, sample, sample_progressive
@@ -26,7 +35,12 @@ from .tables import DynamicThreshold, StepTable, ddim, ddim_inversion, ddpm, tim
 __all__ = [
     "BackendUnavailableError",
     "DynamicThreshold",
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
     "Schedule",
+    "SpacedDiffusion",
     "Step",
     "StepTable",
     "cosine_schedule",
@@ -38,6 +52,7 @@ __all__ = [
     "from_alpha_bars",
     "from_betas",
     "fuse",
+    "get_named_beta_schedule",
     "group_norm_silu",
     "linear_schedule",
     "named_schedule",
@@ -50,6 +65,7 @@ __all__ = [
     "sample_progressive",
     "scaled_linear_schedule",
     "sigmoid_schedule",
+    "space_timesteps",
     "squaredcos_cap_v2_schedule",
     "timestep_sequence",
     "unfuse",
