@@ -57,6 +57,12 @@ def test_grid_errors():
         images.grid(torch.zeros(0, 2, 2, 1, dtype=torch.uint8))
 
 
+def test_an_output_leaves_nothing_until_it_is_written(tmp_path):
+    for name in ("a.png", "a.npz", "folder"):
+        Output(tmp_path / name)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["folder"]
+
+
 def test_output_png(tmp_path):
     Output(tmp_path / "a.png").write(torch.ones(4, 1, 2, 2), columns=4)
     with Image.open(tmp_path / "a.png") as picture:

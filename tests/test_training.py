@@ -102,11 +102,12 @@ def test_a_model_that_predicts_its_target_samples_the_image(prediction):
     assert torch.allclose(dd.sample(oracle, x_start.shape, table, seed=0), x_start, atol=1e-4)
 
 
-def test_the_loss_is_the_mean_squared_error_of_the_noise(images):
-    run = Trainer(_options(label_drop=0.0, num_timesteps=50), images, CPU)
+@pytest.mark.parametrize("step", [0, 5])
+def test_the_loss_is_the_mean_squared_error_of_the_steps_own_noise(images, step):
+    run = Trainer(_options(label_drop=0.0, num_timesteps=50, seed=3), images, CPU)
+    run.step = step
     # Fresh, the output convolution is 0: the loss is the mean square of the noise of this very draw.
-    batch = trainer.make_batch(images, run.options, run.model.null_label, 0)
-    noise = dd.randn(batch.x_start.shape, seed=0, draw=0, stream=2)
+    noise = dd.randn((6, 1, 8, 8), seed=3, draw=step, stream=2)
     assert float(run.train_step()[0]) == pytest.approx(float(noise.square().mean()), rel=1e-5)
 
 
