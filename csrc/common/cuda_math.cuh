@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
+
 #include "common/host_device.h"
 
 #define DD_ISA cuda
@@ -13,10 +15,19 @@ typedef float Vec;
 typedef int32_t VecI;
 typedef uint32_t VecU;
 
-DD_HOST_DEVICE VecI as_int(Vec v) { return __float_as_int(v); }
-DD_HOST_DEVICE VecU as_uint(Vec v) { return __float_as_uint(v); }
-DD_HOST_DEVICE Vec as_float(VecI v) { return __int_as_float(v); }
-DD_HOST_DEVICE Vec as_float(VecU v) { return __uint_as_float(v); }
+// The same bits as another type.
+template <class To, class From>
+DD_HOST_DEVICE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bits_as keeps every bit");
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+DD_HOST_DEVICE VecI as_int(Vec v) { return bits_as<VecI>(v); }
+DD_HOST_DEVICE VecU as_uint(Vec v) { return bits_as<VecU>(v); }
+DD_HOST_DEVICE Vec as_float(VecI v) { return bits_as<Vec>(v); }
+DD_HOST_DEVICE Vec as_float(VecU v) { return bits_as<Vec>(v); }
 DD_HOST_DEVICE Vec to_float(VecI v) { return static_cast<float>(v); }
 DD_HOST_DEVICE Vec to_float(VecU v) { return static_cast<float>(v); }
 

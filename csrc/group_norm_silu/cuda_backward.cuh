@@ -50,7 +50,7 @@ struct Channel {
         options = channel_options(a.options, a.shape, place.sample, place.first_channel + channel);
     }
 
-    DD_DEVICE Affine map() const { return affine(mean, rstd, options); }
+    DD_DEVICE Affine map() const { return exact_affine(mean, rstd, options); }
     DD_DEVICE float dn_from_dz() const { return options.weight * (1.0f + options.scale); }
 };
 

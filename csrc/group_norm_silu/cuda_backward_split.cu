@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kNormThreads, 4) channel_sums_kernel(const Nor
     const int64_t index = first_channel + blockIdx.x / static_cast<unsigned>(a.sum_parts);
     const int64_t sample = index / a.shape.channels, channel = index % a.shape.channels;
     const int64_t group = sample * a.shape.groups + channel / a.plan.group_channels;
-    const Affine map = affine(a.mean[group], a.rstd[group], channel_options(a.options, a.shape, sample, channel));
+    const Affine map = exact_affine(a.mean[group], a.rstd[group], channel_options(a.options, a.shape, sample, channel));
 
     const int64_t vectors = a.shape.pixels / length, each = (vectors + a.sum_parts - 1) / a.sum_parts;
     const int64_t end = vectors - part * each < each ? vectors : (part + 1) * each;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_backward_kernel(const N
         place.per_channel(place.first_row(), lines, line);
     }
     for (auto first = place.first_row(); place.has(first); first += kAtOnce * place.step) {
-        const Held<Place<dtype, access>, kAtOnce> x(place, a.x, first), dy(place, a.dy, first);
+        const Held<Place<dtype, access>, kAtOnce, true> x(place, a.x, first), dy(place, a.dy, first);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const auto row = x.row(place, i);

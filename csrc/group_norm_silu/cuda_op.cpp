@@ -33,8 +33,9 @@ NormOptions norm_options(const std::optional<Tensor>& weight, const std::optiona
             silu};
 }
 
+// At least one float, so that there is an address even where there is nothing to add up.
 Tensor scratch(const Tensor& like, int64_t floats) {
-    return torch::stable::new_empty(like, {floats}, ScalarType::Float);
+    return torch::stable::new_empty(like, {std::max<int64_t>(floats, 1)}, ScalarType::Float);
 }
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }

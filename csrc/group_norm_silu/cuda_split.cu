@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kNormThreads, 3) apply_kernel(const NormForwar
     Affine affines[place.kLength];
     if (place.kSameChannels && place.active) load_affines(place, a.options, shared, place.first_row(), affines);
     for (auto first = place.first_row(); place.has(first); first += kAtOnce * place.step) {
-        const Held<Place<dtype, access>, kAtOnce> held(place, a.x, first);
+        const Held<Place<dtype, access>, kAtOnce, true> held(place, a.x, first);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const auto row = held.row(place, i);

@@ -1,168 +1,9 @@
-// What the kernels of GroupNorm share: a block's place in its tile, and statistics over a tile's groups.
+// What the kernels of GroupNorm share: the vectors that a thread holds, and statistics over a tile's groups.
 #pragma once
 
-#include "common/cuda_device.cuh"
-#include "common/cuda_launch.h"
-#include "common/cuda_math.cuh"
-#include "group_norm_silu/cuda.h"
-#include "group_norm_silu/formula.h"
+#include "group_norm_silu/cuda_place.cuh"
 
 namespace dd::cuda {
-
-// The value of a 16-bit SiLU, to 2^-21: two instructions of the special function unit, where a float is
-// computed by the polynomial and division of vec_math.h.
-struct Approximate {
-    float v;
-};
-
-DD_DEVICE Approximate one_plus_exp_minus(Approximate z) { return {1.0f + fast_exp2(z.v * -1.44269504f)}; }
-DD_DEVICE Approximate operator/(Approximate a, Approximate b) { return {a.v * fast_reciprocal(b.v)}; }
-DD_DEVICE Approximate operator/(float a, Approximate b) { return {a * fast_reciprocal(b.v)}; }
-DD_DEVICE Approximate operator*(Approximate a, Approximate b) { return {a.v * b.v}; }
-DD_DEVICE Approximate operator-(float a, Approximate b) { return {a - b.v}; }
-DD_DEVICE Approximate fma(Approximate a, Approximate b, float c) { return {fma(a.v, b.v, c)}; }
-
-template <DType dtype>
-DD_DEVICE float activate(float z, bool silu) {
-    if (!silu) return z;
-    if constexpr (dtype == DType::float32) return activation<true>(z);
-    // Where e^-z overflows, z / inf would be 0 times the reciprocal of inf: -0, as it should be.
-    return activation<true>(Approximate{z}).v;
-}
-
-// Elements at consecutive addresses, as they lie in memory: 16 bytes of them, or one.
-template <DType dtype, bool scalar>
-struct Pack {
-    static constexpr int kLength = vector_length(dtype);
-    uint4 words;
-
-    DD_DEVICE static Pack load(const void* data, int64_t element) {
-        return {*reinterpret_cast<const uint4*>(static_cast<const char*>(data) + element * element_size(dtype))};
-    }
-    // For the last time: it need not stay in the caches.
-    DD_DEVICE static Pack load_last(const void* data, int64_t element) {
-        return {__ldcs(reinterpret_cast<const uint4*>(static_cast<const char*>(data) + element * element_size(dtype)))};
-    }
-    DD_DEVICE void floats(float* v) const { unpack<dtype>(words, v); }
-    DD_DEVICE static void store(void* data, int64_t element, const float* v) {
-        *reinterpret_cast<uint4*>(static_cast<char*>(data) + element * element_size(dtype)) = pack<dtype>(v);
-    }
-};
-
-template <DType dtype>
-struct Pack<dtype, true> {
-    static constexpr int kLength = 1;
-    float value;
-
-    DD_DEVICE static Pack load(const void* data, int64_t element) { return {load_element(data, element, dtype)}; }
-    DD_DEVICE static Pack load_last(const void* data, int64_t element) { return load(data, element); }
-    DD_DEVICE void floats(float* v) const { v[0] = value; }
-    DD_DEVICE static void store(void* data, int64_t element, const float* v) {
-        store_element(data, element, dtype, v[0]);
-    }
-};
-
-template <Access access>
-using RowIndex = std::conditional_t<access == Access::scalar, int64_t, int>;
-
-// A thread's place in a tile: one column of it, and every step-th row of a block's share.
-template <DType dtype, Access access_>
-struct Place {
-    static constexpr Access access = access_;
-    using Packed = Pack<dtype, access == Access::scalar>;
-    using Index = RowIndex<access>;
-    static constexpr int kLength = Packed::kLength;
-
-    const NormShape& shape;
-    const NormPlan& plan;
-    unsigned sample;
-    int64_t first_element, first_channel;  // of the tile; the channel within the sample
-    int column, step;
-    int pitch;         // odd, so that columns of entries meet no bank conflicts
-    Index begin, end;  // of the block's rows
-    bool active;       // threads beyond the last whole row of the block do nothing
-    bool whole;        // whether all of a vector is in one group
-
-    DD_DEVICE Place(const NormShape& s, const NormPlan& p, unsigned tile, int part) : shape(s), plan(p) {
-        const unsigned tiles_per_sample = static_cast<unsigned>(s.channels) / static_cast<unsigned>(p.tile_channels);
-        sample = tile / tiles_per_sample;
-        first_channel = static_cast<int64_t>(tile % tiles_per_sample) * p.tile_channels;
-        first_element = sample * s.channels * s.pixels + first_channel * (s.channels_last ? 1 : s.pixels);
-        pitch = p.columns | 1;
-        step = kNormThreads / p.columns;
-        column = static_cast<int>(threadIdx.x) % p.columns;
-        active = static_cast<int>(threadIdx.x) < step * p.columns;
-        begin = static_cast<Index>(part * p.rows_each);
-        end = static_cast<Index>(p.rows - begin < p.rows_each ? p.rows : begin + p.rows_each);
-        whole = access != Access::channels_last || p.group_channels % kLength == 0;
-    }
-
-    DD_DEVICE int first_row_in_block() const { return static_cast<int>(threadIdx.x) / plan.columns; }
-    DD_DEVICE Index first_row() const { return begin + first_row_in_block(); }
-    DD_DEVICE bool has(Index row) const { return active && row < end; }
-
-    // Where a row's vector lies in the whole tensor.
-    DD_DEVICE int64_t element(Index row) const {
-        if constexpr (access == Access::channels_last) {
-            return first_element + row * shape.channels + column * kLength;
-        } else if constexpr (access == Access::contiguous) {
-            return first_element + static_cast<int64_t>(row) * kLength;
-        } else {
-            if (!shape.channels_last) return first_element + row;
-            return first_element + row / plan.group_channels * shape.channels + row % plan.group_channels;
-        }
-    }
-
-    // The channel, within the tile, of the first element of a row's vector; the others are in the same
-    // channel or, where channels are last, in those that follow.
-    DD_DEVICE int channel(Index row) const {
-        if constexpr (access == Access::channels_last) {
-            return column * kLength;
-        } else if constexpr (access == Access::contiguous) {
-            return static_cast<int>(static_cast<unsigned>(row * kLength) / static_cast<unsigned>(shape.pixels));
-        } else {
-            return static_cast<int>(shape.channels_last ? row % plan.group_channels : row / shape.pixels);
-        }
-    }
-
-    DD_DEVICE int group(int channel) const {
-        return access == Access::channels_last ? channel / plan.group_channels : 0;
-    }
-
-    // values[k] = load(channel) for every element of a row's vector.
-    template <class Value, class Load>
-    DD_DEVICE void per_channel(Index row, Value (&values)[kLength], const Load& load) const {
-        const int first = channel(row);
-        values[0] = load(first);
-#pragma unroll
-        for (int k = 1; k < kLength; ++k) {
-            if constexpr (access == Access::channels_last) {
-                values[k] = load(first + k);
-            } else {
-                values[k] = values[0];
-            }
-        }
-    }
-
-    // How many rows the thread (of any column) whose first row in the block is `first` has.
-    DD_DEVICE Index rows_of(int first) const { return first < end - begin ? (end - begin - first - 1) / step + 1 : 0; }
-
-    // Whether each row's channels are those of every other row.
-    static constexpr bool kSameChannels = access == Access::channels_last;
-};
-
-// A parameter [C], or [N, C] of a sample; `otherwise` where there is none.
-DD_DEVICE float parameter(const float* values, int64_t i, float otherwise) {
-    return values == nullptr ? otherwise : values[i];
-}
-
-// channel: within the sample.
-DD_DEVICE ChannelOptions<float> channel_options(const NormOptions& o, const NormShape& s, unsigned sample,
-                                                int64_t channel) {
-    const int64_t i = sample * s.channels + channel;
-    return {parameter(o.weight, channel, 1.0f), parameter(o.bias, channel, 0.0f), parameter(o.pre_shift, i, 0.0f),
-            parameter(o.scale, i, 0.0f), parameter(o.shift, i, 0.0f)};
-}
 
 // What a thread knows of the elements it has seen, by element of its vector: how many each, their mean,
 // and the sum of squared deviations from it.
@@ -199,7 +40,8 @@ struct Moments {
 };
 
 // The vectors that a thread holds of K rows from first_row on, and their moments with pre_shift added.
-template <class Place, int K>
+// last: this is their last reading, so that they need not stay in the caches.
+template <class Place, int K, bool last = false>
 struct Held {
     using Packed = typename Place::Packed;
     using Index = typename Place::Index;
@@ -212,7 +54,7 @@ struct Held {
 #pragma unroll
         for (int i = 0; i < K; ++i) {
             const Index row = first + i * place.step;
-            if (place.has(row)) packs[i] = Packed::load(data, place.element(row));
+            if (place.has(row)) packs[i] = Packed::template load<last>(data, place.element(row));
         }
     }
 
@@ -344,12 +186,7 @@ DD_DEVICE void combine_parts(const Place& place, int parts, float eps, const Loa
         squares += fma((part_mean - sum) * (part_mean - sum), rows(part) * elements_per_row, part_m2);
     }
     mean = sum;
-    rstd = 1.0f / sqrt(squares / (total * elements_per_row) + eps);
-}
-
-template <DType dtype>
-DD_DEVICE float normalise(float x, const Affine& map, bool silu) {
-    return activate<dtype>(fma(x - map.centre, map.gain, map.offset), silu);
+    rstd = reciprocal_sqrt(squares / (total * elements_per_row) + eps);
 }
 
 // The affine maps of the channels of one row's vector.
@@ -358,8 +195,8 @@ DD_DEVICE void load_affines(const Place& place, const NormOptions& o, const Norm
                             typename Place::Index row, Affine (&affines)[Place::kLength]) {
     place.per_channel(row, affines, [&](int channel) {
         const int group = place.group(channel);
-        return affine(shared.mean[group], shared.rstd[group],
-                      channel_options(o, place.shape, place.sample, place.first_channel + channel));
+        return exact_affine(shared.mean[group], shared.rstd[group],
+                            channel_options(o, place.shape, place.sample, place.first_channel + channel));
     });
 }
 

@@ -1,6 +1,6 @@
 // A group to every warp: small images, contiguous.
+#include "group_norm_silu/cuda_place.cuh"
 #include "group_norm_silu/cuda_regimes.h"
-#include "group_norm_silu/cuda_tile.cuh"
 
 namespace dd::cuda {
 namespace {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormFo
     each([&](float v) { sum += v; });
     const float mean = warp_sum(sum) / count;
     each([&](float v) { squares = fma(v - mean, v - mean, squares); });
-    const float rstd = 1.0f / sqrt(warp_sum(squares) / count + a.options.eps);
+    const float rstd = reciprocal_sqrt(warp_sum(squares) / count + a.options.eps);
     if (lane == 0) {
         a.mean[tile] = mean;
         a.rstd[tile] = rstd;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormFo
         if (vector >= vectors) continue;
         float v[length];
         held[i].floats(v);
-        const Affine map = affine(mean, rstd, options(vector));
+        const Affine map = exact_affine(mean, rstd, options(vector));
 #pragma unroll
         for (int k = 0; k < length; ++k) v[k] = normalise<dtype>(v[k], map, a.options.silu);
         Packed::store(a.y, first_element + vector * length, v);

@@ -13,7 +13,7 @@ DD_DEVICE Marginal load_marginal(const QSampleArguments& a, int64_t sample) {
 }
 
 template <Order order>
-__global__ void __launch_bounds__(kUnitThreads) q_sample_kernel(const QSampleArguments a) {
+__global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) q_sample_kernel(const QSampleArguments a) {
     const Unit<order> unit(a.layout);
     if (!unit.exists()) return;
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {

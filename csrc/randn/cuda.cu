@@ -6,7 +6,7 @@ namespace dd::cuda {
 namespace {
 
 template <Order order>
-__global__ void __launch_bounds__(kUnitThreads) randn_kernel(const RandnArguments a) {
+__global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) randn_kernel(const RandnArguments a) {
     const Unit<order> unit(a.layout);
     if (!unit.exists()) return;
     const NoiseKey key = load_key(a.key);

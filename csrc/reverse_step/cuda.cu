@@ -56,7 +56,7 @@ DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_
 }
 
 template <Order order>
-__global__ void __launch_bounds__(kUnitThreads) reverse_step_kernel(const ReverseStepArguments a) {
+__global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) reverse_step_kernel(const ReverseStepArguments a) {
     const Unit<order> unit(a.layout);
     constexpr int width = unit_width(order);
     if (!unit.exists()) return;

@@ -9,15 +9,20 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+OPS = ("randn", "q_sample", "reverse_step", "group_norm_silu", "group_norm_silu_backward")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REGIMES, ACCESSES = ("warp", "held", "split"), ("contiguous", "channels_last", "scalar")
 ROOT = Path(__file__).parents[2]
 HOST = Path(__file__).parent / "host"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
@@ -57,7 +62,9 @@ def build(sanitize: bool = False) -> Path:
     command = [compiler(), *flags, *(f"-I{path}" for path in (HOST, ROOT / "csrc", *include_paths()))]
     headers = sorted(path for path in [*ROOT.glob("csrc/*/*.*h"), *HOST.rglob("*.h")])
     common = _digest(command, torch.__version__, *headers)
-    targets = {source: folder / f"{source.parent.name}_{source.stem}_{_digest(common, source)}.o" for source in _sources()}
+    targets = {
+        source: folder / f"{source.parent.name}_{source.stem}_{_digest(common, source)}.o" for source in _sources()
+    }
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda item: _compile(command, *item), targets.items()))
     library = folder / f"dd_kernels_host_{_digest([str(path) for path in objects])}.so"
@@ -67,6 +74,19 @@ def build(sanitize: bool = False) -> Path:
         subprocess.run([compiler(), *flags, *map(str, objects), *link, "-o", str(partial)], check=True)
         partial.replace(library)
     return library
+
+
+class Plan(NamedTuple):
+    """As in csrc/group_norm_silu/cuda_plan.h."""
+
+    regime: str
+    access: str
+    held: int
+    cluster: int
+    splits: int
+    tile_channels: int
+    tiles: int
+    wave_tiles: int
 
 
 class HostLibrary:
@@ -80,6 +100,22 @@ class HostLibrary:
         """The chip that kernels are planned for; an H200 unless told otherwise."""
         self._library.dd_host_chip(ctypes.c_int(sm_count), ctypes.c_int(major), ctypes.c_int64(l2_bytes))
 
+    def plan(
+        self,
+        shape: tuple[int, ...],
+        groups: int,
+        dtype: torch.dtype = torch.bfloat16,
+        channels_last: bool = False,
+        aligned: bool = True,
+        backward: bool = False,
+    ) -> Plan:
+        """How GroupNorm of x [N, C, ...] is cut for the chip that is set."""
+        pixels = math.prod(shape[2:])
+        numbers = (shape[0], shape[1], pixels, groups, channels_last, aligned, DTYPES.index(dtype), backward)
+        plan = (ctypes.c_int64 * len(Plan._fields))()
+        self._library.dd_host_plan((ctypes.c_int64 * len(numbers))(*numbers), plan)
+        return Plan(REGIMES[plan[0]], ACCESSES[plan[1]], *plan[2:])
+
     def set_backwards(self, backwards: bool) -> None:
         """Whether a block's last thread runs first, which a missing barrier does not survive."""
         self._library.dd_host_backwards(ctypes.c_bool(backwards))
@@ -87,6 +123,6 @@ class HostLibrary:
 
 def define_ops() -> None:
     """Schemas of ``dd_kernels_host``: those of ``dd_kernels``."""
-    for name in ("randn", "q_sample", "reverse_step", "group_norm_silu", "group_norm_silu_backward"):
+    for name in OPS:
         schema = str(getattr(torch.ops.dd_kernels, name).default._schema)
         torch.library.define(f"dd_kernels_host::{name}", schema[schema.index("(") :])

@@ -179,18 +179,11 @@ To host_cuda_bits(From from) {
 }
 inline float __uint_as_float(uint32_t bits) { return host_cuda_bits<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return host_cuda_bits<uint32_t>(value); }
-inline float __int_as_float(int32_t bits) { return host_cuda_bits<float>(bits); }
-inline int32_t __float_as_int(float value) { return host_cuda_bits<int32_t>(value); }
 
 template <class T>
 T __ldcs(const T* p) {
     return *p;
 }
-template <class T>
-void __stcs(T* p, T value) {
-    *p = value;
-}
-
 // What common/cuda_device.cuh writes in PTX.
 namespace dd::cuda {
 

@@ -1,6 +1,10 @@
 // What tests set and ask of the CUDA kernels on the host, through ctypes.
 #include <cuda_runtime.h>
 
+#include <iterator>
+
+#include "group_norm_silu/cuda_plan.h"
+
 #pragma GCC visibility push(default)
 extern "C" {
 
@@ -12,5 +16,22 @@ void dd_host_chip(int sm_count, int major, int64_t l2_bytes) {
 
 // Whether a block's last thread runs first.
 void dd_host_backwards(bool backwards) { host_cuda::device.backwards = backwards; }
+// shape: samples, channels, pixels, groups, channels_last, aligned, dtype, backward. plan: regime, access,
+// held, cluster, splits, tile_channels, tiles, wave_tiles.
+void dd_host_plan(const int64_t* shape, int64_t* plan) {
+    using namespace dd::cuda;
+    const NormShape norm{
+        shape[0], shape[1], shape[2], shape[3], shape[4] != 0, shape[5] != 0, static_cast<dd::DType>(shape[6])};
+    const NormPlan p = plan_norm(norm, shape[7] ? Direction::backward : Direction::forward, current_chip());
+    const int64_t values[] = {static_cast<int64_t>(p.regime),
+                              static_cast<int64_t>(p.access),
+                              p.held,
+                              p.cluster,
+                              p.splits,
+                              p.tile_channels,
+                              p.tiles,
+                              p.wave_tiles};
+    std::copy(std::begin(values), std::end(values), plan);
+}
 }
 #pragma GCC visibility pop

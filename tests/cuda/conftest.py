@@ -1,0 +1,62 @@
+"""The CUDA kernels on the host, as a backend of the op suite."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import host_library
+import pytest
+import torch
+from host_library import HostLibrary
+
+from dd_kernels import backend as backends
+
+sys.path.append(str(Path(__file__).parents[1] / "ops"))  # the op suite, and its error budget
+
+
+@pytest.fixture(scope="session")
+def library() -> HostLibrary:
+    """The kernels, built for the host and loaded."""
+    if host_library.compiler() is None:
+        pytest.skip("no C++ compiler builds the CUDA kernels for the host")
+    host_library.define_ops()
+    return HostLibrary(host_library.build())
+
+
+@pytest.fixture
+def host(library: HostLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostLibrary]:
+    """Backend "cuda" takes CPU tensors, and runs the kernels on the host."""
+    override = torch.library.Library("dd_kernels", "IMPL", "CPU")
+    for name in host_library.OPS:
+        function = getattr(torch.ops.dd_kernels_host, name).default
+        override.impl(name, functools.partial(function), allow_override=True)
+    monkeypatch.setitem(backends._why_not, "cuda", None)
+    monkeypatch.setattr(backends, "_devices", lambda name: ("cpu",))
+    library.set_chip()
+    library.set_backwards(False)
+    yield library
+    override._destroy()
+
+
+class HostKernel:
+    """What the op suite asks of its ``kernel``."""
+
+    name, device = "cuda", "cpu"
+
+    def op(self, op: str) -> Callable[..., Any]:
+        """What the public function of ``op`` calls."""
+        return getattr(torch.ops.dd_kernels, op)
+
+    def truncates(self, dtype: torch.dtype) -> bool:
+        """Every output is rounded."""
+        return False
+
+
+@pytest.fixture
+def kernel(host: HostLibrary) -> HostKernel:
+    """The op suite's fixture of this name, of one kind here."""
+    return HostKernel()

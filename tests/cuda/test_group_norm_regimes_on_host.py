@@ -1,0 +1,92 @@
+"""GroupNorm's plan for every kind of shape and chip, and each regime's kernels against the reference."""
+
+import pytest
+import test_group_norm_silu as suite
+from budget import DTYPES
+
+H200 = {"sm_count": 132, "major": 9, "l2_bytes": 60 << 20}
+A100 = {"sm_count": 108, "major": 8, "l2_bytes": 40 << 20}
+TINY = {"sm_count": 4, "major": 8, "l2_bytes": 1 << 17}  # everything of any size is split, in several waves
+TINY_HOPPER = {"sm_count": 16, "major": 9, "l2_bytes": 1 << 17}
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape", "groups", "options", "expected"),
+    [
+        (H200, (256, 512, 4, 4), 32, {}, {"regime": "warp", "held": 2}),
+        (H200, (256, 256, 16, 16), 32, {}, {"regime": "warp", "held": 8}),
+        (H200, (256, 128, 32, 32), 32, {}, {"regime": "held", "cluster": 1, "held": 2}),
+        (H200, (16, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 2, "held": 16}),
+        (H200, (2, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 4, "held": 8}),
+        (A100, (16, 320, 64, 64), 32, {}, {"regime": "split", "splits": 2}),
+        (H200, (8, 128, 512, 512), 32, {}, {"regime": "split", "splits": 32, "wave_tiles": 12}),
+        (H200, (256, 128, 32, 32), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 2, "held": 16}),
+        (H200, (256, 256, 16, 16), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 1, "held": 8}),
+        (H200, (256, 256, 8, 8), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 1, "held": 2}),
+        (H200, (16, 320, 64, 64), 32, {"channels_last": True}, {"tile_channels": 40, "cluster": 8, "held": 16}),
+        (A100, (16, 320, 64, 64), 32, {"channels_last": True}, {"regime": "split", "access": "channels_last"}),
+        (H200, (256, 256, 8, 8), 32, {"backward": True}, {"regime": "held", "held": 2}),
+        (H200, (256, 128, 32, 32), 32, {"backward": True}, {"regime": "held", "cluster": 1, "held": 2}),
+        (H200, (2, 64, 7, 7), 8, {}, {"regime": "split", "access": "scalar"}),
+        (H200, (2, 30, 8, 8), 3, {"channels_last": True}, {"regime": "split", "access": "scalar"}),
+        (H200, (2, 64, 8, 8), 8, {"aligned": False}, {"regime": "split", "access": "scalar"}),
+    ],
+    ids=str,
+)
+def test_plan(host, chip, shape, groups, options, expected):
+    host.set_chip(**chip)
+    plan = host.plan(shape, groups, **options)._asdict()
+    assert {name: plan[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("chip", [H200, A100, TINY, TINY_HOPPER], ids=["h200", "a100", "tiny", "tiny_hopper"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_plan_covers_the_tensor(host, chip, channels_last, backward):
+    host.set_chip(**chip)
+    for channels in (3, 8, 10, 32, 60, 64, 320, 512, 1280, 2048, 4096):
+        for side in (1, 2, 3, 4, 7, 8, 16, 32, 64, 256):
+            for groups in (g for g in (1, 2, 3, 10, 32) if channels % g == 0):
+                for dtype in DTYPES:
+                    shape = (2, channels, side, side)
+                    plan = host.plan(shape, groups, dtype, channels_last, backward=backward)
+                    assert plan.tiles * plan.tile_channels == 2 * channels
+                    assert plan.tile_channels % (channels // groups) == 0
+                    assert 1 <= plan.cluster <= (8 if chip["major"] >= 9 else 1)
+                    assert 1 <= plan.wave_tiles <= plan.tiles
+                    assert plan.regime == "split" or plan.held in (2, 4, 8, 16)
+
+
+# shape, groups, channels_last, chip: one for every regime, number of vectors held, and kind of access.
+CASES = {
+    "warp_2": ((2, 32, 4, 4), 4, False, H200),
+    "warp_8": ((1, 16, 16, 16), 2, False, H200),
+    "held": ((1, 8, 48, 48), 2, False, TINY),
+    "held_ragged": ((3, 12, 24, 40), 2, False, TINY),
+    "cluster_2": ((2, 8, 64, 64), 4, False, TINY_HOPPER),
+    "cluster_8": ((1, 8, 64, 72), 1, False, H200),
+    "split": ((1, 16, 80, 80), 1, False, TINY),
+    "last_held": ((2, 64, 8, 8), 8, True, H200),
+    "last_straddling": ((2, 60, 6, 6), 5, True, TINY),
+    "last_straddling_wide": ((1, 40, 12, 12), 4, True, TINY_HOPPER),
+    "last_cluster": ((1, 64, 40, 40), 8, True, H200),
+    "last_split": ((2, 32, 64, 64), 4, True, TINY),
+    "last_split_straddling": ((1, 40, 72, 72), 4, True, TINY),
+    "pixel": ((5, 64, 1, 1), 8, False, H200),
+    "scalar": ((2, 6, 7, 5), 2, False, H200),
+    "scalar_last": ((2, 6, 7, 5), 2, True, H200),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_regime(kernel, host, case, dtype):
+    shape, groups, channels_last, chip = CASES[case]
+    host.set_chip(**chip)
+    x, dy, options, activation = suite.make(shape, dtype, (1, 1, 1, 1, 1, 1, channels_last))
+    suite.check(kernel, x, dy, groups, options, activation)
+    # A missing barrier shows where the last thread of a block runs first.
+    once = suite.results(x, dy, groups, options, activation, kernel.name)
+    host.set_backwards(True)
+    again = suite.results(x, dy, groups, options, activation, kernel.name)
+    assert all(again[name].equal(value) for name, value in once.items())
