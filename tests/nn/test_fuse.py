@@ -364,10 +364,10 @@ def test_a_subclass_with_its_own_forward_is_left_alone():
         def forward(self, x):
             return self[1](self[0](x).flip(1))
 
-    model = nn.Sequential(Odd(2, 8), nn.SiLU(), Reversed(nn.GroupNorm(2, 8), nn.SiLU()))
+    model = nn.Sequential(Odd(2, 8), nn.SiLU(), Reversed(nn.GroupNorm(2, 8), nn.SiLU()), nn.GroupNorm(4, 8), nn.SiLU())
     x = torch.randn(2, 8, 4, 4)
     expected = model(x)
-    assert dd_kernels.fuse(model) == {"2.0": "GroupNorm"}
+    assert dd_kernels.fuse(model) == {"2.0": "GroupNorm", "3": "GroupNorm, SiLU"}
     assert isinstance(model[2][0], FusedGroupNorm)
     torch.testing.assert_close(model(x), expected)
 
