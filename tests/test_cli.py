@@ -314,7 +314,7 @@ def test_interpolate_between_seeds(models):
     assert len(_pixels("walk.npz")) == 9
 
 
-def test_interpolate_between_images_returns_to_them(models, monkeypatch):
+def test_interpolate_between_images_returns_to_them(models):
     for i, name in enumerate("ab"):
         pixels = data.digits().images[i, 0].numpy() * 15
         Image.fromarray(pixels).save(f"{name}.png")
@@ -329,6 +329,21 @@ def test_interpolate_between_images_returns_to_them(models, monkeypatch):
     walk[2] = models["digits"]
     assert _run(*walk, "--steps", 4, "--classes", "1,2,3", "--out", "walk.npz") == 0
     assert len(_pixels("walk.npz")) == 12
+
+
+def test_only_walks_between_seeds_clip_x0(models, monkeypatch):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
+    clips, ddim = [], dd.tables.ddim
+
+    def recorded(*arguments, clip, **keywords):
+        clips.append(clip)
+        return ddim(*arguments, clip=clip, **keywords)
+
+    monkeypatch.setattr(dd.tables, "ddim", recorded)
+    walk = ["interpolate", "--model", models["digits"], "--no-progress", "--steps", 1, "-n", 2]
+    assert _run(*walk) == 0
+    assert _run(*walk, "--images", "a.png", "a.png") == 0
+    assert clips == [1.0, None]
 
 
 def test_interpolate_errors(models, capsys):
