@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted(
-    {
-        line.strip()
-        for block in [*re.findall(r"```bash\n(.*?)```", README, re.DOTALL), *re.findall(r"\| `([^`]+)` \|", README)]
-        for line in block.splitlines()
-        if line.strip()
-    }
-)
+BLOCKS = [*re.findall(r"\| `([^`]+)` \|\n", README), *re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
+COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("&&")]
 OURS = [c for c in COMMANDS if c.startswith(("python -m dd_kernels", "dd-kernels"))]
 
 
@@ -42,8 +37,17 @@ def test_commands_run_one_after_another(tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
-def test_every_other_command_is_one_that_ci_runs():
+def test_what_is_installed_and_tested_is_there():
+    """The commands that install, test and lint: .ci/run runs the first of each; the others name what exists."""
     script = (ROOT / ".ci" / "run").read_text()
-    others = [part.strip() for c in COMMANDS if c not in OURS and not re.match(r"^\w+$", c) for part in c.split("&&")]
-    unknown = [part for part in others if part.startswith(("pip", "pytest", "ruff")) and part not in script]
-    assert not unknown
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in (command for command in COMMANDS if command not in OURS):
+        words = shlex.split(command)
+        if words[:3] == ["pip", "install", "-e"]:
+            assert words[3] == "." or words[3][2:-1] in extras, command
+        elif words[0] == "pytest":
+            assert all((ROOT / word).exists() for word in words[1:2]), command
+        else:
+            assert command in script, command
+    for command in ("pip install -q -e .", "pip install -q -e '.[test]'", "pytest -q", "ruff check ."):
+        assert command in script
