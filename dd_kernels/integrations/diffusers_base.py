@@ -52,7 +52,7 @@ class FusedScheduler:
         self.timesteps = self.timesteps.to(device)
         self._host = (self.timesteps, values, -1 in values)
         self._tables.clear()
-        self._seed = None
+        self._seed = self._drawn_seed()
 
     def _values(self) -> list[int]:
         """The values of ``self.timesteps``; read from the device only where somebody else has put them there."""
@@ -162,8 +162,12 @@ class FusedScheduler:
         if generator is not None:
             return {"seed": generator.initial_seed() % 2**64}
         if self._seed is None:
-            self._seed = int(torch.randint(2**63 - 1, ()))
+            self._seed = self._drawn_seed()
         return {"seed": self._seed}
+
+    def _drawn_seed(self) -> int | None:
+        """Of the steps' noise where no generator is given, until set_timesteps: torch.manual_seed decides."""
+        return int(torch.randint(2**63 - 1, ())) if self.config.get("noise") == "philox" else None
 
     def _advance(
         self,

@@ -220,4 +220,5 @@ def to_diffusers(model: UNet) -> Any:
     """
     result = diffusers.UNet2DModel(**_their_options(model))
     result.load_state_dict(_their_state(model))
-    return result.to(next(model.parameters()).dtype).train(model.training)
+    dtype = next(model.parameters()).dtype
+    return (result if result.dtype == dtype else result.to(dtype)).train(model.training)

@@ -43,7 +43,8 @@ def _config(name: str, pick: random.Random) -> dict[str, Any]:
         "dynamic_thresholding_ratio": pick.choice([0.995, 0.8]),
         "sample_max_value": pick.choice([1.0, 1.5, 0.5]),
     }
-    finite = config["clip_sample"] or config["thresholding"] or config["prediction_type"] != "epsilon"
+    clips = config["clip_sample"] and not config["thresholding"]  # a quantile of +-inf is NaN
+    finite = clips or config["prediction_type"] != "epsilon"
     config["rescale_betas_zero_snr"] = finite and pick.random() < 0.3
     if name == "DDIMScheduler":
         return config | {"set_alpha_to_one": pick.random() < 0.5}
@@ -122,7 +123,7 @@ def _check(value: Tensor, their: Tensor, truth: Tensor, size: float, what: str) 
     assert error <= budget, f"{what}: {error}; theirs {their_error}, budget {budget}"
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(48))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_equals_theirs(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = _Case(name, seed)
@@ -289,12 +290,13 @@ def test_what_is_changed_afterwards_counts() -> None:
     for one in (a, b):
         one.set_timesteps(10)
         one.step(out, 0, x)
-        one.timesteps = torch.tensor([800, 300, 0])
-    results = []
-    for one in (a, b):
-        torch.manual_seed(0)
-        results.append(one.step(out, 800, x).prev_sample)
-    torch.testing.assert_close(*results)
+        one.timesteps = torch.tensor([800, 300, 300, 0])
+    for t in (800, 300):
+        results = []
+        for one in (a, b):
+            torch.manual_seed(0)
+            results.append(one.step(out, t, x).prev_sample)
+        torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("name", NAMES)
