@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import torch
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.resolve()
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020A000000000000"]  # torch 2.10
 
 
@@ -48,8 +50,89 @@ def cpu_library() -> list[Extension]:
     ]
 
 
+def nvcc() -> str | None:
+    """The CUDA compiler, or None to build without: ``DD_KERNELS_CUDA`` says 0 or 1, else what is found decides."""
+    wanted = os.environ.get("DD_KERNELS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"DD_KERNELS_CUDA must be 0 or 1; got {wanted!r}")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    compiler = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    compiler = compiler or shutil.which("nvcc")
+    if compiler is None and wanted == "1":
+        raise SystemExit("DD_KERNELS_CUDA=1 asks for the CUDA kernels, but nvcc was not found (PATH, CUDA_HOME)")
+    return None if wanted == "0" or sys.platform == "win32" else compiler
+
+
+def architectures() -> list[str]:
+    """Compute capabilities to build for: ``TORCH_CUDA_ARCH_LIST``, else of the GPUs here, else of all we serve."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed and torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        listed = sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in devices})
+    return listed or ["8.0", "9.0", "10.0+PTX"]
+
+
+def architecture_flags() -> list[str]:
+    """nvcc's flags for :func:`architectures`."""
+    flags = []
+    for name in architectures():
+        number = name.removesuffix("+PTX").replace(".", "")
+        targets = f"sm_{number},compute_{number}" if name.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code=[{targets}]")
+    return flags
+
+
+CUDA_RULES = """
+rule compile
+  command = $nvcc $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $nvcc -shared -cudart static $in $libraries -o $out
+"""
+
+
+def cuda_sources() -> list[str]:
+    """Kernels (.cu) and bindings (.cpp) of the CUDA library."""
+    return sources("cuda*.cu") + sources("cuda*.cpp")
+
+
+def write_cuda_build(compiler: str, folder: Path, library: Path) -> None:
+    """``folder/build.ninja``: kernels and bindings, each file an object, linked to ``library``."""
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-diag-suppress=1675", *STABLE_ABI, *architecture_flags()]
+    flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
+    flags += [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+    objects = {f"{Path(source).parent.name}_{Path(source).name}.o": source for source in cuda_sources()}
+    lines = [f"nvcc = {compiler}", f"flags = {' '.join(flags)}", f"libraries = {' '.join(libraries)}", CUDA_RULES]
+    lines += [f"build {target}: compile {ROOT / source}" for target, source in objects.items()]
+    lines += [f"build {library}: link {' '.join(objects)}", ""]
+    (folder / "build.ninja").write_text("\n".join(lines))
+
+
+class BuildLibraries(BuildExtension):
+    """Builds the CUDA library with nvcc itself, so that it needs no torch with CUDA; the rest as torch does."""
+
+    def build_extension(self, extension: Extension) -> None:
+        if extension.name != "dd_kernels._cuda":
+            super().build_extension(extension)
+            return
+        folder = Path(self.build_temp).resolve() / "cuda"
+        library = Path(self.get_ext_fullpath(extension.name)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        write_cuda_build(nvcc(), folder, library)
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(["ninja", "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
+
+
+def cuda_library() -> list[Extension]:
+    """dd_kernels/_cuda.abi3.so, or nothing where there is no nvcc."""
+    return [Extension("dd_kernels._cuda", [], py_limited_api=True)] if nvcc() else []
+
+
 setup(
-    ext_modules=cpu_library(),
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=cpu_library() + cuda_library(),
+    cmdclass={"build_ext": BuildLibraries},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

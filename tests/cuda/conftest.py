@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from host_library import HostLibrary
 
 from dd_kernels import backend as backends
 
-sys.path.append(str(Path(__file__).parents[1] / "ops"))  # the op suite, and its error budget
+OPS = Path(__file__).parents[1] / "ops"
+sys.path.append(str(OPS))  # the op suite, and its error budget
 
 
 @pytest.fixture(scope="session")
@@ -42,21 +44,7 @@ def host(library: HostLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host
     override._destroy()
 
 
-class HostKernel:
-    """What the op suite asks of its ``kernel``."""
-
-    name, device = "cuda", "cpu"
-
-    def op(self, op: str) -> Callable[..., Any]:
-        """What the public function of ``op`` calls."""
-        return getattr(torch.ops.dd_kernels, op)
-
-    def truncates(self, dtype: torch.dtype) -> bool:
-        """Every output is rounded."""
-        return False
-
-
 @pytest.fixture
-def kernel(host: HostLibrary) -> HostKernel:
+def kernel(host: HostLibrary) -> Any:
     """The op suite's fixture of this name, of one kind here."""
-    return HostKernel()
+    return runpy.run_path(str(OPS / "conftest.py"))["Kernel"]("cuda", "cpu")
