@@ -70,7 +70,8 @@ _why_not: dict[str, str | None] = {
     "triton": _why_no_triton(),
     "reference": None,
 }
-_default = _check_name("DD_KERNELS_BACKEND", os.environ.get("DD_KERNELS_BACKEND", "auto"))
+# Checked where it is used, so that a bad value is an error of the call and not of the import.
+_default = os.environ.get("DD_KERNELS_BACKEND", "auto")
 
 
 def interpreting_triton() -> bool:
@@ -112,11 +113,12 @@ def choose(op: str, backend: str, device: torch.device, obstacle: str | None = N
     for), or is None. ``auto`` then takes the reference; a kernel asked for by name raises
     :class:`BackendUnavailableError`.
     """
+    argument = "backend"
     if backend == "auto":
-        backend = _default
+        backend, argument = _default, "DD_KERNELS_BACKEND"
     if backend == "auto":
         return "reference" if obstacle else _fastest(device.type)
-    _check_name("backend", backend)
+    _check_name(argument, backend)
     if backend == "reference":
         return backend
     reason = unavailable(backend, device) or obstacle
