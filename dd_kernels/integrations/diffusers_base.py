@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch._dynamo import assume_constant_result
 
 from ..ops import q_sample, reverse_step
 from . import diffusers_rows as rows
@@ -101,7 +100,7 @@ class FusedScheduler:
 
     # Tables.
 
-    @assume_constant_result
+    @torch.compiler.assume_constant_result
     def _build(self, key: tuple, device: torch.device) -> bool:
         """Sees that ``self._tables`` holds ``key`` on the device; under torch.compile this runs while tracing."""
         sources = (self.alphas_cumprod, self._before_first(), self.timesteps)
