@@ -211,7 +211,7 @@ def _statistics(
         x, partials, cut.splits, cut.tiles, pixels, CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **tile
     )
     block_c = power_of_2(group)
-    block_s = max(1, min(2048 // block_c, power_of_2(cut.splits)))
+    block_s = max(1, min(1024 // block_c, power_of_2(cut.splits)))
     _combine_moments[(mean.numel(),)](
         partials,
         pre_shift,
