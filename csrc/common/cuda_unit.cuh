@@ -28,8 +28,8 @@ DD_HOST_DEVICE constexpr int unit_rows(Order order) {
     return order == Order::channels_3 ? 3 : order == Order::channels_4 || order == Order::channels_8 ? 4 : 1;
 }
 
-// Blocks to a multiprocessor that the registers are planned for: 64 a thread, or 128.
-DD_HOST_DEVICE constexpr int unit_blocks(Order order) { return unit_rows(order) == 1 ? 8 : 4; }
+// Blocks to a multiprocessor that the registers are planned for: 64 a thread, or 168.
+DD_HOST_DEVICE constexpr int unit_blocks(Order order) { return unit_rows(order) == 1 ? 8 : 3; }
 
 DD_HOST_DEVICE constexpr int unit_width(Order order) { return order == Order::any ? 1 : 8; }
 

@@ -7,7 +7,9 @@ namespace dd::cuda {
 namespace {
 
 // Blocks to a multiprocessor that the registers are planned for: 128 registers each, or 80.
-DD_HOST_DEVICE constexpr int blocks_for(int held) { return held >= 8 ? 2 : 3; }
+DD_HOST_DEVICE constexpr int blocks_for(Access access, int held) {
+    return access == Access::channels_last || held >= 8 ? 2 : 3;
+}
 
 // Every block of the cluster reads the others' shares of the statistics.
 template <class Place>
@@ -37,7 +39,7 @@ DD_DEVICE void share_statistics(const Place& place, const NormForward& a, const 
 }
 
 template <DType dtype, Access access, int K>
-__global__ void __launch_bounds__(kNormThreads, blocks_for(K)) held_kernel(const NormForward a) {
+__global__ void __launch_bounds__(kNormThreads, blocks_for(access, K)) held_kernel(const NormForward a) {
     const unsigned cluster = static_cast<unsigned>(a.plan.cluster);
     const Place<dtype, access> place(a.shape, a.plan, blockIdx.x / cluster, static_cast<int>(blockIdx.x % cluster));
     const NormShared shared(place);
@@ -57,6 +59,7 @@ __global__ void __launch_bounds__(kNormThreads, blocks_for(K)) held_kernel(const
 
 template <DType dtype, Access access>
 auto kernel_holding(int held) {
+    constexpr int most = most_held(dtype, access, Direction::forward);
     switch (held) {
         case 2:
             return &held_kernel<dtype, access, 2>;
@@ -65,7 +68,7 @@ auto kernel_holding(int held) {
         case 8:
             return &held_kernel<dtype, access, 8>;
         default:
-            return &held_kernel < dtype, access, dtype == DType::float32 ? 8 : 16 > ;
+            return &held_kernel<dtype, access, most>;
     }
 }
 

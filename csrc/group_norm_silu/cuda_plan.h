@@ -20,7 +20,7 @@ constexpr int kNormWarps = 4;      // of a block in which every warp has a group
 constexpr int kWarpLanes = 32;
 constexpr int kMostHeldByWarp = 8;  // 16-byte vectors that a thread keeps in registers
 
-constexpr int kMostChannelsBackward = 1024;  // whose sums fit the shared memory of a block
+constexpr int kMostTileChannels = 1024;  // whose sums and statistics fit the shared memory of a block
 
 enum class Direction { forward, backward };
 enum class Regime { warp, held, split };
@@ -54,9 +54,10 @@ struct NormPlan {
 };
 
 // 16-byte vectors that a thread of a block can keep in registers; backward, of x and of dy each.
-inline int most_held(DType dtype, Direction direction) {
+constexpr int most_held(DType dtype, Access access, Direction direction) {
     if (direction == Direction::backward) return 4;
-    return dtype == DType::float32 ? 8 : 16;  // the exact exponential needs registers of its own
+    if (dtype == DType::float32) return 8;             // the exact exponential needs registers of its own
+    return access == Access::channels_last ? 12 : 16;  // and so do the parameters of eight channels
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -86,7 +87,7 @@ inline int64_t block_channels(const NormShape& shape, int most_held, const Chip&
     int64_t unit = group / greatest_common_divisor(group, vector) * vector;
     if (shape.channels % unit != 0) return 0;
     int64_t best = 0;
-    for (int64_t channels = unit; channels <= shape.channels; channels += unit) {
+    for (int64_t channels = unit; channels <= std::min<int64_t>(shape.channels, kMostTileChannels); channels += unit) {
         if (shape.channels % channels != 0) continue;
         int64_t row_bytes = channels * shape.element_bytes();
         int cluster = fitting_cluster(shape.pixels, channels / vector, most_held, chip);
@@ -125,6 +126,7 @@ inline void choose_cluster(NormPlan& plan, int most_held, const Chip& chip) {
     plan.rows_each = ceil_div(plan.rows, plan.cluster);
     int64_t needed = vectors_per_thread(plan.rows_each, plan.columns);
     for (plan.held = 2; plan.held < needed;) plan.held *= 2;
+    plan.held = std::min(plan.held, most_held);
 }
 
 inline NormPlan split_plan(const NormShape& shape, Access access, int64_t tile_channels, const Chip& chip) {
@@ -144,7 +146,7 @@ inline int64_t split_channels(const NormShape& shape) {
     int64_t group = shape.group_channels(), vector = shape.vector();
     int64_t unit = group / greatest_common_divisor(group, vector) * vector;
     int64_t best = 0;
-    for (int64_t channels = unit; channels <= shape.channels; channels += unit) {
+    for (int64_t channels = unit; channels <= std::min<int64_t>(shape.channels, kMostTileChannels); channels += unit) {
         if (shape.channels % channels != 0 || channels / vector > kNormThreads) continue;
         if (best * shape.element_bytes() < good_row_bytes) best = channels;
     }
@@ -155,13 +157,13 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
     constexpr int64_t most_rows = int64_t{1} << 28;
     if (shape.pixels == 1) shape.channels_last = true;  // the same bytes
     bool last = shape.channels_last;
-    int held = most_held(shape.dtype, direction);
+    Access access = last ? Access::channels_last : Access::contiguous;
+    int held = most_held(shape.dtype, access, direction);
     int64_t group = shape.group_channels(), vectors = shape.group_elements() / shape.vector();
     int64_t row = last ? shape.channels : shape.pixels;  // a vector is in one channel, or has one of each
     bool vectorised = shape.aligned && row % shape.vector() == 0 && vectors < most_rows && shape.pixels < most_rows;
     if (!vectorised || (last && split_channels(shape) == 0)) return split_plan(shape, Access::scalar, group, chip);
 
-    Access access = last ? Access::channels_last : Access::contiguous;
     int64_t tile_channels = last ? block_channels(shape, held, chip) : group;
     if (tile_channels == 0) return split_plan(shape, access, split_channels(shape), chip);
     NormPlan plan = tiled(shape, Regime::held, access, tile_channels);
@@ -170,7 +172,7 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
         plan.held = vectors <= kWarpLanes * 2 ? 2 : kMostHeldByWarp;
         return plan;
     }
-    bool too_many_channels = direction == Direction::backward && tile_channels > kMostChannelsBackward;
+    bool too_many_channels = direction == Direction::backward && tile_channels > kMostTileChannels;
     if (too_many_channels || fitting_cluster(plan.rows, plan.columns, held, chip) == 0)
         return split_plan(shape, access, tile_channels, chip);
     choose_cluster(plan, held, chip);

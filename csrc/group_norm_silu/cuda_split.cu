@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kNormThreads, 3) statistics_kernel(const NormF
 }
 
 template <DType dtype, Access access>
-__global__ void __launch_bounds__(kNormThreads, 3) apply_kernel(const NormForward a) {
+__global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const NormForward a) {
     const auto place = split_place<dtype, access>(a);
     const NormShared shared(place);
     for (int group = threadIdx.x; group < a.plan.tile_groups; group += kNormThreads) {

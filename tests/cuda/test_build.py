@@ -19,12 +19,12 @@ REGISTERS_OF_A_MULTIPROCESSOR = 65536
 # Threads of a block, and blocks to a multiprocessor that the registers are planned for.
 PLANNED = {
     r"(randn|q_sample|reverse_step)_kernel.*OrderE[04]E": (128, 8),
-    r"(randn|q_sample|reverse_step)_kernel.*OrderE[123]E": (128, 4),
-    r"held_kernel.*ELi[24]E": (256, 3),
-    r"held_kernel.*ELi(8|16)E": (256, 2),
+    r"(randn|q_sample|reverse_step)_kernel.*OrderE[123]E": (128, 3),
+    r"held_kernel.*AccessE0ELi[24]E": (256, 3),
+    r"held_kernel.*(AccessE1|ELi(8|16)E)": (256, 2),
     r"warp_kernel": (128, 8),
-    r"(statistics|apply)_kernel": (256, 3),
-    r"(held_backward|apply_backward|column_sums)_kernel": (256, 2),
+    r"statistics_kernel": (256, 3),
+    r"(apply|held_backward|apply_backward|column_sums)_kernel": (256, 2),
     r"channel_sums_kernel": (256, 4),
     r"parameter_kernel": (256, 1),
 }
