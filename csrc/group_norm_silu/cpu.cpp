@@ -32,18 +32,18 @@ namespace {
 
 struct ForwardPass : Forward {
     using Partial = Moments;
-    int64_t partials() const { return cut.pieces() * cut.unit_groups(); }
-    int64_t coefficients() const { return 3 * cut.unit_channels(); }
-    int64_t scratch() const { return 3 * cut.unit_channels() + cut.piece_elements(); }
+    int64_t partials() const { return cut.pieces * cut.unit_groups; }
+    int64_t coefficients() const { return 3 * cut.unit_channels; }
+    int64_t scratch() const { return 3 * cut.unit_channels + cut.piece_elements(); }
 
-    void prepare(int64_t, float*) const {}
-    void reduce(int64_t unit, int64_t piece, const float*, Moments* moments, float* scratch) const {
+    void prepare(const Unit&, float*) const {}
+    void reduce(const Unit& unit, int64_t piece, const float*, Moments* moments, float* scratch) const {
         DD_CHOOSE(group_norm_reduce)(*this, unit, piece, moments, scratch);
     }
-    void finish(int64_t unit, const Moments* moments, float* coefficients) const {
+    void finish(const Unit& unit, const Moments* moments, float* coefficients) const {
         DD_CHOOSE(group_norm_finish)(*this, unit, moments, coefficients);
     }
-    void map(int64_t unit, int64_t piece, const float* coefficients, float* scratch) const {
+    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch) const {
         DD_CHOOSE(group_norm_map)(*this, unit, piece, coefficients, scratch);
     }
 };

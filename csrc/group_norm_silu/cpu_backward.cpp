@@ -32,20 +32,20 @@ namespace {
 
 struct BackwardPass : Backward {
     using Partial = ChannelSums;
-    int64_t partials() const { return cut.parts() * cut.unit_channels(); }
-    int64_t coefficients() const { return 5 * cut.unit_channels(); }
-    int64_t scratch() const { return 3 * cut.unit_channels() + 2 * cut.piece_elements(); }
+    int64_t partials() const { return cut.parts * cut.unit_channels; }
+    int64_t coefficients() const { return 5 * cut.unit_channels; }
+    int64_t scratch() const { return 3 * cut.unit_channels + 2 * cut.piece_elements(); }
 
-    void prepare(int64_t unit, float* coefficients) const {
+    void prepare(const Unit& unit, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_prepare)(*this, unit, coefficients);
     }
-    void reduce(int64_t unit, int64_t piece, const float* coefficients, ChannelSums* sums, float* scratch) const {
+    void reduce(const Unit& unit, int64_t piece, const float* coefficients, ChannelSums* sums, float* scratch) const {
         DD_CHOOSE(group_norm_backward_reduce)(*this, unit, piece, coefficients, sums, scratch);
     }
-    void finish(int64_t unit, ChannelSums* sums, float* coefficients) const {
+    void finish(const Unit& unit, ChannelSums* sums, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_finish)(*this, unit, sums, coefficients);
     }
-    void map(int64_t unit, int64_t piece, const float* coefficients, float* scratch) const {
+    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch) const {
         DD_CHOOSE(group_norm_backward_map)(*this, unit, piece, coefficients, scratch);
     }
 };

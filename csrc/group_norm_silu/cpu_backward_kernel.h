@@ -6,17 +6,11 @@ using group_norm::Backward;
 using group_norm::ChannelSums;
 
 // coefficients: centre, gain, offset, slope and level, each of all channels of the unit.
-void group_norm_backward_prepare(const Backward& a, int64_t unit, float* coefficients) {
+void group_norm_backward_prepare(const Backward& a, const Unit& unit, float* coefficients) {
     const group_norm::Cut& cut = a.cut;
-    int64_t channels = cut.unit_channels();
-    const float* mean = a.mean + cut.sample(unit) * cut.groups + cut.first_group(unit);
-    const float* rstd = a.rstd + (mean - a.mean);
-    for (int64_t c = 0; c < channels; ++c) {
-        int64_t g = c / cut.group_channels();
-        Affine line = affine<double>(mean[g], rstd[g], channel_options(a.options, cut, unit, c));
-        coefficients[c] = line.centre;
-        coefficients[channels + c] = line.gain;
-        coefficients[2 * channels + c] = line.offset;
+    int64_t first = unit.sample * cut.groups + unit.first_group;
+    for (int64_t g = 0; g < cut.unit_groups; ++g) {
+        set_lines(a.options, cut, unit, g, a.mean[first + g], a.rstd[first + g], coefficients);
     }
 }
 
@@ -109,9 +103,9 @@ DD_INLINE void reduce_pixels(const float* x, const float* dy, float* dz_out, con
 }
 
 template <bool silu>
-void reduce_piece(const Backward& a, int64_t unit, int64_t index, const float* coefficients, ChannelSums* sums,
+void reduce_piece(const Backward& a, const Unit& unit, int64_t index, const float* coefficients, ChannelSums* sums,
                   float* scratch) {
-    int64_t channels = a.cut.unit_channels();
+    int64_t channels = a.cut.unit_channels;
     group_norm::Piece piece = a.cut.piece(unit, index);
     float *x_buffer = scratch + 3 * channels, *dy_buffer = x_buffer + a.cut.piece_elements();
     const float *x = read_tile(a.x, piece, x_buffer), *dy = read_tile(a.dy, piece, dy_buffer);
@@ -124,14 +118,14 @@ void reduce_piece(const Backward& a, int64_t unit, int64_t index, const float* c
     }
 }
 
-void group_norm_backward_reduce(const Backward& a, int64_t unit, int64_t index, const float* coefficients,
+void group_norm_backward_reduce(const Backward& a, const Unit& unit, int64_t index, const float* coefficients,
                                 ChannelSums* sums, float* scratch) {
     (a.options.silu ? reduce_piece<true> : reduce_piece<false>)(a, unit, index, coefficients, sums, scratch);
 }
 
 // The gradients of what a channel is given; sums are over all its pixels, sum_n being of dz n.
 DD_INLINE void write_gradients(const Backward& a, int64_t at, const ChannelOptions<double>& o, const ChannelSums& sums,
-                               double sum_n, const Affine& line, const GroupLine& group) {
+                               double sum_n, float gain, const GroupLine& group) {
     double pixels = static_cast<double>(a.cut.pixels);
     auto write = [at](float* to, double value) {
         if (to != nullptr) to[at] = static_cast<float>(value);
@@ -140,35 +134,41 @@ DD_INLINE void write_gradients(const Backward& a, int64_t at, const ChannelOptio
     a.dbias_parts[at] = (1 + o.scale) * sums.dz;
     write(a.dshift, sums.dz);
     write(a.dscale, o.weight * sum_n + o.bias * sums.dz);
-    write(a.dpre_shift, sums.dz * line.gain + sums.d * group.slope + pixels * group.level);
+    write(a.dpre_shift, sums.dz * gain + sums.d * group.slope + pixels * group.level);
 }
 
-void group_norm_backward_finish(const Backward& a, int64_t unit, ChannelSums* sums, float* coefficients) {
+void group_norm_backward_finish(const Backward& a, const Unit& unit, ChannelSums* sums, float* coefficients) {
     const group_norm::Cut& cut = a.cut;
-    int64_t channels = cut.unit_channels(), width = cut.group_channels(), sample = cut.sample(unit);
-    for (int64_t i = channels; i < cut.parts() * channels; ++i) sums[i % channels].add(sums[i]);
-    for (int64_t g = 0; g < cut.unit_groups(); ++g) {
-        int64_t group = sample * cut.groups + cut.first_group(unit) + g;
+    int64_t channels = cut.unit_channels, row = unit.sample * cut.channels + unit.first_channel;
+    for (int64_t part = 1; part < cut.parts; ++part) {
+        for (int64_t c = 0; c < channels; ++c) sums[c].add(sums[part * channels + c]);
+    }
+    for (int64_t g = 0; g < cut.unit_groups; ++g) {
+        int64_t group = unit.sample * cut.groups + unit.first_group + g;
         double mean = a.mean[group], rstd = a.rstd[group], total_dn = 0, total_dn_n = 0;
-        for (int pass = 0; pass < 2; ++pass) {
-            for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-                ChannelOptions<double> o = channel_options(a.options, cut, unit, c);
-                float centre = coefficients[c];
-                double remainder = centre_remainder(centre, mean, rstd, o);
-                double sum_n = sums[c].dz_d * rstd + sums[c].dz * remainder;
-                if (pass == 0) {
-                    total_dn += sums[c].dz * o.weight * (1 + o.scale);
-                    total_dn_n += sum_n * o.weight * (1 + o.scale);
-                    continue;
-                }
-                double count = static_cast<double>(width * cut.pixels);
-                GroupLine line = group_line(total_dn / count, total_dn_n / count, rstd, remainder);
+        auto sum_n = [&](const ChannelOptions<double>& o, int64_t c) {
+            return sums[c].dz_d * rstd + sums[c].dz * centre_remainder(coefficients[c], mean, rstd, o);
+        };
+        for_options(a.options, cut, unit, g, [&](const OptionBlock& block, int64_t first, int64_t n) {
+            for (int64_t i = 0; i < n; ++i) {
+                ChannelOptions<double> o = block[i];
+                double gain = o.weight * (1 + o.scale);
+                total_dn += sums[first + i].dz * gain;
+                total_dn_n += sum_n(o, first + i) * gain;
+            }
+        });
+        double each = 1.0 / static_cast<double>(cut.group_channels * cut.pixels);
+        for_options(a.options, cut, unit, g, [&](const OptionBlock& block, int64_t first, int64_t n) {
+            for (int64_t i = 0; i < n; ++i) {
+                int64_t c = first + i;
+                ChannelOptions<double> o = block[i];
+                double remainder = centre_remainder(coefficients[c], mean, rstd, o);
+                GroupLine line = group_line(total_dn * each, total_dn_n * each, rstd, remainder);
                 coefficients[3 * channels + c] = line.slope;
                 coefficients[4 * channels + c] = line.level;
-                write_gradients(a, sample * cut.channels + cut.first_channel(unit) + c, o, sums[c], sum_n,
-                                {centre, coefficients[channels + c], coefficients[2 * channels + c]}, line);
+                write_gradients(a, row + c, o, sums[c], sum_n(o, c), coefficients[channels + c], line);
             }
-        }
+        });
     }
 }
 
@@ -223,12 +223,12 @@ void backward_piece(const Backward& a, const group_norm::Piece& piece, const flo
     if (a.cut.channels_last) {
         backward_pixels<silu>(x, dy, dx, piece, coefficients);
     } else {
-        backward_rows<silu>(x, dy, dx, piece, coefficients + piece.first_channel, a.cut.unit_channels());
+        backward_rows<silu>(x, dy, dx, piece, coefficients + piece.first_channel, a.cut.unit_channels);
     }
     write_tile(a.dx, piece, dx);
 }
 
-void group_norm_backward_map(const Backward& a, int64_t unit, int64_t index, const float* coefficients,
+void group_norm_backward_map(const Backward& a, const Unit& unit, int64_t index, const float* coefficients,
                              float* scratch) {
     group_norm::Piece piece = a.cut.piece(unit, index);
     bool from_dy = a.options.silu && kept_dz(a, piece) == nullptr;

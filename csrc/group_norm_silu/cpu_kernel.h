@@ -10,6 +10,14 @@ DD_INLINE Moments centred_moments(double count, double centre, double sum, doubl
     return {count, centre + sum / count, sum_of_squares - sum * sum / count};
 }
 
+// Where centre - pre_shift[c] of each channel, as rounded, really centres x + pre_shift, on average.
+DD_INLINE double rounded_centre(float centre, const float* pre_shift, int64_t channels) {
+    if (pre_shift == nullptr) return centre;
+    double total = 0;
+    for (int64_t c = 0; c < channels; ++c) total += static_cast<double>(centre - pre_shift[c]) + pre_shift[c];
+    return total / static_cast<double>(channels);
+}
+
 // Of x + pre_shift over rows of one group; pre_shift is null or has one value per row.
 DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, const float* pre_shift) {
     Vec totals[4] = {};
@@ -34,7 +42,8 @@ DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, cons
             }
         });
     }
-    return centred_moments(count, centre, sum((sums[0] + sums[1]) + (sums[2] + sums[3])),
+    return centred_moments(count, rounded_centre(centre, pre_shift, rows),
+                           sum((sums[0] + sums[1]) + (sums[2] + sums[3])),
                            sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
 }
 
@@ -85,10 +94,10 @@ DD_INLINE void pixel_moments(const float* x, int64_t pixels, int64_t channels, i
     for (int64_t g = 0; g < groups; ++g) {
         double total = sum_of(sums + g * width, width);
         if (pre_shift != nullptr) total += static_cast<double>(pixels) * sum_of(pre_shift + g * width, width);
-        out[g].mean = static_cast<float>(total / count);
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-            centres[c] = static_cast<float>(pre_shift == nullptr ? out[g].mean : out[g].mean - pre_shift[c]);
-        }
+        float centre = static_cast<float>(total / count);
+        const float* shifts = pre_shift == nullptr ? nullptr : pre_shift + g * width;
+        out[g].mean = rounded_centre(centre, shifts, width);
+        for (int64_t c = 0; c < width; ++c) centres[g * width + c] = shifts == nullptr ? centre : centre - shifts[c];
     }
     sum_deviations(x, pixels, channels, centres, sums, squares);
     for (int64_t g = 0; g < groups; ++g) {
@@ -97,15 +106,15 @@ DD_INLINE void pixel_moments(const float* x, int64_t pixels, int64_t channels, i
     }
 }
 
-void group_norm_reduce(const Forward& a, int64_t unit, int64_t index, Moments* moments, float* scratch) {
+void group_norm_reduce(const Forward& a, const Unit& unit, int64_t index, Moments* moments, float* scratch) {
     const group_norm::Cut& cut = a.cut;
     group_norm::Piece piece = cut.piece(unit, index);
-    const float* x = read_tile(a.x, piece, scratch + 3 * cut.unit_channels());
+    const float* x = read_tile(a.x, piece, scratch + 3 * cut.unit_channels);
     const float* pre_shift = a.options.pre_shift;
     if (pre_shift != nullptr) {
-        pre_shift += piece.sample * cut.channels + cut.first_channel(unit) + piece.first_channel;
+        pre_shift += piece.sample * cut.channels + unit.first_channel + piece.first_channel;
     }
-    Moments* out = moments + index * cut.unit_groups();
+    Moments* out = moments + index * cut.unit_groups;
     if (cut.channels_last) {
         pixel_moments(x, piece.pixels, cut.channels, cut.groups, pre_shift, scratch, out);
     } else if (pre_shift == nullptr) {
@@ -115,25 +124,19 @@ void group_norm_reduce(const Forward& a, int64_t unit, int64_t index, Moments* m
     }
 }
 
-// coefficients: centre, gain and offset, each of all channels of the unit.
-void group_norm_finish(const Forward& a, int64_t unit, const Moments* moments, float* coefficients) {
+void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moments, float* coefficients) {
     const group_norm::Cut& cut = a.cut;
-    int64_t channels = cut.unit_channels(), groups = cut.unit_groups(), width = cut.group_channels();
+    int64_t groups = cut.unit_groups;
     for (int64_t g = 0; g < groups; ++g) {
         Moments all = moments[g];
-        for (int64_t i = 1; i < cut.pieces(); ++i) all.merge(moments[i * groups + g]);
+        for (int64_t i = 1; i < cut.pieces; ++i) all.merge(moments[i * groups + g]);
         double variance = all.m2 / all.count;
         if (variance < 0) variance = 0;  // -0 and below by rounding; NaN stays
         double rstd = 1.0 / __builtin_sqrt(variance + a.options.eps);
-        int64_t at = cut.sample(unit) * cut.groups + cut.first_group(unit) + g;
+        int64_t at = unit.sample * cut.groups + unit.first_group + g;
         a.mean[at] = static_cast<float>(all.mean);
         a.rstd[at] = static_cast<float>(rstd);
-        for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-            Affine line = affine(all.mean, rstd, channel_options(a.options, cut, unit, c));
-            coefficients[c] = line.centre;
-            coefficients[channels + c] = line.gain;
-            coefficients[2 * channels + c] = line.offset;
-        }
+        set_lines(a.options, cut, unit, g, all.mean, rstd, coefficients);
     }
 }
 
@@ -170,7 +173,7 @@ DD_INLINE void map_pixels(const float* x, float* y, int64_t pixels, int64_t chan
 }
 
 template <bool silu>
-void map_piece(const Forward& a, int64_t unit, int64_t index, const float* coefficients, float* scratch) {
+void map_piece(const Forward& a, const Unit& unit, int64_t index, const float* coefficients, float* scratch) {
     const group_norm::Cut& cut = a.cut;
     group_norm::Piece piece = cut.piece(unit, index);
     const float* x = read_tile(a.x, piece, scratch);
@@ -178,12 +181,12 @@ void map_piece(const Forward& a, int64_t unit, int64_t index, const float* coeff
     if (cut.channels_last) {
         map_pixels<silu>(x, y, piece.pixels, cut.channels, coefficients);
     } else {
-        map_rows<silu>(x, y, piece.channels, piece.pixels, coefficients + piece.first_channel, cut.unit_channels());
+        map_rows<silu>(x, y, piece.channels, piece.pixels, coefficients + piece.first_channel, cut.unit_channels);
     }
     write_tile(a.y, piece, y);
 }
 
-void group_norm_map(const Forward& a, int64_t unit, int64_t index, const float* coefficients, float* scratch) {
+void group_norm_map(const Forward& a, const Unit& unit, int64_t index, const float* coefficients, float* scratch) {
     (a.options.silu ? map_piece<true> : map_piece<false>)(a, unit, index, coefficients, scratch);
 }
 

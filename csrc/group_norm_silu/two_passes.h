@@ -26,11 +26,12 @@ struct Workspace {
 // Unit by unit, so that the map finds in the cache what the sums have read.
 template <class Pass>
 void run_by_units(const Pass& pass, int64_t grain) {
-    int64_t pieces = pass.cut.pieces();
+    int64_t pieces = pass.cut.pieces;
     torch::stable::parallel_for(0, pass.cut.units(), grain, [&](int64_t first, int64_t last) {
         Workspace<Pass> work(pass, 1);
         std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(pass.scratch())]);
-        for (int64_t unit = first; unit < last; ++unit) {
+        for (int64_t index = first; index < last; ++index) {
+            Unit unit = pass.cut.unit(index);
             pass.prepare(unit, work.coefficient(0));
             for (int64_t i = 0; i < pieces; ++i) {
                 pass.reduce(unit, i, work.coefficient(0), work.partial(0), scratch.get());
@@ -44,7 +45,7 @@ void run_by_units(const Pass& pass, int64_t grain) {
 // Too few units for the threads: all sums, then all maps, each cut into pieces.
 template <class Pass>
 void run_by_pieces(const Pass& pass, int64_t grain) {
-    int64_t units = pass.cut.units(), pieces = pass.cut.pieces();
+    int64_t units = pass.cut.units(), pieces = pass.cut.pieces;
     Workspace<Pass> work(pass, units);
     auto for_pieces = [&](auto visit) {
         torch::stable::parallel_for(0, units * pieces, grain, [&](int64_t first, int64_t last) {
@@ -52,13 +53,14 @@ void run_by_pieces(const Pass& pass, int64_t grain) {
             for (int64_t i = first; i < last; ++i) visit(i / pieces, i % pieces, scratch.get());
         });
     };
-    for (int64_t unit = 0; unit < units; ++unit) pass.prepare(unit, work.coefficient(unit));
-    for_pieces([&](int64_t unit, int64_t piece, float* scratch) {
-        pass.reduce(unit, piece, work.coefficient(unit), work.partial(unit), scratch);
+    for (int64_t i = 0; i < units; ++i) pass.prepare(pass.cut.unit(i), work.coefficient(i));
+    for_pieces([&](int64_t i, int64_t piece, float* scratch) {
+        pass.reduce(pass.cut.unit(i), piece, work.coefficient(i), work.partial(i), scratch);
     });
-    for (int64_t unit = 0; unit < units; ++unit) pass.finish(unit, work.partial(unit), work.coefficient(unit));
-    for_pieces(
-        [&](int64_t unit, int64_t piece, float* scratch) { pass.map(unit, piece, work.coefficient(unit), scratch); });
+    for (int64_t i = 0; i < units; ++i) pass.finish(pass.cut.unit(i), work.partial(i), work.coefficient(i));
+    for_pieces([&](int64_t i, int64_t piece, float* scratch) {
+        pass.map(pass.cut.unit(i), piece, work.coefficient(i), scratch);
+    });
 }
 
 template <class Pass>
@@ -68,16 +70,17 @@ void run(const Pass& pass) {
     if (cut.units() == 0) return;
     auto grain = [](int64_t elements) { return std::max<int64_t>(1, elements_per_thread / elements); };
     int64_t threads = torch::stable::get_num_threads();
-    if (cut.units() % threads == 0 || cut.units() >= 4 * threads || cut.pieces() == 1) {
-        run_by_units(pass, grain(cut.unit_channels() * cut.pixels));
+    if (cut.units() % threads == 0 || cut.units() >= 4 * threads || cut.pieces == 1) {
+        run_by_units(pass, grain(cut.unit_channels * cut.pixels));
     } else {
         run_by_pieces(pass, grain(cut.piece_elements()));
     }
 }
 
 inline Cut cut_of(const Tensor& x, int64_t groups) {
-    int64_t samples = x.size(0), channels = x.size(1);
-    int64_t pixels = x.numel() == 0 ? 1 : x.numel() / (samples * channels);
+    int64_t samples = x.size(0), channels = x.size(1), elements = x.numel();
+    if (elements == 0) return {0, channels};
+    int64_t pixels = elements / (samples * channels);
     bool contiguous = x.is_contiguous();
     STD_TORCH_CHECK(contiguous || is_channels_last(x), "dd_kernels: x must be contiguous or channels_last");
     // One pixel is the same memory in both layouts, and channels are what there are many of.

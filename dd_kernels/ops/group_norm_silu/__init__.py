@@ -12,6 +12,7 @@ from ... import backend as backends
 from .. import checks
 from . import reference
 
+_SMALL = ("weight", "bias", "pre_shift", "scale", "shift")  # [C], [C], [N, C], [N, C], [N, C]
 _OPTIONS = "int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? pre_shift, Tensor? scale, Tensor? shift"
 
 torch.library.define(
@@ -54,7 +55,7 @@ def _run(chosen: str, name: str, arguments: tuple) -> None:
 def _forward(chosen: str, x: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd [N, G] (float32) for the backward pass."""
     y = torch.empty_like(x)
-    mean = torch.empty((x.shape[0], options[0]), dtype=torch.float32, device=x.device)
+    mean = torch.empty(x.shape[0], options[0], dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     _run(chosen, "group_norm_silu", (x, *options, y, mean, rstd))
     return y, mean, rstd
@@ -104,7 +105,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         return (dx if ctx.needs_input_grad[0] else None, *gradients, None, None, None, None)
 
 
-def _check(x: Tensor, num_groups: int, eps: float, activation: str, channels: dict, rows: dict) -> None:
+def _check(x: Tensor, num_groups: int, eps: float, activation: str, small: tuple[Tensor | None, ...]) -> None:
     checks.check_float("x", x)
     shape, device = x.shape, x.device
     if len(shape) < 2:
@@ -117,18 +118,18 @@ def _check(x: Tensor, num_groups: int, eps: float, activation: str, channels: di
         raise ValueError(f"eps must be at least 0; got {eps}")
     if activation not in ("silu", "none"):
         raise ValueError(f"activation must be 'silu' or 'none'; got {activation!r}")
-    for name, v in channels.items():
+    per_channel, per_sample = (shape[1],), (shape[0], shape[1])
+    for i, v in enumerate(small):
         if v is not None:
-            checks.check_shape(name, v, shape[1:2], device)
-    for name, v in rows.items():
-        if v is not None:
-            checks.check_shape(name, v, shape[:2], device)
+            checks.check_shape(_SMALL[i], v, per_channel if i < 2 else per_sample, device)
 
 
-def _dense_float32(v: Tensor | None) -> Tensor | None:
-    if v is None or (v.dtype == torch.float32 and v.is_contiguous()):
-        return v
-    return v.to(torch.float32).contiguous()
+def _are_dense_float32(small: tuple[Tensor | None, ...]) -> bool:
+    """Whether the kernels can read these few values as they are."""
+    for v in small:  # noqa: SIM110 - any() of a generator costs a microsecond more in every call
+        if v is not None and (v.dtype != torch.float32 or not v.is_contiguous()):
+            return False
+    return True
 
 
 def group_norm_silu(
@@ -173,19 +174,20 @@ def group_norm_silu(
         ValueError, TypeError: wrong shape, dtype, device or option.
         BackendUnavailableError: a backend asked for by name cannot run.
     """
-    channels, rows = {"weight": weight, "bias": bias}, {"pre_shift": pre_shift, "scale": scale, "shift": shift}
-    _check(x, num_groups, eps, activation, channels, rows)
-    silu = activation == "silu"
     small = (weight, bias, pre_shift, scale, shift)
-    wide = torch.float64 in (x.dtype, *(v.dtype for v in small if v is not None))
-    obstacle = "the kernels take float32, bfloat16 and float16, and an input is float64" if wide else None
+    _check(x, num_groups, eps, activation, small)
+    as_they_are, obstacle = _are_dense_float32(small), None
+    if x.dtype == torch.float64 or (not as_they_are and any(v is not None and v.dtype == torch.float64 for v in small)):
+        obstacle = "the kernels take float32, bfloat16 and float16, and an input is float64"
     chosen = backends.choose("group_norm_silu", backend, x.device, obstacle)
+    silu = activation == "silu"
     if chosen == "reference":
         return reference.group_norm_silu(x, num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
 
     x = checks.dense(x)
-    # The kernels read these few values as dense float32; autograd casts their gradients back.
-    weight, bias, pre_shift, scale, shift = (_dense_float32(v) for v in small)
+    if not as_they_are:  # autograd casts their gradients back
+        small = tuple(v if v is None else v.to(torch.float32).contiguous() for v in small)
     if checks.needs_grad(x, *small):
-        return _GroupNormSiLU.apply(x, weight, bias, pre_shift, scale, shift, num_groups, eps, silu, chosen)
+        return _GroupNormSiLU.apply(x, *small, num_groups, eps, silu, chosen)
+    weight, bias, pre_shift, scale, shift = small
     return _forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))[0]
