@@ -56,8 +56,8 @@ struct NormPlan {
 // 16-byte vectors that a thread of a block can keep in registers; backward, of x and of dy each.
 constexpr int most_held(DType dtype, Access access, Direction direction) {
     if (direction == Direction::backward) return 4;
-    if (dtype == DType::float32) return 8;             // the exact exponential needs registers of its own
-    return access == Access::channels_last ? 12 : 16;  // and so do the parameters of eight channels
+    // The exact exponential of float32, and the parameters of eight channels, need registers of their own.
+    return dtype == DType::float32 || access == Access::channels_last ? 8 : 16;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
