@@ -222,4 +222,5 @@ def test_a_saved_pipeline_comes_back_with_its_scheduler(tmp_path: Any) -> None:
     again = diffusers.DDPMPipeline.from_pretrained(tmp_path)
     assert type(again.scheduler) is ours.DDPMScheduler
     assert again.scheduler.config.noise == "philox"
-    assert np.array_equal(_run(again, call), before)
+    # Another set of weights at other addresses: a convolution may round otherwise.
+    np.testing.assert_allclose(_run(again, call), before, atol=1e-5)

@@ -68,8 +68,10 @@ def check(kernel, x, dy, groups, options, activation):
     exact = results(x.double(), dy.double(), groups, wide, activation, "reference")
     plain = results(x, dy, groups, options, activation, "reference")
     actual = results(x, dy, groups, options, activation, kernel.name)
+    # The interpreter has no fma: it rounds each product that the compiled kernel, and plain PyTorch, add unrounded.
+    rounds_more = kernel.truncates(x.dtype) or kernel.interpreted
     for name in ("y", "dx"):
-        assert_within_budget(actual[name], exact[name], plain[name], truncated=kernel.truncates(x.dtype))
+        assert_within_budget(actual[name], exact[name], plain[name], truncated=rounds_more)
         if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
             assert actual[name].stride() == x.stride()
     assert_sums_within_budget(actual, exact, plain, [f"d{name}" for name in options])
