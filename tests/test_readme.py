@@ -29,6 +29,7 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch):
     exec(compile(f"{first}\n{snippet}", "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_commands_run_one_after_another(tmp_path):
     for command in OURS:
         words = shlex.split(command)

@@ -246,6 +246,15 @@ def test_a_signal_saves_after_the_step_it_came_in(tmp_path, images, monkeypatch,
     assert _same(out, whole)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the suite runs in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_interrupts_at_once(tmp_path, images, monkeypatch):
     def twice(self):
         signal.raise_signal(signal.SIGINT)
