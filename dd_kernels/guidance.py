@@ -13,6 +13,19 @@ from .schedules import Schedule
 Model = Callable[..., Any]
 
 
+def float_parameter(model: Model) -> Tensor | None:
+    """A floating parameter of the model, which says where and in what dtype it runs; None for a function."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    return next((p for p in model.parameters() if p.is_floating_point()), None)
+
+
+def device_of(model: Model) -> torch.device:
+    """Where the model runs; the CPU for a function."""
+    parameter = float_parameter(model)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 def model_output(result: Any) -> Tensor:
     """The tensor in what a model returns: itself, diffusers' ``output.sample``, or the first of a tuple."""
     if isinstance(result, Tensor):

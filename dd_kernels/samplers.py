@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .guidance import Model, predict
+from .guidance import Model, device_of, float_parameter, predict
 from .ops import randn, reverse_step
 from .schedules import Schedule
 from .tables import DynamicThreshold, StepTable, ddim, ddpm, from_columns
@@ -90,7 +90,7 @@ class _Loop:
 
     def steps(self, x: Tensor, total: int, batch: slice, bar: tqdm, keep: bool) -> Iterator[Step]:
         """Runs the rows in order. ``keep``: every step's x is a tensor of its own, and x0 comes too."""
-        parameter = _parameter(self.model)
+        parameter = float_parameter(self.model)
         model_dtype = x.dtype if parameter is None else parameter.dtype
         kwargs, uncond_kwargs = (self._kwargs(k, total, batch) for k in (self.model_kwargs, self.uncond_kwargs))
         timesteps = self.table.on(x.device).timesteps
@@ -119,13 +119,6 @@ class _Loop:
             yield Step(index, timestep, x, x0)
 
 
-def _parameter(model: Model) -> Tensor | None:
-    """A floating parameter of the model, which says where and in what dtype it runs; None for a function."""
-    if not isinstance(model, torch.nn.Module):
-        return None
-    return next((p for p in model.parameters() if p.is_floating_point()), None)
-
-
 def _slices(total: int, batch_size: int | None) -> list[slice]:
     """Samples 0..total cut into batches; one empty batch where there are none."""
     if batch_size is not None and batch_size < 1:
@@ -144,11 +137,9 @@ def _start(
     """The x that a batch starts from: cut from the tensor given, or drawn."""
     if isinstance(shape_or_x, Tensor):
         return shape_or_x[batch]
-    if device is None:
-        parameter = _parameter(loop.model)
-        device = "cpu" if parameter is None else parameter.device
+    device = device_of(loop.model) if device is None else torch.device(device)
     shape = (batch.stop - batch.start, *shape_or_x[1:])
-    return loop.source.x_T(shape, loop.first_sample + batch.start, torch.device(device), dtype)
+    return loop.source.x_T(shape, loop.first_sample + batch.start, device, dtype)
 
 
 def _sample_count(shape_or_x: Sequence[int] | Tensor) -> int:

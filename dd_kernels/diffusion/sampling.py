@@ -10,16 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import ops
-from ..guidance import Model
+from ..guidance import Model, device_of
 from .process import Process, wide
 
 Denoised = Callable[[Tensor], Tensor]
 Kwargs = Mapping[str, Any]
-
-
-def _parameter_device(model: Model) -> torch.device:
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _last(results: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -135,7 +130,7 @@ class Sampler(Process):
     ) -> Iterator[dict[str, Tensor]]:
         if not isinstance(shape, (tuple, list)):
             raise TypeError(f"shape must be a tuple or list, (N, C, H, W); got {type(shape).__name__}")
-        device = _parameter_device(model) if device is None else torch.device(device)
+        device = device_of(model) if device is None else torch.device(device)
         if seed is not None:
             options |= {"seed": seed, "first_sample": first_sample}
         if noise is not None:
