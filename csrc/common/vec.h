@@ -110,7 +110,7 @@ DD_INLINE Vec abs(Vec v) { return (Vec)((VecU)v & 0x7fffffffu); }
 DD_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }
 
 // The float nearest to an unsigned integer: the upper half times 2^16 is exact, so only the sum rounds.
-DD_INLINE Vec to_float(VecU v) { return to_float((VecI)(v >> 16)) * 65536.0f + to_float((VecI)(v & 0xffffu)); }
+DD_INLINE Vec to_float(VecU v) { return fma(to_float((VecI)(v >> 16)), 65536.0f, to_float((VecI)(v & 0xffffu))); }
 
 // Sum of the lanes, always in the same order.
 DD_INLINE float sum(Vec v) {
@@ -137,6 +137,15 @@ DD_INLINE VecU64 wide_product(VecU64 a, uint32_t b) {
 }
 DD_INLINE VecU64 high_word(VecU64 product) { return product >> 32; }
 DD_INLINE VecU64 low_word(VecU64 product) { return product; }
+
+// The words of a in the even lanes, those of b in the odd ones.
+DD_INLINE VecU interleave(VecU64 a, VecU64 b) {
+#if DD_LANES == 8
+    return (VecU)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xaa);
+#else
+    return (VecU)((a & 0xffffffffu) | (b << 32));
+#endif
+}
 
 #ifdef __clang__
 #define DD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -5,42 +5,85 @@
 
 namespace dd::DD_ISA {
 
-constexpr int kNoiseBlock = 4 * kLanes;
+// Philox's words of several counters. A chain of its rounds is all latency: four side by side fill the processor.
+constexpr int kChains = 4;
+struct Words {
+    VecU64 chain[kChains];
+};
 
-// Normals of kNoiseBlock elements, the first of them 4 * quad, in order.
-DD_INLINE void normal_block(int64_t quad, const NoiseCounter& at, Vec z[4]) {
+template <class Part>
+DD_INLINE Words each_chain(Part part) {
+    Words words;
+    for (int i = 0; i < kChains; ++i) words.chain[i] = part(i);
+    return words;
+}
+
+DD_INLINE Words wide_product(const Words& a, uint32_t b) {
+    return each_chain([&](int i) { return wide_product(a.chain[i], b); });
+}
+DD_INLINE Words high_word(const Words& product) {
+    return each_chain([&](int i) { return high_word(product.chain[i]); });
+}
+DD_INLINE Words low_word(const Words& product) { return product; }
+DD_INLINE Words operator^(const Words& a, const Words& b) {
+    return each_chain([&](int i) { return a.chain[i] ^ b.chain[i]; });
+}
+DD_INLINE Words operator^(const Words& a, uint32_t b) {
+    return each_chain([&](int i) { return a.chain[i] ^ b; });
+}
+
+constexpr int kNoiseBlock = 2 * kChains * kLanes;
+
+// The words of kNoiseBlock elements, the first of them 4 * quad: vectors of radii and of angles.
+DD_INLINE void random_words(int64_t quad, const NoiseCounter& at, VecU radius[kChains], VecU angle[kChains]) {
     // Lane i of the words is quad kOrder(i), chosen so that 4x4 transposes alone put the elements in order.
+    Words words[4];
+    words[0] = each_chain([&](int i) {
+        uint64_t first = static_cast<uint64_t>(quad) + static_cast<uint64_t>(i / 2 * kLanes);
 #if DD_LANES == 8
-    VecU64 a[4] = {VecU64{0, 4, 1, 5} + static_cast<uint64_t>(quad)};
-    VecU64 b[4] = {VecU64{2, 6, 3, 7} + static_cast<uint64_t>(quad)};
+        return (i % 2 ? VecU64{2, 6, 3, 7} : VecU64{0, 4, 1, 5}) + first;
 #else
-    VecU64 a[4] = {VecU64{0, 2} + static_cast<uint64_t>(quad)};
-    VecU64 b[4] = {VecU64{1, 3} + static_cast<uint64_t>(quad)};
+        return (i % 2 ? VecU64{1, 3} : VecU64{0, 2}) + first;
 #endif
-    a[1] = b[1] = at.sample - VecU64{};
-    a[2] = b[2] = at.draw - VecU64{};
-    a[3] = b[3] = at.stream - VecU64{};
-    philox4x32_10(a, at.key0, at.key1);
-    philox4x32_10(b, at.key0, at.key1);
-    VecU words[4];
-    for (int i = 0; i < 4; ++i) words[i] = (VecU)((a[i] & 0xffffffffu) | (b[i] << 32));
-    box_muller(words[0], words[1], z[0], z[1]);
-    box_muller(words[2], words[3], z[2], z[3]);
-    transpose_4x4(z);
+    });
+    words[1] = each_chain([&](int) { return at.sample - VecU64{}; });
+    words[2] = each_chain([&](int) { return at.draw - VecU64{}; });
+    words[3] = each_chain([&](int) { return at.stream - VecU64{}; });
+    philox4x32_10(words, at.key0, at.key1);
+    for (int i = 0; i < kChains; i += 2) {
+        for (int j = 0; j < 2; ++j) {
+            radius[i + j] = interleave(words[2 * j].chain[i], words[2 * j].chain[i + 1]);
+            angle[i + j] = interleave(words[2 * j + 1].chain[i], words[2 * j + 1].chain[i + 1]);
+        }
+    }
+}
+
+// Stores those of v[0..3] that fall on z[0], ..., z[n - 1], if the first is z[i].
+DD_INLINE void store_part(float* z, int64_t i, int64_t n, const Vec v[4]) {
+    if (i >= 0 && i + 4 * kLanes <= n) {
+        for (int j = 0; j < 4; ++j) store(z + i + j * kLanes, v[j]);
+        return;
+    }
+    float values[4 * kLanes];
+    for (int j = 0; j < 4; ++j) store(values + j * kLanes, v[j]);
+    for (int64_t j = i < 0 ? -i : 0; j < 4 * kLanes && i + j < n; ++j) z[i + j] = values[j];
 }
 
 // z[i] = the normal of element first + i, for i < n.
 DD_INLINE void fill_normals(float* z, int64_t first, int64_t n, const NoiseCounter& at) {
     for (int64_t i = -(first % 4); i < n; i += kNoiseBlock) {
-        Vec block[4];
-        normal_block((first + i) / 4, at, block);
-        if (i >= 0 && i + kNoiseBlock <= n) {
-            for (int j = 0; j < 4; ++j) store(z + i + j * kLanes, block[j]);
-            continue;
+        VecU radius[kChains], angle[kChains];
+        random_words((first + i) / 4, at, radius, angle);
+        // Logarithms before square roots: each loop is short enough for the processor to overlap its passes.
+        Vec squared_radius[kChains];
+        for (int j = 0; j < kChains; ++j) squared_radius[j] = minus_two_log_uniform(radius[j]);
+        for (int j = 0; j < kChains; j += 2) {
+            Vec v[4];
+            on_circle(squared_radius[j], angle[j], v[0], v[1]);
+            on_circle(squared_radius[j + 1], angle[j + 1], v[2], v[3]);
+            transpose_4x4(v);
+            store_part(z, i + 2 * j * kLanes, n, v);
         }
-        float values[kNoiseBlock];
-        for (int j = 0; j < 4; ++j) store(values + j * kLanes, block[j]);
-        for (int64_t j = i < 0 ? -i : 0; j < kNoiseBlock && i + j < n; ++j) z[i + j] = values[j];
     }
 }
 

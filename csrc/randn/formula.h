@@ -6,14 +6,24 @@ namespace dd::DD_ISA {
 
 // Box and Muller (1958): u = (radius_word + 1) 2^-32 in (0, 1], v = angle_word 2^-32,
 // z = sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v). u is rounded to float; the angle comes from all 32 bits.
+
+template <class Word>
+DD_HOST_DEVICE auto minus_two_log_uniform(Word radius_word) {
+    return log((to_float(radius_word) + 1.0f) * 0x1p-32f) * -2.0f;
+}
+
 template <class Value, class Word>
-DD_HOST_DEVICE void box_muller(Word radius_word, Word angle_word, Value& z0, Value& z1) {
-    Value u = (to_float(radius_word) + 1.0f) * 0x1p-32f;
-    Value radius = sqrt(log(u) * -2.0f);
+DD_HOST_DEVICE void on_circle(Value squared_radius, Word angle_word, Value& z0, Value& z1) {
     Value sine, cosine;
     sincos_turns(angle_word, sine, cosine);
+    Value radius = sqrt(squared_radius);
     z0 = radius * cosine;
     z1 = radius * sine;
+}
+
+template <class Value, class Word>
+DD_HOST_DEVICE void box_muller(Word radius_word, Word angle_word, Value& z0, Value& z1) {
+    on_circle(Value(minus_two_log_uniform(radius_word)), angle_word, z0, z1);
 }
 
 }  // namespace dd::DD_ISA
