@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dd_kernels as dd
 
-OP = importlib.import_module("dd_kernels.ops.group_norm_silu")
+run = importlib.import_module("dd_kernels.ops.group_norm_silu.kernels").run
 NAMES = ("weight", "bias", "pre_shift", "scale", "shift")
 # Presence of weight, bias, pre_shift, scale and shift, SiLU, channels_last: every pair of choices is in some row.
 ROWS = (
@@ -141,7 +141,7 @@ def test_statistics_are_of_the_shifted_input(kernel, mean_of):
         x, _, options, _ = make((2, 12, 6, 5), torch.float32, row)
         x, shift = x.to(kernel.device), options["pre_shift"].to(kernel.device) * (1 if mean_of == "x" else 50)
         y, mean, rstd = (v.to(kernel.device) for v in (torch.empty_like(x), torch.empty(2, 3), torch.empty(2, 3)))
-        OP._run(kernel.name, "group_norm_silu", (x, 3, None, None, 0.5, shift, None, None, False, y, mean, rstd))
+        run(kernel.name, "group_norm_silu", (x, 3, None, None, 0.5, shift, None, None, False, y, mean, rstd))
         h = (x.double() + shift.double()[:, :, None, None]).contiguous().view(2, 3, -1)
         torch.testing.assert_close(mean.double(), h.mean(2), rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(rstd.double(), (h.var(2, unbiased=False) + 0.5).rsqrt(), rtol=2e-6, atol=0)
@@ -229,8 +229,8 @@ def test_writes_all_of_its_outputs_and_nothing_else(kernel, pixels, dtype):
     y, dx = within_sentinels(shape, dtype, device), within_sentinels(shape, dtype, device)
     mean, rstd = (within_sentinels((2, 3), torch.float32, device) for _ in range(2))
     small = [within_sentinels(tuple(v.shape), torch.float32, device) for v in (weight, bias, *rows)]
-    OP._run(kernel.name, "group_norm_silu", (x, *options, y, mean, rstd))
-    OP._run(kernel.name, "group_norm_silu_backward", (dy, x, mean, rstd, *options, dx, *small))
+    run(kernel.name, "group_norm_silu", (x, *options, y, mean, rstd))
+    run(kernel.name, "group_norm_silu_backward", (dy, x, mean, rstd, *options, dx, *small))
     for output in (y, dx, mean, rstd, *small):
         assert not output.isnan().any()
         assert sentinels_survive(output)

@@ -1,0 +1,194 @@
+"""The ops behind :func:`dd_kernels.group_norm_silu`, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+
+_OPTIONS = "int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? pre_shift, Tensor? scale, Tensor? shift"
+_SCHEMAS = {
+    "group_norm_silu": f"(Tensor x, {_OPTIONS}, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
+    "group_norm_silu_backward": (
+        f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, Tensor(a!) dx, Tensor(b!)? dweight, "
+        "Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift) -> ()"
+    ),
+    # Of x + residual, which is written to sum, and of cat([x, skip], 1), which nobody writes: the CUDA library's alone.
+    "add_group_norm_silu": (
+        f"(Tensor x, Tensor residual, {_OPTIONS}, bool silu, "
+        "Tensor(a!) y, Tensor(b!) sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()"
+    ),
+    "cat_group_norm_silu": (
+        f"(Tensor x, Tensor skip, {_OPTIONS}, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()"
+    ),
+}
+
+
+def _outputs_are_arguments(*args: Any) -> None:
+    return None
+
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"dd_kernels::{_name}", _schema)
+    torch.library.register_fake(f"dd_kernels::{_name}", _outputs_are_arguments)
+
+# The overloads themselves: choosing one costs a microsecond per call.
+_OPS = {name: getattr(torch.ops.dd_kernels, name).default for name in _SCHEMAS}
+
+
+def run(chosen: str, name: str, arguments: tuple) -> None:
+    """Calls the op ``name`` of the backend; outputs are among the arguments."""
+    if chosen == "triton":
+        from . import triton
+
+        getattr(triton, name)(*arguments)
+    else:
+        _OPS[name](*arguments)
+
+
+def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Room for mean and rstd [N, G] (float32), which the backward pass reads."""
+    mean = torch.empty(x.shape[0], num_groups, dtype=torch.float32, device=x.device)
+    return mean, torch.empty_like(mean)
+
+
+def forward(chosen: str, x: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and rstd."""
+    y = torch.empty_like(x)
+    mean, rstd = _statistics(x, options[0])
+    run(chosen, "group_norm_silu", (x, *options, y, mean, rstd))
+    return y, mean, rstd
+
+
+def add_forward(x: Tensor, residual: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum, mean and rstd."""
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    mean, rstd = _statistics(x, options[0])
+    run("cuda", "add_group_norm_silu", (x, _as_laid_out(residual, x), *options, y, total, mean, rstd))
+    return y, total, mean, rstd
+
+
+def cat_forward(x: Tensor, skip: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and rstd."""
+    layout = checks.memory_format(x)
+    shape = (x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:])
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    mean, rstd = _statistics(x, options[0])
+    run("cuda", "cat_group_norm_silu", (x, skip.contiguous(memory_format=layout), *options, y, mean, rstd))
+    return y, mean, rstd
+
+
+def _as_laid_out(v: Tensor, x: Tensor) -> Tensor:
+    """``v`` with the strides of a dense x of its shape."""
+    return v if v.stride() == x.stride() else v.contiguous(memory_format=checks.memory_format(x))
+
+
+def _backward(ctx: Any, dy: Tensor, saved: tuple, needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """dx, and the gradients of weight, bias, pre_shift, scale and shift that are needed."""
+    x, mean, rstd, weight, bias, pre_shift, scale, shift = saved
+    num_groups, eps, silu, chosen = ctx.options
+    gradients = [
+        torch.empty_like(v) if wanted and v is not None else None for v, wanted in zip(saved[3:], needed, strict=True)
+    ]
+    dx = torch.empty_like(x)
+    options = (num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
+    run(chosen, "group_norm_silu_backward", (_as_laid_out(dy, x), x, mean, rstd, *options, dx, *gradients))
+    return dx, gradients
+
+
+class GroupNormSiLU(torch.autograd.Function):
+    """Keeps x and the statistics, and recomputes the rest: 2 reads and 1 write in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        pre_shift: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+        chosen: str,
+    ) -> Tensor:
+        y, mean, rstd = forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))
+        ctx.save_for_backward(x, mean, rstd, weight, bias, pre_shift, scale, shift)
+        ctx.options = (num_groups, eps, silu, chosen)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, gradients = _backward(ctx, dy, ctx.saved_tensors, ctx.needs_input_grad[1:6])
+        return (dx if ctx.needs_input_grad[0] else None, *gradients, None, None, None, None)
+
+
+class AddGroupNormSiLU(torch.autograd.Function):
+    """y and the sum; keeps the sum, whose gradient is that of both its terms."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        pre_shift: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        options = (num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
+        y, total, mean, rstd = add_forward(x, residual, options)
+        ctx.save_for_backward(total, mean, rstd, weight, bias, pre_shift, scale, shift)
+        ctx.options = (num_groups, eps, silu, "cuda")
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        dx, gradients = _backward(ctx, dy, ctx.saved_tensors, ctx.needs_input_grad[2:7])
+        dx = dx + dtotal
+        terms = (dx if needed else None for needed in ctx.needs_input_grad[:2])
+        return (*terms, *gradients, None, None, None)
+
+
+class CatGroupNormSiLU(torch.autograd.Function):
+    """Keeps both inputs; only the backward pass makes their concatenation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        skip: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        pre_shift: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+    ) -> Tensor:
+        y, mean, rstd = cat_forward(x, skip, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))
+        ctx.save_for_backward(x, skip, mean, rstd, weight, bias, pre_shift, scale, shift)
+        ctx.options = (num_groups, eps, silu, "cuda")
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, skip, *saved = ctx.saved_tensors
+        both = torch.cat([x, skip], 1).contiguous(memory_format=checks.memory_format(x))
+        d_both, gradients = _backward(ctx, dy, (both, *saved), ctx.needs_input_grad[2:7])
+        parts = d_both.split([x.shape[1], skip.shape[1]], 1)
+        parts = (part if needed else None for part, needed in zip(parts, ctx.needs_input_grad, strict=False))
+        return (*parts, *gradients, None, None, None)

@@ -1,0 +1,231 @@
+"""group_norm_silu with a residual and with a skip: what adding and concatenating first would give."""
+
+import pytest
+import torch
+from budget import DTYPES, assert_within_budget
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_group_norm_silu import NAMES, ROWS, assert_sums_within_budget, make
+
+import dd_kernels as dd
+
+# x's shape, skip's channels, groups: groups of one tensor, groups that straddle both, no channels of a vector's length.
+SHAPES = [
+    ((2, 16, 4, 4), 16, 4),
+    ((2, 16, 4, 6), 8, 2),
+    ((3, 24, 2, 4), 16, 1),
+    ((2, 5, 3, 3), 4, 3),
+    ((4, 16, 1, 1), 16, 2),
+    ((8, 6, 7), 2, 2),
+    ((8, 24), 8, 4),
+    ((1, 12, 24, 40), 20, 4),
+]
+
+
+def parts(shape, skip_channels, dtype, row, seed=0):
+    """x, dy, residual, dsum, skip and the options, of which the norm's are of as many channels as it sees."""
+    x, _, _, _ = make(shape, dtype, row, seed, mean=1.5)
+    residual, dsum, _, _ = make(shape, dtype, row, seed + 100)
+    _, _, options, activation = make((shape[0], shape[1] + skip_channels, *shape[2:]), dtype, row, seed + 200)
+    _, dy, _, _ = make((shape[0], shape[1] + skip_channels, *shape[2:]), dtype, row, seed + 300)
+    skip, _, _, _ = make((shape[0], skip_channels, *shape[2:]), dtype, row, seed + 400)
+    return x, residual, skip if skip_channels else None, dy, dsum, options, activation
+
+
+def results(x, residual, skip, dy, dsum, groups, options, activation, backend, first=None):
+    """y, sum and all gradients by name; ``first`` (a dtype) adds and concatenates beforehand, in that dtype."""
+    leaves = {"x": x, "residual": residual, "skip": skip, **options}
+    leaves = {name: v.detach().requires_grad_() for name, v in leaves.items() if v is not None}
+    small = {name: leaves[name] for name in options}
+    x, residual, skip = (leaves.get(name) for name in ("x", "residual", "skip"))
+    given_ = {"activation": activation, "backend": backend, **small}
+    if first is None:
+        out = dd.group_norm_silu(x, groups, residual=residual, skip=skip, **given_)
+        y, total = out if residual is not None else (out, None)
+    else:
+        # The sum is rounded to x's dtype on its way to the norm, and its gradient is not.
+        total = None if residual is None else x + residual + ((x + residual).to(first) - (x + residual)).detach()
+        h = x if total is None else total
+        y = dd.group_norm_silu(h if skip is None else torch.cat([h, skip], 1), groups, **given_)
+    outputs, gradients = ([y], [dy]) if residual is None else ([y, total], [dy, dsum.to(total.dtype)])
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), gradients)
+    named = {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
+    return named if residual is None else {"sum": total.detach(), **named}
+
+
+def check(kernel, x, residual, skip, dy, dsum, groups, options, activation):
+    """Everything against float64; the sum to the bit; layouts kept."""
+    x, residual, skip, dy, dsum = (v if v is None else v.to(kernel.device) for v in (x, residual, skip, dy, dsum))
+    options = {name: v.to(kernel.device) for name, v in options.items()}
+    tensors = (x, residual, skip, dy, dsum)
+    wide = [v if v is None else v.double() for v in tensors]
+    wide_options = {name: v.double() for name, v in options.items()}
+    exact = results(*wide, groups, wide_options, activation, "reference", first=x.dtype)
+    plain = results(*tensors, groups, options, activation, "reference")
+    actual = results(*tensors, groups, options, activation, kernel.name)
+    rounds_more = kernel.truncates(x.dtype) or kernel.interpreted
+    assert_within_budget(actual["y"], exact["y"], plain["y"], truncated=rounds_more)
+    # The inputs' gradients as one set: a skip of two channels alone has too few elements for a fair maximum.
+    inputs = [name for name in ("dx", "dresidual", "dskip") if name in exact]
+    sets = (torch.cat([r[name].flatten() for name in inputs]) for r in (actual, exact, plain))
+    assert_within_budget(*sets, truncated=rounds_more)
+    assert_sums_within_budget(actual, exact, plain, [f"d{name}" for name in options])
+    if residual is not None:
+        assert actual["sum"].equal(x + residual)
+        assert actual["sum"].stride() == x.stride()
+    layout = torch.channels_last if x.ndim == 4 and not x.is_contiguous() else torch.contiguous_format
+    assert actual["y"].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "skip_channels", "groups"), SHAPES, ids=str)
+def test_forward_and_backward(kernel, shape, skip_channels, groups, dtype):
+    if kernel.interpreted and dtype is torch.float16:
+        pytest.skip("too slow; it has no kernel of two inputs")
+    for seed, row in enumerate(ROWS[:1] if kernel.interpreted else ROWS):
+        x, residual, skip, dy, dsum, options, activation = parts(shape, skip_channels, dtype, row, seed)
+        check(kernel, x, None, skip, dy, dsum, groups, options, activation)
+        if seed == 0:
+            check(kernel, x, residual, skip, dy, dsum, groups, options, activation)
+        if shape[1] % groups == 0:
+            x, residual, skip, dy, dsum, options, activation = parts(shape, 0, dtype, row, seed)
+            check(kernel, x, residual, None, dy, dsum, groups, options, activation)
+
+
+@pytest.mark.parametrize("channels_last", [0, 1])
+def test_no_gradient_is_the_same(kernel, channels_last):
+    row = (1, 1, 1, 1, 1, 1, channels_last)
+    x, residual, skip, dy, dsum, options, activation = parts((2, 8, 4, 6), 8, torch.bfloat16, row)
+    tensors = [v.to(kernel.device) for v in (x, residual, skip, dy, dsum)]
+    options = {name: v.to(kernel.device) for name, v in options.items()}
+    x, residual, skip, *_ = tensors
+    for one, other in ((None, skip), (residual, skip)):
+        wanted = results(x, one, other, *tensors[3:], 2, options, activation, kernel.name)
+        with torch.no_grad():
+            out = dd.group_norm_silu(
+                x, 2, residual=one, skip=other, activation=activation, backend=kernel.name, **options
+            )
+        y, total = (out, None) if one is None else out
+        assert y.equal(wanted["y"])
+        assert total is None or total.equal(wanted["sum"])
+
+
+def test_only_one_result_is_used(kernel):
+    """The gradient of a sum that nobody reads is none, and so is that of a y that nobody reads."""
+    x, residual = (torch.randn(2, 8, 4, 4, device=kernel.device, requires_grad=True) for _ in range(2))
+    y, total = dd.group_norm_silu(x, 4, residual=residual, backend=kernel.name)
+    dx, dresidual = torch.autograd.grad(y.sum(), (x, residual), retain_graph=True)
+    assert dx.equal(dresidual)
+    assert all(g.equal(torch.ones_like(g)) for g in torch.autograd.grad(total.sum(), (x, residual)))
+
+
+def test_other_layouts(kernel):
+    """A residual or skip of other strides than x's is copied; the result is x's in layout."""
+    base = torch.randn(2, 16, 6, 8, generator=torch.Generator().manual_seed(0)).to(kernel.device)
+    last = base.contiguous(memory_format=torch.channels_last)
+    for x, other in ((base, last), (last, base), (base[:, ::2], last[:, ::2]), (last[:, :8], base.mT.contiguous().mT)):
+        wanted = dd.group_norm_silu(torch.cat([x, other], 1), 4, backend="reference")
+        torch.testing.assert_close(dd.group_norm_silu(x, 4, skip=other, backend=kernel.name), wanted)
+        if x.shape == other.shape:
+            y, total = dd.group_norm_silu(x, 4, residual=other, backend=kernel.name)
+            assert total.equal(x + other)
+            torch.testing.assert_close(y, dd.group_norm_silu(x + other, 4, backend="reference"))
+
+
+def test_empty_batch(kernel):
+    x = torch.zeros(0, 8, 4, 4, device=kernel.device, requires_grad=True)
+    y, total = dd.group_norm_silu(x, 4, residual=x, backend=kernel.name)
+    both = dd.group_norm_silu(x, 4, skip=x, backend=kernel.name)
+    assert y.shape == total.shape == x.shape
+    assert both.shape == (0, 16, 4, 4)
+    (both.sum() + y.sum() + total.sum()).backward()
+    assert x.grad.shape == x.shape
+
+
+def test_compiles_in_one_graph(kernel):
+    if kernel.name not in ("cpu", "cuda"):
+        pytest.skip("the interpreter runs Python, which a graph cannot hold")
+    x, skip = torch.randn(2, 8, 4, 6, device=kernel.device), torch.randn(2, 4, 4, 6, device=kernel.device)
+
+    def compute(x, skip):
+        y, total = dd.group_norm_silu(x, 2, residual=x * 2, backend=kernel.name)
+        return dd.group_norm_silu(y, 2, skip=skip, backend=kernel.name).sum() + total.square().sum()
+
+    torch._dynamo.reset()
+    wanted = []
+    for function in (compute, torch.compile(compute, fullgraph=True, backend="aot_eager")):
+        leaves = [v.clone().requires_grad_() for v in (x, skip)]
+        wanted.append(torch.autograd.grad(function(*leaves), leaves))
+    assert all(a.equal(b) for a, b in zip(*wanted, strict=True))
+
+
+def test_opcheck(kernel):
+    if kernel.name != "cuda":
+        pytest.skip("only the CUDA library has an operator of two inputs")
+    x, residual, skip, _, _, options, _ = parts((2, 8, 4, 6), 8, torch.float32, ROWS[0])
+    for op, one, second in (("add_group_norm_silu", x, residual), ("cat_group_norm_silu", x, skip)):
+        small = [options[name] if op[0] == "c" else options[name][..., :8].contiguous() for name in NAMES]
+        outputs = [torch.empty_like(x)] * 2 if op[0] == "a" else [torch.empty(2, 16, 4, 6)]
+        arguments = (one, second, 4, *small[:2], 1e-5, *small[2:], True, *outputs, torch.empty(2, 4), torch.empty(2, 4))
+        arguments = [v.to(kernel.device) if isinstance(v, torch.Tensor) else v for v in arguments]
+        torch.library.opcheck(getattr(torch.ops.dd_kernels, op).default, arguments)
+
+
+X = torch.zeros(2, 8, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (TypeError, r"residual must be a torch\.Tensor; got float", {"residual": 1.0}),
+        (ValueError, r"residual must have the shape \[2, 8, 3, 3\]; got \[2, 8, 3\]", {"residual": X[..., 0]}),
+        (TypeError, r"residual must have the dtype of x, torch\.float32; got torch\.float16", {"residual": X.half()}),
+        (ValueError, "residual must be on cpu; got meta", {"residual": X.to("meta")}),
+        (TypeError, r"skip must be a torch\.Tensor; got int", {"skip": 0}),
+        (ValueError, r"skip must have the 4 dimensions of x; got \[2, 8, 3\]", {"skip": X[..., 0]}),
+        (ValueError, r"skip must have the shape \[2, 4, 3, 3\]; got \[2, 4, 3, 2\]", {"skip": X[:, :4, :, :2]}),
+        (TypeError, r"skip must have the dtype of x, torch\.float32; got torch\.float64", {"skip": X.double()}),
+        (ValueError, "num_groups must divide the 9 channels of x and skip; got 2", {"skip": X[:, :1]}),
+        (ValueError, r"weight must have the shape \[10\]; got \[8\]", {"skip": X[:, :2], "weight": torch.ones(8)}),
+    ],
+)
+def test_bad_input(error, message, options):
+    with pytest.raises(error, match=message):
+        dd.group_norm_silu(X, 2, **options)
+
+
+def test_float64_is_the_references(kernel):
+    x = torch.randn(2, 4, 3, dtype=torch.float64)
+    y, total = dd.group_norm_silu(x, 2, residual=x)
+    assert y.dtype == total.dtype == torch.float64
+    with pytest.raises(dd.BackendUnavailableError, match="an input is float64"):
+        dd.group_norm_silu(x.to(kernel.device), 2, skip=x.to(kernel.device), backend=kernel.name)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_and_options(kernel, data):
+    if kernel.interpreted:
+        pytest.skip("too slow; it has no kernel of two inputs")
+    groups = data.draw(st.integers(1, 4))
+    channels = groups * data.draw(st.integers(2, 9))
+    skip_channels = data.draw(st.integers(0, channels - 1))
+    samples, spatial = data.draw(st.integers(24, 26)), data.draw(st.lists(st.integers(1, 5), max_size=3))
+    row = data.draw(st.tuples(*[st.integers(0, 1)] * 7))
+    shape, dtype, seed = (samples, channels - skip_channels, *spatial), data.draw(st.sampled_from(DTYPES)), len(spatial)
+    adds = skip_channels == 0 or data.draw(st.booleans())
+    x, residual, skip, _, _, options, activation = parts(shape, skip_channels, dtype, row, seed)
+    x, residual, skip = (v if v is None else v.to(kernel.device) for v in (x, residual if adds else None, skip))
+    options = {name: v.to(kernel.device) for name, v in options.items()}
+    total = x + residual if adds else x
+    joined = total if skip is None else torch.cat([total, skip], 1)
+    wide = {name: v.double() for name, v in options.items()}
+    exact = dd.group_norm_silu(joined.double(), groups, activation=activation, backend="reference", **wide)
+    plain = dd.group_norm_silu(joined, groups, activation=activation, backend="reference", **options)
+    actual = dd.group_norm_silu(
+        x, groups, residual=residual, skip=skip, activation=activation, backend=kernel.name, **options
+    )
+    if adds:
+        actual, written = actual
+        assert written.equal(total)
+    assert_within_budget(actual, exact, plain, truncated=kernel.truncates(dtype))
