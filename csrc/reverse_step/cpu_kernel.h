@@ -37,10 +37,11 @@ DD_INLINE StepNoise step_noise(const ReverseStepArguments& a, const Tile& tile, 
     return {buffer, 1.0f};
 }
 
-// What a loop may lack is the template's, so that the usual one has no choice left in it.
+// What a loop may lack is the template's, so that the usual one has no choice left in it. The row comes by
+// value: behind a reference, x_prev could overwrite it, and the compiler would divide for every vector.
 template <bool adds_noise, bool returns_x0>
-void step_tile(const float* x, const float* out, const StepNoise& noise, int64_t n, const StepRow& row,
-               const Clip& clip, float* x_prev, float* x0) {
+void step_tile(const float* x, const float* out, const StepNoise noise, int64_t n, const StepRow row, const Clip clip,
+               float* x_prev, float* x0) {
     for_vectors(n, [&](int64_t i, int64_t left) {
         Vec x_i = load(x + i, left), out_i = load(out + i, left);
         Vec x0_i = predict_x0(x_i, out_i, row, clip);
