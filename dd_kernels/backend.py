@@ -98,6 +98,17 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
     return None
 
 
+_device_types: dict[torch.device, str] = {}
+
+
+def _device_type(device: torch.device) -> str:
+    """``device.type``, which torch spells anew at every call: the dearest of all checks."""
+    found = _device_types.get(device)
+    if found is None:
+        found = _device_types[device] = device.type
+    return found
+
+
 def _fastest(device_type: str) -> str:
     if device_type == "cpu":
         return "cpu" if _why_not["cpu"] is None else "reference"
@@ -117,7 +128,7 @@ def choose(op: str, backend: str, device: torch.device, obstacle: str | None = N
     if backend == "auto":
         backend, argument = _default, "DD_KERNELS_BACKEND"
     if backend == "auto":
-        return "reference" if obstacle else _fastest(device.type)
+        return "reference" if obstacle else _fastest(_device_type(device))
     _check_name(argument, backend)
     if backend == "reference":
         return backend

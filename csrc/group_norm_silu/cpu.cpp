@@ -18,7 +18,7 @@ struct Moments {
 struct Forward {
     Cut cut;
     Operand x, y;
-    float *mean, *rstd;
+    float *mean, *rstd;  // null where nobody will read them
     Options options;
 };
 
@@ -48,12 +48,13 @@ struct ForwardPass : Forward {
     }
 };
 
+float* statistics(const Tensor& x) { return x.numel() == 0 ? nullptr : static_cast<float*>(x.mutable_data_ptr()); }
+
 void group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                      std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
                      bool silu, Tensor y, Tensor mean, Tensor rstd) {
     Options options{floats(weight), floats(bias), floats(pre_shift), floats(scale), floats(shift), eps, silu};
-    run(ForwardPass{{cut_of(x, num_groups), operand(x), operand(y), static_cast<float*>(mean.mutable_data_ptr()),
-                     static_cast<float*>(rstd.mutable_data_ptr()), options}});
+    run(ForwardPass{{cut_of(x, num_groups), operand(x), operand(y), statistics(mean), statistics(rstd), options}});
 }
 
 }  // namespace

@@ -134,24 +134,50 @@ void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moment
         if (variance < 0) variance = 0;  // -0 and below by rounding; NaN stays
         double rstd = 1.0 / __builtin_sqrt(variance + a.options.eps);
         int64_t at = unit.sample * cut.groups + unit.first_group + g;
-        a.mean[at] = static_cast<float>(all.mean);
-        a.rstd[at] = static_cast<float>(rstd);
+        if (a.mean != nullptr) {
+            a.mean[at] = static_cast<float>(all.mean);
+            a.rstd[at] = static_cast<float>(rstd);
+        }
         set_lines(a.options, cut, unit, g, all.mean, rstd, coefficients);
     }
 }
 
 template <bool silu>
+DD_INLINE Vec map_vector(const float* x, int64_t lanes, const Line& line) {
+    return activation<silu>(fma(load_some(x, lanes) - line.centre, line.gain, line.offset));
+}
+
+// The line of one row, in every lane; `stride` parts centre, gain and offset.
+DD_INLINE Line row_line(const float* coefficients, int64_t stride) {
+    return {splat(coefficients[0]), splat(coefficients[stride]), splat(coefficients[2 * stride])};
+}
+
+// Rows of a few vectors, so many of them at a time that there are four vectors; returns how many rows it did.
+template <bool silu, int vectors>
+DD_INLINE int64_t map_short_rows(const float* x, float* y, int64_t rows, const float* coefficients, int64_t stride) {
+    constexpr int64_t some = 4 / vectors;
+    int64_t row = 0;
+    for (; row + some <= rows; row += some, x += 4 * kLanes, y += 4 * kLanes) {
+        Vec out[4];
+        for (int j = 0; j < 4; ++j) {
+            out[j] = map_vector<silu>(x + j * kLanes, kLanes, row_line(coefficients + row + j / vectors, stride));
+        }
+        for (int j = 0; j < 4; ++j) store(y + j * kLanes, out[j]);
+    }
+    return row;
+}
+
+template <bool silu>
 DD_INLINE void map_rows(const float* x, float* y, int64_t rows, int64_t length, const float* coefficients,
                         int64_t stride) {
-    for (int64_t row = 0; row < rows; ++row, x += length, y += length) {
-        const float* c = coefficients + row;
-        Line line{splat(c[0]), splat(c[stride]), splat(c[2 * stride])};
+    int64_t row = 0;
+    if (length == kLanes) row = map_short_rows<silu, 1>(x, y, rows, coefficients, stride);
+    if (length == 2 * kLanes) row = map_short_rows<silu, 2>(x, y, rows, coefficients, stride);
+    for (x += row * length, y += row * length; row < rows; ++row, x += length, y += length) {
+        const Line line = row_line(coefficients + row, stride);
         for_blocks(length, [&](auto block, int64_t i, int64_t lanes) {
             Vec out[block.count];
-            for (int j = 0; j < block.count; ++j) {
-                Vec d = load_some(x + i + j * kLanes, lanes) - line.centre;
-                out[j] = activation<silu>(fma(d, line.gain, line.offset));
-            }
+            for (int j = 0; j < block.count; ++j) out[j] = map_vector<silu>(x + i + j * kLanes, lanes, line);
             for (int j = 0; j < block.count; ++j) store_some(y + i + j * kLanes, lanes, out[j]);
         });
     }
@@ -164,8 +190,7 @@ DD_INLINE void map_pixels(const float* x, float* y, int64_t pixels, int64_t chan
             Line line = line_of(coefficients + c, channels, lanes);
             Vec out[rows.count];
             for (int r = 0; r < rows.count; ++r) {
-                Vec d = load_some(x + (pixel + r) * channels + c, lanes) - line.centre;
-                out[r] = activation<silu>(fma(d, line.gain, line.offset));
+                out[r] = map_vector<silu>(x + (pixel + r) * channels + c, lanes, line);
             }
             for (int r = 0; r < rows.count; ++r) store_some(y + (pixel + r) * channels + c, lanes, out[r]);
         });

@@ -75,11 +75,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def kernel_obstacle(*tensors: Tensor | None) -> str | None:
     """Why the kernels, which take 32- and 16-bit floats and no gradient, cannot serve this call."""
+    with_gradient = torch.is_grad_enabled()
     for x in tensors:
-        if x is not None and x.dtype not in KERNEL_DTYPES:
+        if x is None:
+            continue
+        if x.dtype not in KERNEL_DTYPES:
             return f"the kernels take float32, bfloat16 and float16, and an input is {x.dtype}"
-    if needs_grad(*tensors):
-        return "a gradient is asked for, which only the reference gives (call under torch.no_grad())"
+        if with_gradient and x.requires_grad:
+            return "a gradient is asked for, which only the reference gives (call under torch.no_grad())"
     return None
 
 

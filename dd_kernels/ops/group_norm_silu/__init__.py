@@ -11,7 +11,7 @@ from . import kernels, reference
 
 _SMALL = ("weight", "bias", "pre_shift", "scale", "shift")  # [C], [C], [N, C], [N, C], [N, C]
 _FLOAT64 = "the kernels take float32, bfloat16 and float16, and an input is float64"
-_READ_TWO = ()  # backends whose kernels take a residual or a skip
+_READ_TWO = ("cuda",)  # backends whose kernels take a residual or a skip
 
 
 def _check(
@@ -169,4 +169,4 @@ def group_norm_silu(
     if checks.needs_grad(x, *small):
         return kernels.GroupNormSiLU.apply(x, *small, num_groups, eps, silu, chosen)
     weight, bias, pre_shift, scale, shift = small
-    return kernels.forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))[0]
+    return kernels.inference(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))
