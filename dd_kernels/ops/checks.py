@@ -31,6 +31,20 @@ def check_like(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {x_name}, {x.device}; got {y.device}")
 
 
+def check_output(name: str, y: Tensor | None, x_name: str, x: Tensor) -> None:
+    """Raises unless ``y`` is None or can take a result of ``x``'s shape, dtype and device."""
+    if y is None:
+        return
+    check_like(name, y, x_name, x)
+    if y.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}; got {y.dtype}")
+
+
+def room_for_result(y: Tensor | None, x: Tensor) -> Tensor:
+    """``y`` where a kernel can write a result of dense ``x``'s layout into it, else a new tensor."""
+    return torch.empty_like(x) if y is None or y.stride() != x.stride() else y
+
+
 def check_shape(name: str, y: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises unless ``y`` is None or a floating tensor of ``shape`` on ``device``."""
     if y is None:

@@ -97,6 +97,23 @@ def test_not_finite(kernel, value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place(kernel, dtype):
+    x_start = torch.randn(2, 3, 9, 7).to(kernel.device, dtype)
+    at = {"seed": 1, "backend": kernel.name}
+    expected, z = dd.q_sample(x_start, 3, SCHEDULE, return_noise=True, **at)
+    x_t = torch.full_like(x_start, float("nan"))
+    assert dd.q_sample(x_start, 3, SCHEDULE, x_t=x_t, **at) is x_t
+    assert x_t.equal(expected)
+    strided = torch.full((2, 3, 7, 9), float("nan"), dtype=dtype, device=kernel.device).mT
+    assert dd.q_sample(x_start, 3, SCHEDULE, x_t=strided, **at) is strided
+    assert strided.equal(expected)
+    result, noise = dd.q_sample(x_start, 3, SCHEDULE, x_t=x_start, return_noise=True, **at)
+    assert result is x_start
+    assert x_start.equal(expected)
+    assert noise.equal(z)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_all_of_the_outputs_and_nothing_else(kernel, dtype):
     shape = (3, 3, 5, 7)
     x = within_sentinels(shape, dtype, kernel.device).normal_()
@@ -164,6 +181,8 @@ X = torch.zeros(2, 3, 4, 4)
         ({"noise": X}, ValueError, "one of noise and seed must be given; got both"),
         ({"seed": None, "noise": X[:1]}, ValueError, r"noise must have the shape of x_start, \[2, 3, 4, 4\]"),
         ({"seed": None, "noise": X.int()}, TypeError, "noise must be float32"),
+        ({"x_t": X[:1]}, ValueError, "x_t must have the shape of x_start"),
+        ({"x_t": X.half()}, TypeError, "x_t must have the dtype of x_start, torch.float32; got torch.float16"),
         ({"seed": None, "noise": X.to("meta")}, ValueError, "noise must be on the device of x_start, cpu; got meta"),
         ({"t": -1}, ValueError, r"t must be in \[0, 1000\); got -1"),
         ({"t": 1000}, ValueError, r"t must be in \[0, 1000\); got 1000"),

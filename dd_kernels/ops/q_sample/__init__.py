@@ -43,6 +43,7 @@ def q_sample(
     seed: int | Tensor | None = None,
     first_sample: int = 0,
     draw: int = 0,
+    x_t: Tensor | None = None,
     return_noise: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -57,6 +58,7 @@ def q_sample(
         noise: z, of x_start's shape. Without it z is drawn from ``seed`` inside the kernel.
         seed, first_sample, draw: coordinates of the noise, see :func:`dd_kernels.randn` (stream 2);
             ``draw`` is the training step, or whatever makes a call differ from the next.
+        x_t: where to write the result; may be x_start itself. A new tensor if None.
         return_noise: return (x_t, z) with z of x_start's dtype, as a training target.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
 
@@ -78,23 +80,28 @@ def q_sample(
     index = checks.timestep_index("t", t, table.steps, x_start.shape[0], x_start.device)
     chosen = backends.choose("q_sample", backend, x_start.device, checks.kernel_obstacle(x_start, noise))
 
+    checks.check_output("x_t", x_t, "x_start", x_start)
+
     key = None if seed is None else noise_key(seed, first_sample, draw, x_start.device)
     if chosen == "reference":
         rows = schedule.marginal.to(x_start.device) if x_start.dtype == torch.float64 else table.rows
-        x_t, z = reference.q_sample(x_start, noise, rows, index, key)
-        return (x_t, z) if return_noise else x_t
+        result, z = reference.q_sample(x_start, noise, rows, index, key)
+        result = result if x_t is None else x_t.copy_(result)
+        return (result, z) if return_noise else result
 
     x_start = checks.dense(x_start)
     noise = checks.laid_out_like(noise, x_start)
-    x_t = torch.empty_like(x_start)
+    result = checks.room_for_result(x_t, x_start)
     z = torch.empty_like(x_start) if return_noise and noise is None else None
-    arguments = (x_start, noise, table.rows, index, key, x_t, z)
+    arguments = (x_start, noise, table.rows, index, key, result, z)
     if chosen == "triton":
         from . import triton
 
         triton.q_sample(*arguments)
     else:
         torch.ops.dd_kernels.q_sample.default(*arguments)
+    if x_t is not None and result is not x_t:
+        result = x_t.copy_(result)
     if not return_noise:
-        return x_t
-    return x_t, noise.to(x_start.dtype) if z is None else z
+        return result
+    return result, noise.to(x_start.dtype) if z is None else z

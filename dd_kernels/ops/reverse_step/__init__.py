@@ -128,10 +128,7 @@ def reverse_step(
     index = checks.timestep_index("step", step, on_device.steps, x.shape[0], x.device)
     obstacle = checks.kernel_obstacle(x, out, uncond, noise)
     chosen = backends.choose("reverse_step", backend, x.device, obstacle)
-    if x_prev is not None:
-        checks.check_like("x_prev", x_prev, "x", x)
-        if x_prev.dtype != x.dtype:
-            raise TypeError(f"x_prev must have the dtype of x, {x.dtype}; got {x_prev.dtype}")
+    checks.check_output("x_prev", x_prev, "x", x)
 
     key = None
     if noise is None and seed is not None and table.stochastic:
@@ -151,7 +148,7 @@ def reverse_step(
         return (result, x0) if return_x0 else result
 
     x = checks.dense(x)
-    result = torch.empty_like(x) if x_prev is None or x_prev.stride() != x.stride() else x_prev
+    result = checks.room_for_result(x_prev, x)
     x0 = torch.empty_like(x) if return_x0 else None
     arguments = (
         x,
