@@ -107,6 +107,9 @@ def from_columns(
     if columns:
         raise TypeError(f"a table has the columns {', '.join(COLUMNS)}; got {', '.join(columns)}")
     rows = torch.from_numpy(np.stack(values, axis=1).astype(np.float64))
+    if threshold is not None:
+        # There is no quantile of x_0 = +-inf; a finite x_0 as large is clipped to the same.
+        rows[:, COLUMNS.index("x0_den")].clamp_(min=2.0**-64)
     steps = torch.tensor(timesteps.tolist(), dtype=torch.int64)
     return StepTable(rows, steps, learned_variance, threshold)
 

@@ -67,8 +67,10 @@ class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
             return_dict: return an object with ``prev_sample`` and ``pred_original_sample``, not a tuple.
         """
         self._check_listed(timestep)
-        key = ("ddpm", self.config.prediction_type, self._clip(), self.variance_type)
-        result = self._ancestral_step(key, timestep, sample, model_output, generator)
+        value = self._value(timestep)
+        model_output, learned, source = self._ancestral_noise(value, sample, model_output, generator)
+        key = ("ddpm", self.config.prediction_type, self._clip(), self.variance_type, learned, bool(source))
+        result = self._advance(key, timestep, value, sample, model_output, source)
         return scheduling_ddpm.DDPMSchedulerOutput(*result) if return_dict else result
 
     def _has_list(self) -> bool:
@@ -78,7 +80,7 @@ class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
         if torch.compiler.is_compiling() or not self._has_list():
             return
         value = self._value(timestep)
-        if value is not None and value not in self._values():
+        if value is not None and value not in self._values:
             raise ValueError(f"timestep must be one of scheduler.timesteps; got {value}")
 
     def _ddpm(
@@ -87,7 +89,7 @@ class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
         t = self._all_timesteps()
         prev, known = t - 1, torch.ones_like(t, dtype=torch.bool)
         if self._has_list():
-            values = self._values()
+            values = self._values
             following = dict(reversed(list(zip(values, [*values[1:], -1], strict=True))))  # of two alike, the first
             known = torch.tensor([value in following for value in t.tolist()])
             prev = torch.tensor([following.get(value, -1) for value in t.tolist()])
@@ -120,47 +122,48 @@ class UnCLIPScheduler(FusedScheduler, diffusers.UnCLIPScheduler):
     ) -> scheduling_unclip.UnCLIPSchedulerOutput | tuple[Tensor, Tensor]:
         """x_{prev} from x_t and the model's output; arguments as :meth:`DDPMScheduler.step`.
 
-        ``prev_timestep`` is timestep - 1 if None. Given as a tensor, it is read without a wait where
-        it is an element of ``timesteps``, and the next after ``timestep``.
+        ``prev_timestep``, an int or a tensor, is timestep - 1 if None.
         """
-        key = ("unclip", self._pairs(timestep, prev_timestep), self.config.prediction_type, self._clip())
-        result = self._ancestral_step((*key, self.variance_type), timestep, sample, model_output, generator)
+        value = self._value(timestep)
+        model_output, learned, source = self._ancestral_noise(value, sample, model_output, generator)
+        self._check_options(bool(source))
+        options = (self.config.prediction_type, self._clip(), self.variance_type, learned, bool(source))
+        pairs = self._pairs(value, prev_timestep)
+        if pairs is not None:
+            result = self._advance(("unclip", pairs, *options), timestep, value, sample, model_output, source)
+        else:
+            process = self._table(("process",), sample.device).on(sample.device)
+            table = rows.PairTable(process, timestep, prev_timestep, *options)
+            result = self._reverse(table, table.index, sample, model_output, source)
         return scheduling_unclip.UnCLIPSchedulerOutput(*result) if return_dict else result
 
-    def _pairs(self, timestep: Timestep, prev_timestep: Timestep | None) -> str | tuple[int, int]:
-        """Which previous timesteps the table's rows have: "adjacent", "listed", or one row's."""
+    def _check_options(self, draws: bool) -> None:
+        if draws and self.variance_type not in ("fixed_small_log", "learned_range"):
+            raise ValueError(f"variance_type must be fixed_small_log or learned_range; got {self.variance_type!r}")
+        if self.config.prediction_type not in ("epsilon", "sample"):
+            raise ValueError(f"prediction_type must be epsilon or sample; got {self.config.prediction_type!r}")
+
+    def _pairs(self, value: int | None, prev_timestep: Timestep | None) -> str | tuple[int, int] | None:
+        """Which previous timesteps the table has: "adjacent", "listed", one row's, or those only the device knows."""
         if prev_timestep is None:
             return "adjacent"
-        pair = tuple(value if (value := self._value(t)) is not None else int(t) for t in (timestep, prev_timestep))
+        pair = (value, self._value(prev_timestep))
+        if torch.compiler.is_compiling() or None in pair:
+            return None
         if pair[1] == pair[0] - 1:
             return "adjacent"
-        values = self._values()
-        return "listed" if pair in pairwise(values) else pair
+        return "listed" if pair in pairwise(self._values) else pair
 
-    def _unclip(
-        self,
-        pairs: str | tuple[int, int],
-        prediction: str,
-        clip: tuple | None,
-        variance_type: str,
-        learned: bool,
-        draws: bool,
-    ) -> rows.StepTable:
-        if draws and variance_type not in ("fixed_small_log", "learned_range"):
-            raise ValueError(f"variance_type must be fixed_small_log or learned_range; got {variance_type!r}")
-        if prediction not in ("epsilon", "sample"):
-            raise ValueError(f"prediction_type must be epsilon or sample; got {prediction!r}")
+    def _process(self) -> rows.Process:
+        return rows.Process(self._given_alphas_cumprod.cpu(), self.alphas.cpu(), self.betas.cpu())
+
+    def _unclip(self, pairs: str | tuple[int, int], *options: Any) -> rows.StepTable:
         t = self._all_timesteps()
         prev = t - 1
         if pairs != "adjacent":
-            values = self._values()
-            for now, then in pairwise(values) if pairs == "listed" else [pairs]:
+            for now, then in pairwise(self._values) if pairs == "listed" else [pairs]:
                 prev[now] = then
-        alpha_bar, alpha_bar_prev = self._alpha_bar_of_rows(), self._alpha_bar(prev)
-        beta = torch.where(prev == t - 1, self.betas, 1 - alpha_bar / alpha_bar_prev)
-        alpha = torch.where(prev == t - 1, self.alphas, 1 - beta)
-        coefficients = rows.Coefficients(t, alpha_bar, alpha_bar_prev, alpha, beta)
-        return rows.posterior_table(coefficients, prediction, clip, variance_type, learned, draws)
+        return rows.posterior_table(self._process().step(t, prev), *options)
 
 
 class DDIMScheduler(FusedSchedulerWithVelocity, diffusers.DDIMScheduler):

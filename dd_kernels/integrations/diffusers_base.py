@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from . import diffusers_rows as rows
 
 Generators = torch.Generator | list[torch.Generator] | None
 Timestep = int | Tensor
+MOST_TABLES = 32  # kept at a time
+# What the tables are made of, besides the configuration, which is in their keys.
+SOURCES = ("betas", "alphas", "alphas_cumprod", "one", "final_alpha_cumprod", "initial_alpha_cumprod", "timesteps")
 
 
 def constructor(parent: type) -> Callable[..., None]:
@@ -25,9 +29,6 @@ def constructor(parent: type) -> Callable[..., None]:
         if noise not in ("generator", "philox"):
             raise ValueError(f"noise must be 'generator' or 'philox'; got {noise!r}")
         parent.__init__(self, *args, **kwargs)
-        self._tables: dict[tuple, Any] = {}
-        self._sources: tuple[Tensor, ...] = ()
-        self._host: tuple[Tensor | None, list[int], bool] = (None, [], False)
         self._seed: int | None = None
         if noise != "generator":
             self.register_to_config(noise=noise)
@@ -43,27 +44,30 @@ def constructor(parent: type) -> Callable[..., None]:
 class FusedScheduler:
     """What the four share: timesteps known without asking the device, tables that are built once, one step."""
 
+    _values: tuple[int, ...] = ()  # of ``timesteps``
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever the tables are made of makes them anew, in the graphs of torch.compile too."""
+        super().__setattr__(name, value)
+        if name == "alphas_cumprod":
+            self._given_alphas_cumprod = value  # stays where it is when the other is moved
+        if name == "timesteps":
+            before, self._values = self._values, tuple(value.tolist())
+            if self._values == before:
+                return
+        if name in SOURCES:
+            self._forget_tables()
+
     # Timesteps.
 
     def _place_timesteps(self, device: torch.device | str | None) -> None:
-        """Ends set_timesteps, which ran on the CPU: notes the values before they go to the device."""
-        values = self.timesteps.tolist()
-        self.timesteps = self.timesteps.to(device)
-        self._host = (self.timesteps, values, -1 in values)
-        self._tables.clear()
+        """Ends set_timesteps, which ran on the CPU."""
+        object.__setattr__(self, "timesteps", self.timesteps.to(device))  # their values are known already
         self._seed = self._drawn_seed()
-
-    def _values(self) -> list[int]:
-        """The values of ``self.timesteps``; read from the device only where somebody else has put them there."""
-        if self._host[0] is not self.timesteps:
-            values = self.timesteps.tolist()
-            self._host = (self.timesteps, values, -1 in values)
-        return self._host[1]
 
     def _ends_below_0(self) -> bool:
         """Whether timestep -1 is among the timesteps, as in some of diffusers' "trailing" spacings."""
-        self._values()
-        return self._host[2]
+        return -1 in self._values[:1] + self._values[-1:]
 
     def _all_timesteps(self) -> Tensor:
         """The timestep of each row of a table: 0 .. T-1, and -1 where it is needed."""
@@ -84,7 +88,7 @@ class FusedScheduler:
         whole = self.timesteps
         if timestep.untyped_storage()._cdata != whole.untyped_storage()._cdata or not whole.is_contiguous():
             return None
-        return self._values()[timestep.storage_offset() - whole.storage_offset()]
+        return self._values[timestep.storage_offset() - whole.storage_offset()]
 
     def _row(self, timestep: Timestep, value: int | None, device: torch.device) -> int | Tensor:
         """The table's row of a timestep."""
@@ -100,25 +104,34 @@ class FusedScheduler:
 
     # Tables.
 
-    @torch.compiler.assume_constant_result
-    def _build(self, key: tuple, device: torch.device) -> bool:
-        """Sees that ``self._tables`` holds ``key`` on the device; under torch.compile this runs while tracing."""
-        sources = (self.alphas_cumprod, self._before_first(), self.timesteps)
-        if not self._sources or any(a is not b for a, b in zip(sources, self._sources, strict=True)):
-            self._tables.clear()
-            self._sources = sources
+    def _forget_tables(self) -> None:
+        self._tables: dict[tuple, Any] = {}
+        self._traced = SimpleNamespace()  # the same tables, by name
+
+    def _built(self, key: tuple, device: torch.device) -> Any:
+        """The table of ``key``, on the device."""
+        if len(self._tables) >= MOST_TABLES and key not in self._tables:
+            self._forget_tables()
         if key not in self._tables:
             kind, *options = key
             self._tables[key] = getattr(self, f"_{kind}")(*options)
         self._tables[key].on(device)
-        return True
+        return self._tables[key]
+
+    @torch.compiler.assume_constant_result
+    def _name_of_built(self, key: tuple, device: torch.device) -> str:
+        """Builds while torch.compile traces, which reads attributes afterwards, but a dict as it was before."""
+        table, name = self._built(key, device), repr(key).replace(".", "_")  # an attribute has no dot
+        setattr(self._traced, name, table)
+        return name
 
     def _table(self, key: tuple, device: torch.device) -> Any:
-        if torch.compiler.is_compiling():
-            # What a set holds is a constant of the graph; a number on its own may be an input of it.
-            key = tuple([list({option})[0] for option in key])  # noqa: RUF015
-        self._build(key, device)
-        return self._tables[key]
+        if not torch.compiler.is_compiling():
+            return self._built(key, device)
+        # What a set holds is a constant of the graph; a number on its own may be an input of it.
+        key = tuple([list({option})[0] for option in key])  # noqa: RUF015
+        name = self._name_of_built(key, device)
+        return getattr(self._traced, name)
 
     def _before_first(self) -> Tensor:
         """alpha_bar before timestep 0."""
@@ -126,12 +139,12 @@ class FusedScheduler:
 
     def _alpha_bar(self, timesteps: Tensor) -> Tensor:
         """alpha_bar at ``timesteps``; below 0, before the first."""
-        alpha_bar = self.alphas_cumprod.cpu()
+        alpha_bar = self._given_alphas_cumprod.cpu()
         return torch.where(timesteps >= 0, alpha_bar[timesteps.clamp(min=0)], self._before_first().cpu())
 
     def _alpha_bar_of_rows(self) -> Tensor:
         """alpha_bar of each row; theirs for timestep -1 is, by Python's indexing, that of T - 1."""
-        return self.alphas_cumprod.cpu()[self._all_timesteps()]
+        return self._given_alphas_cumprod.cpu()[self._all_timesteps()]
 
     def _stride(self) -> int:
         """How far DDIM steps, whatever the list of timesteps says."""
@@ -177,18 +190,25 @@ class FusedScheduler:
         model_output: Tensor,
         source: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
+        """(previous sample, x_0) by the row of a timestep in the table of a key."""
+        row = self._row(timestep, value, sample.device)
+        return self._reverse(self._table(key, sample.device), row, sample, model_output, source)
+
+    def _reverse(
+        self, table: Any, row: int | Tensor, sample: Tensor, model_output: Tensor, source: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """(previous sample, x_0), in the wider of the two dtypes as in diffusers."""
         sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        row = self._row(timestep, value, sample.device)
-        table = self._table(key, sample.device)
         return reverse_step(sample, model_output, table, row, return_x0=True, **source)
 
-    def _ancestral_step(
-        self, key: tuple, timestep: Timestep, sample: Tensor, model_output: Tensor, generator: Generators
-    ) -> tuple[Tensor, Tensor]:
-        """A step of DDPM: the variance may be learned, timestep 0 has no noise. Both end the table's key."""
-        value = self._value(timestep)
-        # Of a timestep that only the device knows, noise is drawn, and left out by the row of timestep 0.
+    def _ancestral_noise(
+        self, value: int | None, sample: Tensor, model_output: Tensor, generator: Generators
+    ) -> tuple[Tensor, bool, dict[str, Any]]:
+        """What a step of DDPM adds: (model_output, whether the variance is learned, where the noise is from).
+
+        Timestep 0 has no noise. Of a timestep that only the device knows noise is drawn, and left out by the
+        row of timestep 0.
+        """
         draws = value is None or value > 0
         channels = sample.shape[1]
         can_learn = self.variance_type in ("learned", "learned_range")
@@ -201,8 +221,7 @@ class FusedScheduler:
         if learned and self.variance_type == "learned":
             # Theirs is the variance itself, the ops' its logarithm.
             model_output = torch.cat((model_output[:, :channels], model_output[:, channels:].log()), dim=1)
-        source = self._noise(model_output[:, :channels], generator) if draws else {}
-        return self._advance((*key, learned, draws), timestep, value, sample, model_output, source)
+        return model_output, learned, self._noise(model_output[:, :channels], generator) if draws else {}
 
     # The forward process.
 
@@ -217,13 +236,11 @@ class FusedScheduler:
 
     def _move_alphas_cumprod(self, device: torch.device) -> None:
         """As in diffusers, whose users index it there afterwards. The tables stay what they are."""
-        moved = self.alphas_cumprod.to(device)
-        if moved is not self.alphas_cumprod:
-            self.alphas_cumprod = moved
-            self._sources = (moved, *self._sources[1:])
+        if self.alphas_cumprod.device != device:
+            object.__setattr__(self, "alphas_cumprod", self.alphas_cumprod.to(device))
 
     def _marginal(self, sign: int) -> rows.Marginal:
-        return rows.Marginal(self.alphas_cumprod.cpu(), sign)
+        return rows.Marginal(self._given_alphas_cumprod.cpu(), sign)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) original_samples + sqrt(1 - alpha_bar_t) noise, see :func:`dd_kernels.q_sample`."""

@@ -6,6 +6,7 @@ Their tests pin the float32 arithmetic (float64 tables end a noisy DDPM loop 0.0
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.reverse_step.reference import COLUMNS
 from ..schedules import MarginalTable
-from ..tables import DynamicThreshold, StepTable, from_columns
+from ..tables import DeviceTable, DynamicThreshold, StepTable, from_columns
 
 Columns = dict[str, "Tensor | float"]
 
@@ -57,6 +59,18 @@ def variance_columns(kind: str, variance: Tensor, beta: Tensor) -> Columns:
     return {"sigma": torch.exp(0.5 * torch.log(variance)) if kind.endswith("_log") else variance**0.5}
 
 
+def posterior_columns(c: Coefficients, prediction: str, variance_type: str, draws: bool) -> Columns:
+    """DDPM's step, eq. 7 of Ho et al. (2020); without noise at timestep 0, or anywhere if not ``draws``."""
+    columns = x0_columns(prediction, c.alpha_bar)
+    columns["prev_from_x0"] = (c.alpha_bar_prev**0.5 * c.beta) / (1 - c.alpha_bar)
+    columns["prev_from_x"] = c.alpha**0.5 * (1 - c.alpha_bar_prev) / (1 - c.alpha_bar)
+    if draws:
+        variance = (1 - c.alpha_bar_prev) / (1 - c.alpha_bar) * c.beta
+        columns |= variance_columns(variance_type, torch.clamp(variance, min=1e-20), c.beta)
+        columns["sigma"] = torch.where(c.timestep > 0, columns["sigma"], 0.0)
+    return columns
+
+
 def posterior_table(
     c: Coefficients,
     prediction: str,
@@ -66,15 +80,67 @@ def posterior_table(
     draws: bool,
     known: Tensor | None = None,
 ) -> StepTable:
-    """DDPM's step, eq. 7 of Ho et al. (2020); without noise at timestep 0, or anywhere if not ``draws``."""
-    columns = x0_columns(prediction, c.alpha_bar)
-    columns["prev_from_x0"] = (c.alpha_bar_prev**0.5 * c.beta) / (1 - c.alpha_bar)
-    columns["prev_from_x"] = c.alpha**0.5 * (1 - c.alpha_bar_prev) / (1 - c.alpha_bar)
-    if draws:
-        variance = (1 - c.alpha_bar_prev) / (1 - c.alpha_bar) * c.beta
-        columns |= variance_columns(variance_type, torch.clamp(variance, min=1e-20), c.beta)
-        columns["sigma"] = torch.where(c.timestep > 0, columns["sigma"], 0.0)
-    return as_table(columns, clip, learned, known)
+    """The table of :func:`posterior_columns`."""
+    return as_table(posterior_columns(c, prediction, variance_type, draws), clip, learned, known)
+
+
+class Process:
+    """The process of UnCLIP, whose steps go from any timestep to any before it."""
+
+    def __init__(self, *columns: Tensor) -> None:
+        """Of alpha_bar, alpha and beta [T]; here with alpha_bar = 1 before, and NaN after them."""
+        values = torch.stack(columns, dim=1)
+        self.values = torch.cat((values.new_ones(1, 3), values, values.new_full((1, 3), torch.nan)))
+        self._on: dict[torch.device, Process] = {}
+
+    def on(self, device: torch.device) -> Process:
+        """The process on ``device``, uploaded at the first call."""
+        if device not in self._on:
+            self._on[device] = copy.copy(self)
+            self._on[device].values = self.values.to(device)
+        return self._on[device]
+
+    def step(self, t: Tensor, prev: Tensor) -> Coefficients:
+        """The step from t to prev, both [S]; by their order of operations."""
+        last = len(self.values) - 1
+        alpha_bar, alpha, beta = self.values[(t + 1).clamp(0, last)].unbind(1)
+        alpha_bar_prev = self.values[(prev + 1).clamp(0, last), 0]
+        adjacent = prev == t - 1
+        beta = torch.where(adjacent, beta, 1 - alpha_bar / alpha_bar_prev)
+        return Coefficients(t, alpha_bar, alpha_bar_prev, torch.where(adjacent, alpha, 1 - beta), beta)
+
+
+class PairTable:
+    """Rows that are computed on the device, in the place of a StepTable, as reverse_step reads it."""
+
+    threshold = None
+
+    def __init__(
+        self,
+        process: Process,
+        timestep: int | Tensor,
+        prev: int | Tensor,
+        prediction: str,
+        clip: tuple | None,
+        variance_type: str,
+        learned: bool,
+        draws: bool,
+    ) -> None:
+        device = process.values.device
+        pair = (t if isinstance(t, Tensor) else torch.full((), t, device=device) for t in (timestep, prev))
+        t, prev = torch.broadcast_tensors(*(t.to(device, torch.int64).reshape(-1) for t in pair))
+        columns = posterior_columns(process.step(t, prev), prediction, variance_type, draws)
+        columns |= {} if clip is None else {"x0_clip": clip[1]}
+        values = ({"x0_den": 1.0, "x0_clip": torch.inf} | columns).get
+        full = (values(name, 0.0) for name in COLUMNS)
+        full = (v if isinstance(v, Tensor) else torch.full(t.shape, v, device=device) for v in full)
+        self.rows = torch.stack(list(full), dim=1)
+        self.index = torch.arange(len(t), device=device)
+        self.timesteps, self.learned_variance, self.stochastic = t, learned, draws
+
+    def on(self, device: torch.device) -> DeviceTable:
+        """The rows, which are on ``device``."""
+        return DeviceTable(self.rows, self.timesteps, self.timesteps)
 
 
 def epsilon_columns(prediction: str, alpha_bar: Tensor, clipped: bool) -> Columns:
