@@ -6,11 +6,13 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dd::cuda {
 namespace {
 
 constexpr int kPortableCluster = 8, kFirstWithClusters = 9;
+constexpr size_t kMostSharedBytes = 48 << 10;  // of a block that has not asked for more
 
 void check(cudaError_t error) {
     if (error != cudaSuccess) {
@@ -25,13 +27,47 @@ int attribute(cudaDeviceAttr name, int device) {
     return value;
 }
 
+int current_device() {
+    int device = 0;
+    check(cudaGetDevice(&device));
+    return device;
+}
+
+// Whether any cluster of this size finds its multiprocessors: parts of a chip (MIG) may be too small for it.
+bool runs_in(int cluster, const void* kernel, int threads) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(cluster));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = kMostSharedBytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters > 0;
+    (void)cudaGetLastError();  // or the next launch would report it
+    return false;
+}
+
 }  // namespace
+
+int largest_cluster(const void* kernel, int threads) {
+    static std::mutex mutex;
+    static std::map<std::pair<int, const void*>, int> found;
+    const int most = current_chip().max_cluster;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto [entry, is_new] = found.emplace(std::make_pair(current_device(), kernel), most);
+    int& cluster = entry->second;
+    while (is_new && cluster > 1 && !runs_in(cluster, kernel, threads)) cluster /= 2;
+    return cluster;
+}
 
 const Chip& current_chip() {
     static std::mutex mutex;
     static std::map<int, Chip> chips;
-    int device = 0;
-    check(cudaGetDevice(&device));
+    const int device = current_device();
     std::lock_guard<std::mutex> lock(mutex);
     auto found = chips.find(device);
     if (found == chips.end()) {

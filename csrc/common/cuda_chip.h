@@ -13,4 +13,8 @@ struct Chip {
 // The current device; asked once.
 const Chip& current_chip();
 
+// The largest cluster that a kernel with blocks of so many threads runs in on the current device, whatever
+// shared memory it is launched with; asked once for every kernel.
+int largest_cluster(const void* kernel, int threads);
+
 }  // namespace dd::cuda

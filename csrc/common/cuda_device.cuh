@@ -144,6 +144,14 @@ DD_DEVICE uint4 pack(const float* v) {
     return {word[0], word[1], word[2], word[3]};
 }
 
+// As a tensor of the dtype would hold it.
+template <DType dtype>
+DD_DEVICE float round_to(float v) {
+    if constexpr (dtype == DType::bfloat16) return bfloat16_to_float(pack_bfloat16(v, 0.0f));
+    if constexpr (dtype == DType::float16) return float16_to_float(static_cast<uint16_t>(pack_float16(v, 0.0f)));
+    return v;
+}
+
 DD_DEVICE float load_element(const void* data, int64_t i, DType dtype) {
     if (dtype == DType::float32) return static_cast<const float*>(data)[i];
     uint16_t bits = static_cast<const uint16_t*>(data)[i];

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+
+#include "common/layout.h"
 
 namespace dd::cuda {
 
@@ -42,6 +45,20 @@ void launch(const char* name, void (*kernel)(Arguments), const Grid& grid, cudaS
         throw std::runtime_error("dd_kernels: the CUDA kernel of " + std::string(name) +
                                  " cannot be launched: " + cudaGetErrorString(error));
     }
+}
+
+// start(dtype), the dtype a std::integral_constant that templates can take.
+template <class Start>
+auto for_dtype(DType dtype, const Start& start) {
+    switch (dtype) {
+        case DType::float32:
+            return start(std::integral_constant<DType, DType::float32>{});
+        case DType::bfloat16:
+            return start(std::integral_constant<DType, DType::bfloat16>{});
+        case DType::float16:
+            break;
+    }
+    return start(std::integral_constant<DType, DType::float16>{});
 }
 
 }  // namespace dd::cuda

@@ -19,16 +19,23 @@ struct NormForward {
     NormPlan plan;
     NormOptions options;
     const void* x;
-    void* y;
+    const void* residual;  // added to x, which gives sum; or null
+    const void* skip;      // holds the channels after x's; or null
+    void *sum, *y;
     float *mean, *rstd;  // [N, G]
     float* partials;     // as many as forward_partials() says
     int64_t first_tile;  // of a wave
+
+    bool of_two() const { return residual != nullptr || skip != nullptr; }
 };
 
 // Floats that the blocks of a split tile leave for one another.
 inline int64_t forward_partials(const NormShape& shape, const NormPlan& plan) {
     return plan.regime == Regime::split ? 2 * shape.samples * shape.groups * plan.splits : 0;
 }
+
+// For the current device; all but the plan is set.
+NormPlan plan_forward(const NormForward& arguments);
 
 void group_norm_silu(const NormForward& arguments, cudaStream_t stream);
 

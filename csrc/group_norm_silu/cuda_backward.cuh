@@ -103,8 +103,8 @@ DD_DEVICE void small_gradients(const Place& place, const NormBackward& a, const 
     }
 }
 
-// Writes dx of one row.
-template <DType dtype, class Place>
+// Writes dx of one row; last: nothing here will read it again.
+template <DType dtype, bool last = false, class Place>
 DD_DEVICE void finish_row(const Place& place, const NormBackward& a, typename Place::Index row,
                           const typename Place::Packed& x, const typename Place::Packed& dy,
                           const Affine (&maps)[Place::kLength], const GroupLine (&lines)[Place::kLength]) {
@@ -116,7 +116,7 @@ DD_DEVICE void finish_row(const Place& place, const NormBackward& a, typename Pl
         const Element e = element<dtype>(v[k], g[k], maps[k], a.options.silu);
         v[k] = fma(e.dz, maps[k].gain, fma(e.d, lines[k].slope, lines[k].level));
     }
-    Place::Packed::store(a.dx, place.element(row), v);
+    Place::Packed::of(v).template store<last>(a.dx, place.element(row));
 }
 
 // Sums over a block's rows where channels are last: sums[k] of every thread to those of the tile's

@@ -20,12 +20,15 @@ struct NormBackward {
     int64_t first_tile;  // of a wave
 };
 
+NormPlan plan_backward(const NormShape& shape);
+
 // Blocks that a channel of a split tile is summed by.
 int backward_sum_parts(const NormShape& shape, const NormPlan& plan);
 
 void group_norm_silu_backward(const NormBackward& arguments, cudaStream_t stream);
 
-// The regimes it chooses from.
+// The regimes it chooses from, and the largest cluster that the kernel of a held plan runs in here.
+int held_backward_largest_cluster(const NormShape& shape, const NormPlan& plan);
 void group_norm_silu_backward_held(const NormBackward& arguments, cudaStream_t stream);
 void group_norm_silu_backward_split(const NormBackward& arguments, cudaStream_t stream);
 

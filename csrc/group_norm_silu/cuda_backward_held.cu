@@ -139,24 +139,28 @@ __global__ void __launch_bounds__(kNormThreads, 2) held_backward_kernel(const No
     }
 }
 
-template <DType dtype>
-auto kernel_for(const NormPlan& plan) {
-    if (plan.access == Access::contiguous) {
-        return plan.held == 2 ? &held_backward_kernel<dtype, Access::contiguous, 2>
-                              : &held_backward_kernel<dtype, Access::contiguous, 4>;
-    }
-    return plan.held == 2 ? &held_backward_kernel<dtype, Access::channels_last, 2>
-                          : &held_backward_kernel<dtype, Access::channels_last, 4>;
+using Kernel = void (*)(NormBackward);
+
+Kernel kernel_for(const NormShape& shape, const NormPlan& plan) {
+    return for_dtype(shape.dtype, [&](auto dtype) -> Kernel {
+        if (plan.access == Access::contiguous) {
+            return plan.held == 2 ? &held_backward_kernel<dtype.value, Access::contiguous, 2>
+                                  : &held_backward_kernel<dtype.value, Access::contiguous, 4>;
+        }
+        return plan.held == 2 ? &held_backward_kernel<dtype.value, Access::channels_last, 2>
+                              : &held_backward_kernel<dtype.value, Access::channels_last, 4>;
+    });
 }
 
 }  // namespace
 
+int held_backward_largest_cluster(const NormShape& shape, const NormPlan& plan) {
+    return largest_cluster(reinterpret_cast<const void*>(kernel_for(shape, plan)), kNormThreads);
+}
+
 void group_norm_silu_backward_held(const NormBackward& a, cudaStream_t stream) {
-    auto kernel = a.shape.dtype == DType::float32    ? kernel_for<DType::float32>(a.plan)
-                  : a.shape.dtype == DType::bfloat16 ? kernel_for<DType::bfloat16>(a.plan)
-                                                     : kernel_for<DType::float16>(a.plan);
     Grid grid{a.plan.tiles * a.plan.cluster, 1, kNormThreads, Shared::bytes(a.shape, a.plan), a.plan.cluster};
-    launch("group_norm_silu_backward", kernel, grid, stream, a);
+    launch("group_norm_silu_backward", kernel_for(a.shape, a.plan), grid, stream, a);
 }
 
 }  // namespace dd::cuda

@@ -1,5 +1,6 @@
 // A tile split over blocks: one pass for the sums over its channels, a second for dx.
 #include "group_norm_silu/cuda_backward.cuh"
+#include "group_norm_silu/cuda_split.cuh"
 
 namespace dd::cuda {
 namespace {
@@ -20,13 +21,6 @@ DD_DEVICE Sums load_sums(const NormBackward& a, int64_t sample, int64_t channel)
         sums.d += p[2];
     }
     return sums;
-}
-
-template <DType dtype, Access access>
-DD_DEVICE Place<dtype, access> split_place(const NormBackward& a) {
-    const unsigned splits = static_cast<unsigned>(a.plan.splits);
-    return {a.shape, a.plan, static_cast<unsigned>(a.first_tile) + blockIdx.x / splits,
-            static_cast<int>(blockIdx.x % splits)};
 }
 
 // Channels last: a block has a share of the rows of all the tile's channels.
@@ -125,7 +119,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_backward_kernel(const N
                 load_maps(place, a, row, maps);
                 place.per_channel(row, lines, line);
             }
-            finish_row<dtype>(place, a, row, x.packs[i], dy.packs[i], maps, lines);
+            finish_row<dtype, true>(place, a, row, x.packs[i], dy.packs[i], maps, lines);
         }
     }
 }
@@ -143,30 +137,6 @@ void run_sums(const NormBackward& a, int64_t tiles, cudaStream_t stream) {
     }
 }
 
-template <DType dtype, Access access>
-void run_waves(NormBackward a, cudaStream_t stream) {
-    const int64_t wave = std::max<int64_t>(1, a.plan.wave_tiles / 2);  // x and dy
-    for (a.first_tile = 0; a.first_tile < a.plan.tiles; a.first_tile += wave) {
-        const int64_t tiles = std::min(wave, a.plan.tiles - a.first_tile);
-        const int64_t bytes = static_cast<int64_t>(sizeof(GroupLine)) * a.plan.tile_groups;
-        run_sums<dtype, access>(a, tiles, stream);
-        launch("group_norm_silu_backward", apply_backward_kernel<dtype, access>,
-               {tiles * a.plan.splits, 1, kNormThreads, bytes}, stream, a);
-    }
-}
-
-template <DType dtype>
-void run_as(const NormBackward& a, cudaStream_t stream) {
-    switch (a.plan.access) {
-        case Access::contiguous:
-            return run_waves<dtype, Access::contiguous>(a, stream);
-        case Access::channels_last:
-            return run_waves<dtype, Access::channels_last>(a, stream);
-        case Access::scalar:
-            return run_waves<dtype, Access::scalar>(a, stream);
-    }
-}
-
 }  // namespace
 
 int backward_sum_parts(const NormShape& shape, const NormPlan& plan) {
@@ -176,15 +146,14 @@ int backward_sum_parts(const NormShape& shape, const NormPlan& plan) {
     return static_cast<int>(parts);
 }
 
-void group_norm_silu_backward_split(const NormBackward& a, cudaStream_t stream) {
-    switch (a.shape.dtype) {
-        case DType::float32:
-            return run_as<DType::float32>(a, stream);
-        case DType::bfloat16:
-            return run_as<DType::bfloat16>(a, stream);
-        case DType::float16:
-            return run_as<DType::float16>(a, stream);
-    }
+void group_norm_silu_backward_split(const NormBackward& arguments, cudaStream_t stream) {
+    const int64_t wave = std::max<int64_t>(1, arguments.plan.wave_tiles / 2);  // x and dy
+    for_waves(arguments, wave, [&](const auto& a, int64_t tiles, auto dtype, auto access) {
+        run_sums<dtype.value, access.value>(a, tiles, stream);
+        const int64_t bytes = static_cast<int64_t>(sizeof(GroupLine)) * a.plan.tile_groups;
+        launch("group_norm_silu_backward", apply_backward_kernel<dtype.value, access.value>,
+               {tiles * a.plan.splits, 1, kNormThreads, bytes}, stream, a);
+    });
 }
 
 }  // namespace dd::cuda

@@ -38,12 +38,13 @@ DD_DEVICE void share_statistics(const Place& place, const NormForward& a, const 
         __syncthreads();
 }
 
-template <DType dtype, Access access, int K>
+template <DType dtype, Access access, int K, bool of_two>
 __global__ void __launch_bounds__(kNormThreads, blocks_for(access, K)) held_kernel(const NormForward a) {
     const unsigned cluster = static_cast<unsigned>(a.plan.cluster);
     const Place<dtype, access> place(a.shape, a.plan, blockIdx.x / cluster, static_cast<int>(blockIdx.x % cluster));
     const NormShared shared(place);
-    const Held<Place<dtype, access>, K> held(place, a.x, place.first_row());
+    const Held<Place<dtype, access>, K> held(place, a, place.first_row(), std::bool_constant<of_two>{});
+    if (of_two && a.sum) held.store(place, a.sum);
     reduce_block(place, held.moments(place, a.options.pre_shift), shared);
     share_statistics(place, a, shared);
     Affine affines[place.kLength];
@@ -57,35 +58,41 @@ __global__ void __launch_bounds__(kNormThreads, blocks_for(access, K)) held_kern
     }
 }
 
+using Kernel = void (*)(NormForward);
+
 template <DType dtype, Access access>
-auto kernel_holding(int held) {
+Kernel kernel_holding(int held, bool of_two) {
     constexpr int most = most_held(dtype, access, Direction::forward);
+    if (of_two) return held <= 4 ? &held_kernel<dtype, access, 4, true> : &held_kernel<dtype, access, most, true>;
     switch (held) {
         case 2:
-            return &held_kernel<dtype, access, 2>;
+            return &held_kernel<dtype, access, 2, false>;
         case 4:
-            return &held_kernel<dtype, access, 4>;
+            return &held_kernel<dtype, access, 4, false>;
         case 8:
-            return &held_kernel<dtype, access, 8>;
+            return &held_kernel<dtype, access, 8, false>;
         default:
-            return &held_kernel<dtype, access, most>;
+            return &held_kernel<dtype, access, most, false>;
     }
 }
 
-template <DType dtype>
-auto kernel_for(const NormPlan& plan) {
-    return plan.access == Access::contiguous ? kernel_holding<dtype, Access::contiguous>(plan.held)
-                                             : kernel_holding<dtype, Access::channels_last>(plan.held);
+Kernel kernel_for(const NormForward& a, const NormPlan& plan) {
+    return for_dtype(a.shape.dtype, [&](auto dtype) {
+        return plan.access == Access::contiguous
+                   ? kernel_holding<dtype.value, Access::contiguous>(plan.held, a.of_two())
+                   : kernel_holding<dtype.value, Access::channels_last>(plan.held, a.of_two());
+    });
 }
 
 }  // namespace
 
+int held_largest_cluster(const NormForward& a, const NormPlan& plan) {
+    return largest_cluster(reinterpret_cast<const void*>(kernel_for(a, plan)), kNormThreads);
+}
+
 void group_norm_silu_held(const NormForward& a, cudaStream_t stream) {
-    auto kernel = a.shape.dtype == DType::float32    ? kernel_for<DType::float32>(a.plan)
-                  : a.shape.dtype == DType::bfloat16 ? kernel_for<DType::bfloat16>(a.plan)
-                                                     : kernel_for<DType::float16>(a.plan);
     Grid grid{a.plan.tiles * a.plan.cluster, 1, kNormThreads, NormShared::bytes(a.shape, a.plan), a.plan.cluster};
-    launch("group_norm_silu", kernel, grid, stream, a);
+    launch("group_norm_silu", kernel_for(a, a.plan), grid, stream, a);
 }
 
 }  // namespace dd::cuda

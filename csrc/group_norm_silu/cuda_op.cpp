@@ -1,6 +1,5 @@
 #include <torch/csrc/stable/ops.h>
 
-#include "common/cuda_chip.h"
 #include "common/cuda_torch.h"
 #include "common/tensors.h"
 #include "group_norm_silu/cuda.h"
@@ -14,11 +13,13 @@ bool is_aligned(std::initializer_list<Tensor> tensors) {
                        [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; });
 }
 
-NormShape norm_shape(const Tensor& x, int64_t groups, bool aligned) {
+// x_channels: those that are not a second tensor's.
+NormShape norm_shape(const Tensor& x, int64_t groups, bool aligned, int64_t x_channels) {
     const Layout layout = layout_of(x);
     const int64_t channels = x.size(1);
     bool last = layout.channels != 1 || channels == 1;
-    return {x.size(0), channels, last ? layout.pixels : layout.pixels / channels, groups, last, aligned, dtype_of(x)};
+    int64_t pixels = last ? layout.pixels : layout.pixels / channels;
+    return {x.size(0), channels, pixels, groups, last, aligned, dtype_of(x), x_channels};
 }
 
 NormOptions norm_options(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
@@ -40,22 +41,55 @@ Tensor scratch(const Tensor& like, int64_t floats) {
 
 float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 
-void group_norm_silu_op(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
-                        double eps, std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
-                        std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean, Tensor rstd) {
-    if (x.numel() == 0) return;
-    OnDevice device(x);
-    NormForward a{};
-    a.shape = norm_shape(x, num_groups, is_aligned({x, y}));
-    a.plan = plan_norm(a.shape, Direction::forward, current_chip());
-    a.options = norm_options(weight, bias, pre_shift, scale, shift, eps, silu);
-    a.x = x.const_data_ptr();
+// With all that is not common to the forward ops set in a.
+void run_forward(NormForward& a, const NormOptions& options, const Tensor& y, const Tensor& mean, const Tensor& rstd,
+                 cudaStream_t stream) {
+    a.options = options;
     a.y = y.mutable_data_ptr();
     a.mean = floats(mean);
     a.rstd = floats(rstd);
+    a.plan = plan_forward(a);
     std::optional<Tensor> partials;
-    if (int64_t count = forward_partials(a.shape, a.plan)) a.partials = floats(partials.emplace(scratch(x, count)));
-    group_norm_silu(a, device.stream);
+    if (int64_t count = forward_partials(a.shape, a.plan)) a.partials = floats(partials.emplace(scratch(y, count)));
+    group_norm_silu(a, stream);
+}
+
+void group_norm_silu_op(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                        double eps, std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
+                        std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean, Tensor rstd) {
+    if (y.numel() == 0) return;
+    OnDevice device(x);
+    NormForward a{};
+    a.shape = norm_shape(y, num_groups, is_aligned({x, y}), x.size(1));
+    a.x = x.const_data_ptr();
+    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
+}
+
+void add_group_norm_silu_op(Tensor x, Tensor residual, int64_t num_groups, std::optional<Tensor> weight,
+                            std::optional<Tensor> bias, double eps, std::optional<Tensor> pre_shift,
+                            std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu, Tensor y, Tensor sum,
+                            Tensor mean, Tensor rstd) {
+    if (y.numel() == 0) return;
+    OnDevice device(x);
+    NormForward a{};
+    a.shape = norm_shape(y, num_groups, is_aligned({x, residual, sum, y}), x.size(1));
+    a.x = x.const_data_ptr();
+    a.residual = residual.const_data_ptr();
+    a.sum = sum.mutable_data_ptr();
+    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
+}
+
+void cat_group_norm_silu_op(Tensor x, Tensor skip, int64_t num_groups, std::optional<Tensor> weight,
+                            std::optional<Tensor> bias, double eps, std::optional<Tensor> pre_shift,
+                            std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean,
+                            Tensor rstd) {
+    if (y.numel() == 0) return;
+    OnDevice device(x);
+    NormForward a{};
+    a.shape = norm_shape(y, num_groups, is_aligned({x, skip, y}), x.size(1));
+    a.x = x.const_data_ptr();
+    a.skip = skip.const_data_ptr();
+    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
 }
 
 float* floats(const std::optional<Tensor>& x) { return x.has_value() ? floats(*x) : nullptr; }
@@ -68,7 +102,7 @@ void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, 
                                  std::optional<Tensor> dscale, std::optional<Tensor> dshift) {
     OnDevice device(x);
     NormBackward a{};
-    a.shape = norm_shape(x, num_groups, is_aligned({dy, x, dx}));
+    a.shape = norm_shape(x, num_groups, is_aligned({dy, x, dx}), x.size(1));
     a.options = norm_options(weight, bias, pre_shift, scale, shift, eps, silu);
     a.dy = dy.const_data_ptr();
     a.x = x.const_data_ptr();
@@ -84,7 +118,7 @@ void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, 
     std::optional<Tensor> sums, per_sample;
     if (a.dweight || a.dbias) a.per_sample = floats(per_sample.emplace(scratch(x, 2 * rows)));
     if (rows > 0) {
-        a.plan = plan_norm(a.shape, Direction::backward, current_chip());
+        a.plan = plan_backward(a.shape);
         a.sum_parts = backward_sum_parts(a.shape, a.plan);
         if (a.plan.regime == Regime::split) a.sums = floats(sums.emplace(scratch(x, 3 * rows * a.sum_parts)));
     }
@@ -96,5 +130,7 @@ void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, 
 
 DD_CUDA_OPS(m) {
     m.impl("group_norm_silu", TORCH_BOX(&dd::cuda::group_norm_silu_op));
+    m.impl("add_group_norm_silu", TORCH_BOX(&dd::cuda::add_group_norm_silu_op));
+    m.impl("cat_group_norm_silu", TORCH_BOX(&dd::cuda::cat_group_norm_silu_op));
     m.impl("group_norm_silu_backward", TORCH_BOX(&dd::cuda::group_norm_silu_backward_op));
 }

@@ -48,9 +48,18 @@ struct Pack {
         return {*p};
     }
     DD_DEVICE void floats(float* v) const { unpack<dtype>(words, v); }
-    DD_DEVICE static void store(void* data, int64_t element, const float* v) {
-        *reinterpret_cast<uint4*>(static_cast<char*>(data) + element * element_size(dtype)) = pack<dtype>(v);
+
+    // last: nothing here will read it again.
+    template <bool last = false>
+    DD_DEVICE void store(void* data, int64_t element) const {
+        auto* p = reinterpret_cast<uint4*>(static_cast<char*>(data) + element * element_size(dtype));
+        if constexpr (last) {
+            __stcs(p, words);
+        } else {
+            *p = words;
+        }
     }
+    DD_DEVICE static Pack of(const float* v) { return {pack<dtype>(v)}; }
 };
 
 template <DType dtype>
@@ -63,8 +72,37 @@ struct Pack<dtype, true> {
         return {load_element(data, element, dtype)};
     }
     DD_DEVICE void floats(float* v) const { v[0] = value; }
-    DD_DEVICE static void store(void* data, int64_t element, const float* v) {
-        store_element(data, element, dtype, v[0]);
+
+    template <bool last = false>
+    DD_DEVICE void store(void* data, int64_t element) const {
+        store_element(data, element, dtype, value);
+    }
+    DD_DEVICE static Pack of(const float* v) { return {round_to<dtype>(v[0])}; }
+};
+
+// Rounded to their dtype.
+template <class Packed>
+DD_DEVICE Packed operator+(const Packed& a, const Packed& b) {
+    float v[Packed::kLength], w[Packed::kLength];
+    a.floats(v);
+    b.floats(w);
+#pragma unroll
+    for (int k = 0; k < Packed::kLength; ++k) v[k] += w[k];
+    return Packed::of(v);
+}
+
+// The tensor that a channel of cat([x, skip], 1) lies in, and where in it.
+struct Source {
+    const void* data;
+    int64_t element;
+
+    // element: in the concatenation, which lies as [outer][channels][inner].
+    DD_DEVICE Source(const NormForward& a, int64_t element, int64_t outer, int64_t channel, int64_t inner) {
+        const bool in_skip = channel >= a.shape.x_channels;
+        const int64_t before = in_skip ? a.shape.x_channels : 0;
+        const int64_t others = in_skip ? a.shape.x_channels : a.shape.channels - a.shape.x_channels;
+        data = in_skip ? a.skip : a.x;
+        this->element = element - (outer * others + before) * inner;
     }
 };
 
@@ -133,6 +171,16 @@ struct Place {
 
     DD_DEVICE int group(int channel) const {
         return access == Access::channels_last ? channel / plan.group_channels : 0;
+    }
+
+    // Where the vector at element(row) of cat([x, skip], 1) comes from.
+    DD_DEVICE Source source(const NormForward& a, Index row) const {
+        const int64_t in_sample = first_channel + channel(row), in_tensor = element(row);
+        if (access == Access::contiguous || (access == Access::scalar && !shape.channels_last)) {
+            return {a, in_tensor, sample, in_sample, shape.pixels};
+        }
+        const int64_t pixel = access == Access::channels_last ? row : row / plan.group_channels;
+        return {a, in_tensor, sample * shape.pixels + pixel, in_sample, 1};
     }
 
     // values[k] = load(channel) for every element of a row's vector.

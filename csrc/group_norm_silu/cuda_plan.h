@@ -30,6 +30,7 @@ struct NormShape {
     int64_t samples, channels, pixels, groups;
     bool channels_last, aligned;  // aligned: every tensor starts at a multiple of 16 bytes
     DType dtype;
+    int64_t x_channels;  // the others, if any, are those of a second tensor
 
     int64_t group_channels() const { return channels / groups; }
     int64_t group_elements() const { return group_channels() * pixels; }
@@ -161,7 +162,8 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
     int held = most_held(shape.dtype, access, direction);
     int64_t group = shape.group_channels(), vectors = shape.group_elements() / shape.vector();
     int64_t row = last ? shape.channels : shape.pixels;  // a vector is in one channel, or has one of each
-    bool vectorised = shape.aligned && row % shape.vector() == 0 && vectors < most_rows && shape.pixels < most_rows;
+    bool vectorised = shape.aligned && row % shape.vector() == 0 && vectors < most_rows && shape.pixels < most_rows &&
+                      (!last || shape.x_channels % shape.vector() == 0);
     if (!vectorised || (last && split_channels(shape) == 0)) return split_plan(shape, Access::scalar, group, chip);
 
     int64_t tile_channels = last ? block_channels(shape, held, chip) : group;
@@ -177,6 +179,16 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
         return split_plan(shape, access, tile_channels, chip);
     choose_cluster(plan, held, chip);
     return plan;
+}
+
+// As the chip will run it: largest_cluster(plan) says how many blocks of its kernel can share their memory.
+template <class LargestCluster>
+NormPlan plan_to_run(const NormShape& shape, Direction direction, Chip chip, const LargestCluster& largest_cluster) {
+    for (;;) {
+        const NormPlan plan = plan_norm(shape, direction, chip);
+        if (plan.cluster == 1 || plan.cluster <= largest_cluster(plan)) return plan;
+        chip.max_cluster = plan.cluster / 2;
+    }
 }
 
 }  // namespace dd::cuda

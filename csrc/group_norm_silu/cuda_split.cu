@@ -1,5 +1,6 @@
-// A tile split over blocks: one pass for its statistics, a second for its output, which for as many tiles
-// as fit the L2 cache follows at once and reads from there.
+// A tile split over blocks: one pass for its statistics, a second for its output.
+#include "group_norm_silu/cuda_split.cuh"
+
 #include "group_norm_silu/cuda_regimes.h"
 #include "group_norm_silu/cuda_tile.cuh"
 
@@ -15,20 +16,14 @@ DD_DEVICE float* partial(const Place& place, const NormForward& a, int group, in
     return a.partials + 2 * ((first_group + group) * a.plan.splits + part);
 }
 
-template <DType dtype, Access access>
-DD_DEVICE Place<dtype, access> split_place(const NormForward& a) {
-    const unsigned splits = static_cast<unsigned>(a.plan.splits);
-    return {a.shape, a.plan, static_cast<unsigned>(a.first_tile) + blockIdx.x / splits,
-            static_cast<int>(blockIdx.x % splits)};
-}
-
-template <DType dtype, Access access>
+template <DType dtype, Access access, bool of_two>
 __global__ void __launch_bounds__(kNormThreads, 3) statistics_kernel(const NormForward a) {
     const auto place = split_place<dtype, access>(a);
     const NormShared shared(place);
     Moments<place.kLength> moments;
     for (auto row = place.first_row(); place.has(row); row += kAtOnce * place.step) {
-        const Held<Place<dtype, access>, kAtOnce> held(place, a.x, row);
+        const Held<Place<dtype, access>, kAtOnce> held(place, a, row, std::bool_constant<of_two>{});
+        if (of_two && a.sum) held.store(place, a.sum);
         moments.merge(held.moments(place, a.options.pre_shift));
     }
     reduce_block(place, moments, shared);
@@ -40,7 +35,7 @@ __global__ void __launch_bounds__(kNormThreads, 3) statistics_kernel(const NormF
     }
 }
 
-template <DType dtype, Access access>
+template <DType dtype, Access access, bool of_two>
 __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const NormForward a) {
     const auto place = split_place<dtype, access>(a);
     const NormShared shared(place);
@@ -61,50 +56,38 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const NormForwar
     Affine affines[place.kLength];
     if (place.kSameChannels && place.active) load_affines(place, a.options, shared, place.first_row(), affines);
     for (auto first = place.first_row(); place.has(first); first += kAtOnce * place.step) {
-        const Held<Place<dtype, access>, kAtOnce, true> held(place, a.x, first);
+        const Held<Place<dtype, access>, kAtOnce, true> held(place, a, first, std::bool_constant<of_two>{});
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const auto row = held.row(place, i);
             if (!place.has(row)) continue;
             if (!place.kSameChannels) load_affines(place, a.options, shared, row, affines);
-            finish_row<dtype>(place, a, row, held.packs[i], affines);
+            finish_row<dtype, true>(place, a, row, held.packs[i], affines);
         }
     }
 }
 
-template <DType dtype, Access access>
-void run_waves(NormForward a, cudaStream_t stream) {
-    for (a.first_tile = 0; a.first_tile < a.plan.tiles; a.first_tile += a.plan.wave_tiles) {
-        const int64_t tiles = std::min(a.plan.wave_tiles, a.plan.tiles - a.first_tile);
-        const Grid grid{tiles * a.plan.splits, 1, kNormThreads, NormShared::bytes(a.shape, a.plan)};
-        launch("group_norm_silu", statistics_kernel<dtype, access>, grid, stream, a);
-        launch("group_norm_silu", apply_kernel<dtype, access>, grid, stream, a);
-    }
-}
-
-template <DType dtype>
-void run_as(const NormForward& a, cudaStream_t stream) {
-    switch (a.plan.access) {
-        case Access::contiguous:
-            return run_waves<dtype, Access::contiguous>(a, stream);
-        case Access::channels_last:
-            return run_waves<dtype, Access::channels_last>(a, stream);
-        case Access::scalar:
-            return run_waves<dtype, Access::scalar>(a, stream);
-    }
+// The second pass over x + residual reads the sum that the first has written.
+NormForward second_pass(NormForward a) {
+    if (a.sum) a.x = a.sum;
+    a.residual = nullptr;
+    a.sum = nullptr;
+    return a;
 }
 
 }  // namespace
 
-void group_norm_silu_split(const NormForward& a, cudaStream_t stream) {
-    switch (a.shape.dtype) {
-        case DType::float32:
-            return run_as<DType::float32>(a, stream);
-        case DType::bfloat16:
-            return run_as<DType::bfloat16>(a, stream);
-        case DType::float16:
-            return run_as<DType::float16>(a, stream);
-    }
+void group_norm_silu_split(const NormForward& arguments, cudaStream_t stream) {
+    for_waves(arguments, arguments.plan.wave_tiles, [&](const auto& a, int64_t tiles, auto dtype_, auto access_) {
+        constexpr DType dtype = dtype_.value;
+        constexpr Access access = access_.value;
+        const Grid grid{tiles * a.plan.splits, 1, kNormThreads, NormShared::bytes(a.shape, a.plan)};
+        auto statistics =
+            a.of_two() ? &statistics_kernel<dtype, access, true> : &statistics_kernel<dtype, access, false>;
+        auto apply = a.skip ? &apply_kernel<dtype, access, true> : &apply_kernel<dtype, access, false>;
+        launch("group_norm_silu", statistics, grid, stream, a);
+        launch("group_norm_silu", apply, grid, stream, second_pass(a));
+    });
 }
 
 }  // namespace dd::cuda

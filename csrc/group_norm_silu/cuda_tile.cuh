@@ -51,14 +51,34 @@ struct Held {
     Index first;
 
     DD_DEVICE Held(const Place& place, const void* data, Index first_row) : first(first_row) {
+        load(place, [&](Index row) { return Packed::template load<last>(data, place.element(row)); });
+    }
+
+    // The norm's input: x or, of two, x + residual or cat([x, skip], 1).
+    template <bool of_two>
+    DD_DEVICE Held(const Place& place, const NormForward& a, Index first_row, std::bool_constant<of_two>)
+        : first(first_row) {
+        load(place, [&](Index row) {
+            if constexpr (!of_two) return Packed::template load<last>(a.x, place.element(row));
+            const Source source = place.source(a, row);
+            return Packed::template load<last>(source.data, source.element);
+        });
+        if (!of_two || a.residual == nullptr) return;
 #pragma unroll
         for (int i = 0; i < K; ++i) {
-            const Index row = first + i * place.step;
-            if (place.has(row)) packs[i] = Packed::template load<last>(data, place.element(row));
+            if (!place.has(row(place, i))) continue;
+            packs[i] = packs[i] + Packed::template load<true>(a.residual, place.element(row(place, i)));
         }
     }
 
     DD_DEVICE Index row(const Place& place, int i) const { return first + i * place.step; }
+
+    DD_DEVICE void store(const Place& place, void* data) const {
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            if (place.has(row(place, i))) packs[i].store(data, place.element(row(place, i)));
+        }
+    }
 
     // Element by element of the vector, first the means, then the deviations from them.
     DD_DEVICE Moments<kLength> moments(const Place& place, const float* pre_shift) const {
@@ -75,6 +95,14 @@ struct Held {
     }
 
 private:
+    template <class Load>
+    DD_DEVICE void load(const Place& place, const Load& load_row) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            if (place.has(row(place, i))) packs[i] = load_row(row(place, i));
+        }
+    }
+
     template <class Visit>
     DD_DEVICE void each(const Place& place, const float* pre_shift, const Visit& visit) const {
         const int64_t first_channel = place.sample * place.shape.channels + place.first_channel;
@@ -200,15 +228,15 @@ DD_DEVICE void load_affines(const Place& place, const NormOptions& o, const Norm
     });
 }
 
-// Writes a row's output from its vector as loaded.
-template <DType dtype, class Place>
+// Writes a row's output from its vector as loaded; last: nothing here will read it again.
+template <DType dtype, bool last = false, class Place>
 DD_DEVICE void finish_row(const Place& place, const NormForward& a, typename Place::Index row,
                           const typename Place::Packed& x, const Affine (&affines)[Place::kLength]) {
     float v[Place::kLength];
     x.floats(v);
 #pragma unroll
     for (int k = 0; k < Place::kLength; ++k) v[k] = normalise<dtype>(v[k], affines[k], a.options.silu);
-    Place::Packed::store(a.y, place.element(row), v);
+    Place::Packed::of(v).template store<last>(a.y, place.element(row));
 }
 
 }  // namespace dd::cuda

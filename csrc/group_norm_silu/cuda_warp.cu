@@ -5,7 +5,7 @@
 namespace dd::cuda {
 namespace {
 
-template <DType dtype, int K>
+template <DType dtype, int K, bool of_two>
 __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormForward a) {
     constexpr int length = vector_length(dtype);
     using Packed = Pack<dtype, false>;
@@ -25,7 +25,15 @@ __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormFo
 #pragma unroll
     for (int i = 0; i < K; ++i) {
         const int vector = lane + i * kWarp;
-        if (vector < vectors) held[i] = Packed::load(a.x, first_element + vector * length);
+        if (vector >= vectors) continue;
+        const int64_t element = first_element + vector * length;
+        if constexpr (of_two) {
+            const Source source(a, element, sample, channel(vector), a.shape.pixels);
+            held[i] = Packed::load(source.data, source.element);
+            if (a.residual) held[i] = held[i] + Packed::template load<true>(a.residual, element);
+        } else {
+            held[i] = Packed::load(a.x, element);
+        }
     }
     auto each = [&](const auto& visit) {
 #pragma unroll
@@ -58,22 +66,20 @@ __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormFo
         const Affine map = exact_affine(mean, rstd, options(vector));
 #pragma unroll
         for (int k = 0; k < length; ++k) v[k] = normalise<dtype>(v[k], map, a.options.silu);
-        Packed::store(a.y, first_element + vector * length, v);
+        Packed::of(v).store(a.y, first_element + vector * length);
+        if (of_two && a.sum) held[i].store(a.sum, first_element + vector * length);
     }
-}
-
-template <DType dtype>
-auto kernel_for(const NormPlan& plan) {
-    return plan.held == 2 ? &warp_kernel<dtype, 2> : &warp_kernel<dtype, kMostHeldByWarp>;
 }
 
 }  // namespace
 
 void group_norm_silu_warp(const NormForward& a, cudaStream_t stream) {
-    auto kernel = a.shape.dtype == DType::float32    ? kernel_for<DType::float32>(a.plan)
-                  : a.shape.dtype == DType::bfloat16 ? kernel_for<DType::bfloat16>(a.plan)
-                                                     : kernel_for<DType::float16>(a.plan);
-    launch("group_norm_silu", kernel, {ceil_div(a.plan.tiles, kNormWarps), 1, kNormWarps * kWarp}, stream, a);
+    for_dtype(a.shape.dtype, [&](auto dtype) {
+        auto kernel = a.of_two()         ? &warp_kernel<dtype.value, kMostHeldByWarp, true>
+                      : a.plan.held == 2 ? &warp_kernel<dtype.value, 2, false>
+                                         : &warp_kernel<dtype.value, kMostHeldByWarp, false>;
+        launch("group_norm_silu", kernel, {ceil_div(a.plan.tiles, kNormWarps), 1, kNormWarps * kWarp}, stream, a);
+    });
 }
 
 }  // namespace dd::cuda

@@ -20,7 +20,15 @@ from typing import NamedTuple
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-OPS = ("randn", "q_sample", "reverse_step", "group_norm_silu", "group_norm_silu_backward")
+OPS = (
+    "randn",
+    "q_sample",
+    "reverse_step",
+    "group_norm_silu",
+    "add_group_norm_silu",
+    "cat_group_norm_silu",
+    "group_norm_silu_backward",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REGIMES, ACCESSES = ("warp", "held", "split"), ("contiguous", "channels_last", "scalar")
 ROOT = Path(__file__).parents[2]
@@ -96,9 +104,10 @@ class HostLibrary:
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
 
-    def set_chip(self, sm_count: int = 132, major: int = 9, l2_bytes: int = 60 << 20) -> None:
+    def set_chip(self, sm_count: int = 132, major: int = 9, l2_bytes: int = 60 << 20, largest_cluster: int = 8) -> None:
         """The chip that kernels are planned for; an H200 unless told otherwise."""
-        self._library.dd_host_chip(ctypes.c_int(sm_count), ctypes.c_int(major), ctypes.c_int64(l2_bytes))
+        sizes = (ctypes.c_int(sm_count), ctypes.c_int(major), ctypes.c_int64(l2_bytes), ctypes.c_int(largest_cluster))
+        self._library.dd_host_chip(*sizes)
 
     def plan(
         self,
@@ -108,10 +117,12 @@ class HostLibrary:
         channels_last: bool = False,
         aligned: bool = True,
         backward: bool = False,
+        x_channels: int | None = None,
     ) -> Plan:
         """How GroupNorm of x [N, C, ...] is cut for the chip that is set."""
         pixels = math.prod(shape[2:])
-        numbers = (shape[0], shape[1], pixels, groups, channels_last, aligned, DTYPES.index(dtype), backward)
+        numbers = [shape[0], shape[1], pixels, groups, channels_last, aligned, DTYPES.index(dtype), backward]
+        numbers.append(shape[1] if x_channels is None else x_channels)
         plan = (ctypes.c_int64 * len(Plan._fields))()
         self._library.dd_host_plan((ctypes.c_int64 * len(numbers))(*numbers), plan)
         return Plan(REGIMES[plan[0]], ACCESSES[plan[1]], *plan[2:])
@@ -126,3 +137,4 @@ def define_ops() -> None:
     for name in OPS:
         schema = str(getattr(torch.ops.dd_kernels, name).default._schema)
         torch.library.define(f"dd_kernels_host::{name}", schema[schema.index("(") :])
+        torch.library.register_fake(f"dd_kernels_host::{name}", lambda *outputs_are_arguments: None)

@@ -2,12 +2,18 @@
 
 import pytest
 import test_group_norm_silu as suite
+import test_group_norm_silu_of_two as suite_of_two
+import torch
 from budget import DTYPES
+
+import dd_kernels as dd
 
 H200 = {"sm_count": 132, "major": 9, "l2_bytes": 60 << 20}
 A100 = {"sm_count": 108, "major": 8, "l2_bytes": 40 << 20}
 TINY = {"sm_count": 4, "major": 8, "l2_bytes": 1 << 17}  # everything of any size is split, in several waves
 TINY_HOPPER = {"sm_count": 16, "major": 9, "l2_bytes": 1 << 17}
+SLICE = {"sm_count": 16, "major": 9, "l2_bytes": 10 << 20, "largest_cluster": 2}  # of a Hopper chip
+NO_CLUSTERS = {**SLICE, "largest_cluster": 0}
 
 
 @pytest.mark.parametrize(
@@ -27,6 +33,15 @@ TINY_HOPPER = {"sm_count": 16, "major": 9, "l2_bytes": 1 << 17}
         (A100, (16, 320, 64, 64), 32, {"channels_last": True}, {"regime": "split", "access": "channels_last"}),
         (H200, (256, 256, 8, 8), 32, {"backward": True}, {"regime": "held", "held": 2}),
         (H200, (256, 128, 32, 32), 32, {"backward": True}, {"regime": "held", "cluster": 1, "held": 2}),
+        (SLICE, (2, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 2, "held": 16}),
+        (SLICE, (1, 64, 64, 72), 8, {}, {"regime": "held", "cluster": 2, "held": 16}),
+        (SLICE, (2, 640, 64, 64), 32, {}, {"regime": "split"}),
+        (NO_CLUSTERS, (2, 320, 64, 64), 32, {}, {"regime": "split"}),
+        (SLICE, (2, 64, 32, 64), 8, {"backward": True}, {"regime": "held", "cluster": 2}),
+        (NO_CLUSTERS, (2, 64, 32, 64), 8, {"backward": True}, {"regime": "split"}),
+        (H200, (2, 64, 8, 8), 8, {"x_channels": 36}, {"regime": "warp"}),
+        (H200, (2, 64, 8, 8), 8, {"channels_last": True, "x_channels": 40}, {"regime": "held"}),
+        (H200, (2, 64, 8, 8), 8, {"channels_last": True, "x_channels": 36}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 64, 7, 7), 8, {}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 30, 8, 8), 3, {"channels_last": True}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 64, 8, 8), 8, {"aligned": False}, {"regime": "split", "access": "scalar"}),
@@ -91,3 +106,47 @@ def test_regime(kernel, host, case, dtype):
     host.set_backwards(True)
     again = suite.results(x, dy, groups, options, activation, kernel.name)
     assert all(again[name].equal(value) for name, value in once.items())
+
+
+# Channels of x, the others of skip: in the middle of a group, and of what a thread reads at a time where that can be.
+X_CHANNELS = {
+    name: (3 * shape[1] // 8 + 7) // 8 * 8 if "last_" in name else shape[1] // 2 + 1
+    for name, (shape, *_) in CASES.items()
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_regime_of_two_inputs(kernel, host, case, dtype):
+    """A sum's second reader sees what the first has written; a concatenation is never made."""
+    shape, groups, channels_last, chip = CASES[case]
+    host.set_chip(**chip)
+    row = (1, 1, 1, 1, 1, 1, channels_last)
+    x_channels = X_CHANNELS[case]
+    divided = (shape[0], x_channels, *shape[2:])
+    x, _, skip, dy, dsum, options, activation = suite_of_two.parts(divided, shape[1] - x_channels, dtype, row)
+    suite_of_two.check(kernel, x, None, skip, dy, dsum, groups, options, activation)
+    x, residual, _, dy, dsum, options, activation = suite_of_two.parts(shape, 0, dtype, row)
+    suite_of_two.check(kernel, x, residual, None, dy, dsum, groups, options, activation)
+    # The same bits as of one tensor: only where the vectors come from differs.
+    host.set_backwards(True)
+    y, total = dd.group_norm_silu(x, groups, residual=residual, activation=activation, backend="cuda", **options)
+    assert y.equal(dd.group_norm_silu(total, groups, activation=activation, backend="cuda", **options))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_waves_give_the_same_bits(kernel, host, channels_last):
+    """A tile's partial sums are added in their order, however many tiles the L2 cache holds."""
+    case = suite.make((3, 32, 48, 48), torch.bfloat16, (1, 1, 1, 1, 1, 1, channels_last))
+    x, dy, options, activation = case
+    runs, waves = [], []
+    for l2_bytes in (1 << 10, 1 << 20, 60 << 20):
+        host.set_chip(sm_count=4, major=8, l2_bytes=l2_bytes)
+        plan = host.plan(tuple(x.shape), 2, channels_last=channels_last)
+        assert plan.regime == "split"
+        tile_bytes = 2 * x.numel() // plan.tiles
+        assert plan.wave_tiles == 1 or plan.wave_tiles * tile_bytes <= l2_bytes * 2 / 5
+        waves.append(plan.wave_tiles)
+        runs.append(suite.results(x, dy, 2, options, activation, kernel.name))
+    assert waves[0] == 1 < waves[1] < waves[2] == plan.tiles
+    assert all(other[name].equal(value) for other in runs[1:] for name, value in runs[0].items())

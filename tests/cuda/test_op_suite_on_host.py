@@ -3,7 +3,11 @@
 import importlib
 import inspect
 
-SUITE = ("test_randn", "test_q_sample", "test_reverse_step", "test_group_norm_silu")
+import pytest
+import test_group_norm_silu_of_two
+import torch
+
+SUITE = ("test_randn", "test_q_sample", "test_reverse_step", "test_group_norm_silu", "test_group_norm_silu_of_two")
 # These are about torch's tracing, which sees the host library's ops under another name.
 NOT_OF_KERNELS = ("opcheck", "compiles")
 
@@ -16,3 +20,10 @@ def _collect():
 
 
 globals().update({name: f for name, f in _collect() if not any(word in name for word in NOT_OF_KERNELS)})
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_opcheck_of_two(host, which):
+    """Of the operators that only the CUDA library has, under their name on the host."""
+    op, arguments = list(test_group_norm_silu_of_two.operators("cpu"))[which]
+    torch.library.opcheck(getattr(torch.ops.dd_kernels_host, op).default, arguments)

@@ -159,15 +159,20 @@ def test_compiles_in_one_graph(kernel):
     assert all(a.equal(b) for a, b in zip(*wanted, strict=True))
 
 
-def test_opcheck(kernel):
-    if kernel.name != "cuda":
-        pytest.skip("only the CUDA library has an operator of two inputs")
+def operators(device):
+    """The operators of two inputs by name, and arguments for each."""
     x, residual, skip, _, _, options, _ = parts((2, 8, 4, 6), 8, torch.float32, ROWS[0])
     for op, one, second in (("add_group_norm_silu", x, residual), ("cat_group_norm_silu", x, skip)):
         small = [options[name] if op[0] == "c" else options[name][..., :8].contiguous() for name in NAMES]
-        outputs = [torch.empty_like(x)] * 2 if op[0] == "a" else [torch.empty(2, 16, 4, 6)]
+        outputs = [torch.empty_like(x), torch.empty_like(x)] if op[0] == "a" else [torch.empty(2, 16, 4, 6)]
         arguments = (one, second, 4, *small[:2], 1e-5, *small[2:], True, *outputs, torch.empty(2, 4), torch.empty(2, 4))
-        arguments = [v.to(kernel.device) if isinstance(v, torch.Tensor) else v for v in arguments]
+        yield op, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in arguments)
+
+
+def test_opcheck(kernel):
+    if kernel.name != "cuda":
+        pytest.skip("only the CUDA library has an operator of two inputs")
+    for op, arguments in operators(kernel.device):
         torch.library.opcheck(getattr(torch.ops.dd_kernels, op).default, arguments)
 
 

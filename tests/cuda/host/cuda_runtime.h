@@ -61,7 +61,7 @@ enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrL2CacheSize, cu
 namespace host_cuda {
 
 constexpr unsigned kWarp = 32;
-constexpr unsigned kMaxThreads = 1024, kMaxGridY = 65535, kMaxCluster = 8;
+constexpr unsigned kMaxThreads = 1024, kMaxGridY = 65535;
 constexpr size_t kMaxSharedBytes = 48 * 1024;  // more would need cudaFuncSetAttribute
 
 struct Warp {
@@ -79,6 +79,7 @@ struct Block {
 struct Chip {
     int sm_count = 132, major = 9;
     int64_t l2_bytes = int64_t{60} << 20;
+    int largest_cluster = 8;  // that its occupancy allows
 };
 
 // One grid runs at a time, cluster by cluster.
@@ -109,8 +110,9 @@ inline void begin_block(Block& block, dim3 index, size_t shared_bytes) {
 inline bool valid(const cudaLaunchConfig_t& config, unsigned cluster) {
     return config.gridDim.x > 0 && config.gridDim.y > 0 && config.gridDim.y <= kMaxGridY && config.gridDim.z == 1 &&
            config.blockDim.x > 0 && config.blockDim.x % kWarp == 0 && config.blockDim.x <= kMaxThreads &&
-           config.dynamicSmemBytes <= kMaxSharedBytes && cluster > 0 && cluster <= kMaxCluster &&
-           (cluster == 1 || device.chip.major >= 9) && config.gridDim.x % cluster == 0;
+           config.dynamicSmemBytes <= kMaxSharedBytes && cluster > 0 &&
+           cluster <= static_cast<unsigned>(device.chip.largest_cluster) && (cluster == 1 || device.chip.major >= 9) &&
+           config.gridDim.x % cluster == 0;
 }
 
 inline cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
@@ -149,6 +151,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
     return cudaSuccess;
 }
 
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
+    *clusters = config->attrs->val.clusterDim.x <= static_cast<unsigned>(host_cuda::device.chip.largest_cluster);
+    return host_cuda::device.chip.largest_cluster > 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
 #define threadIdx (dim3(host_cuda::device.thread(), 0, 0))
 #define blockIdx (host_cuda::device.here().index)
 
@@ -184,6 +193,11 @@ template <class T>
 T __ldcs(const T* p) {
     return *p;
 }
+template <class T>
+void __stcs(T* p, T value) {
+    *p = value;
+}
+
 // What common/cuda_device.cuh writes in PTX.
 namespace dd::cuda {
 

@@ -3,26 +3,28 @@
 
 #include <iterator>
 
-#include "group_norm_silu/cuda_plan.h"
+#include "group_norm_silu/cuda_backward.h"
 
 #pragma GCC visibility push(default)
 extern "C" {
 
 // The chip that kernels are planned for.
-void dd_host_chip(int sm_count, int major, int64_t l2_bytes) {
-    host_cuda::device.chip = {sm_count, major, l2_bytes};
+void dd_host_chip(int sm_count, int major, int64_t l2_bytes, int largest_cluster) {
+    host_cuda::device.chip = {sm_count, major, l2_bytes, largest_cluster};
     ++host_cuda::device.ordinal;
 }
 
 // Whether a block's last thread runs first.
 void dd_host_backwards(bool backwards) { host_cuda::device.backwards = backwards; }
-// shape: samples, channels, pixels, groups, channels_last, aligned, dtype, backward. plan: regime, access,
+
+// shape: samples, channels, pixels, groups, channels_last, aligned, dtype, backward, x_channels. plan: regime, access,
 // held, cluster, splits, tile_channels, tiles, wave_tiles.
 void dd_host_plan(const int64_t* shape, int64_t* plan) {
     using namespace dd::cuda;
-    const NormShape norm{
-        shape[0], shape[1], shape[2], shape[3], shape[4] != 0, shape[5] != 0, static_cast<dd::DType>(shape[6])};
-    const NormPlan p = plan_norm(norm, shape[7] ? Direction::backward : Direction::forward, current_chip());
+    NormForward a{};
+    a.shape = {shape[0], shape[1], shape[2], shape[3], shape[4] != 0, shape[5] != 0, static_cast<dd::DType>(shape[6]),
+               shape[8]};
+    const NormPlan p = shape[7] ? plan_backward(a.shape) : plan_forward(a);
     const int64_t values[] = {static_cast<int64_t>(p.regime),
                               static_cast<int64_t>(p.access),
                               p.held,
