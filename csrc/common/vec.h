@@ -112,14 +112,21 @@ DD_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }
 // The float nearest to an unsigned integer: the upper half times 2^16 is exact, so only the sum rounds.
 DD_INLINE Vec to_float(VecU v) { return fma(to_float((VecI)(v >> 16)), 65536.0f, to_float((VecI)(v & 0xffffu))); }
 
-// Sum of the lanes, always in the same order.
-DD_INLINE float sum(Vec v) {
-    float low = (v[0] + v[2]) + (v[1] + v[3]);
-#if DD_LANES == 8
-    return low + ((v[4] + v[6]) + (v[5] + v[7]));
+#ifdef __clang__
+#define DD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-    return low;
+#define DD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
 #endif
+
+// Sum of the lanes, always in the same order: halves onto each other.
+DD_INLINE float sum(Vec v) {
+#if DD_LANES == 8
+    v += DD_SHUFFLE(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
+    v += DD_SHUFFLE(v, v, 2, 3, 2, 3, 2, 3, 2, 3);
+#else
+    v += DD_SHUFFLE(v, v, 2, 3, 2, 3);
+#endif
+    return v[0] + v[1];
 }
 
 // For Philox: a word is the low half of a 64-bit lane, which is where the processor's widening multiply
@@ -146,12 +153,6 @@ DD_INLINE VecU interleave(VecU64 a, VecU64 b) {
     return (VecU)((a & 0xffffffffu) | (b << 32));
 #endif
 }
-
-#ifdef __clang__
-#define DD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define DD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
-#endif
 
 // Within each 128 bits, lane i of v[j] changes places with lane j of v[i].
 DD_INLINE void transpose_4x4(Vec v[4]) {
