@@ -29,6 +29,20 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch):
     exec(compile(f"{first}\n{snippet}", "README.md", "exec"), {})
 
 
+def test_what_is_imported_instead_is_there():
+    """The lines to change: each of theirs has the names that code written against it imports."""
+    lines = re.findall(r"`from ([\w.]+) import [^`]*` → `(from dd_kernels[^`]*)`", README)
+    names = {
+        "guided_diffusion.gaussian_diffusion": "GaussianDiffusion, LossType, ModelMeanType, ModelVarType, "
+        "get_named_beta_schedule, betas_for_alpha_bar, SpacedDiffusion, space_timesteps, normal_kl, "
+        "discretized_gaussian_log_likelihood",
+        "ldm.models.diffusion.ddim": "DDIMSampler",
+    }
+    assert {theirs for theirs, _ in lines} == set(names)
+    for theirs, line in lines:
+        exec(line.replace("...", names[theirs]), {})
+
+
 @pytest.mark.slow
 def test_commands_run_one_after_another(tmp_path):
     for command in OURS:
