@@ -6,10 +6,12 @@ Four implementations stand behind every op of :mod:`dd_kernels.ops`:
 name           what it is                                                  runs on
 =============  ==========================================================  =================
 ``cpu``        C++ built by ``pip install``, one build for every torch     CPU tensors
-``cuda``       CUDA C++ built where ``nvcc`` is found                      CUDA tensors
+``cuda``       CUDA C++ built where ``nvcc`` is found                      CUDA tensors [1]_
 ``triton``     Triton, compiled when first called                          CUDA, ROCm tensors
 ``reference``  plain PyTorch: the equations as they stand in the papers    any tensor
 =============  ==========================================================  =================
+
+.. [1] On devices of compute capability 8.0 (Ampere) or later.
 
 ``auto`` takes the fastest that serves the call. A backend asked for by name, per call, with
 :func:`use_backend` or with the environment variable ``DD_KERNELS_BACKEND``, runs or raises.
@@ -74,6 +76,22 @@ _why_not: dict[str, str | None] = {
 _default = os.environ.get("DD_KERNELS_BACKEND", "auto")
 
 
+_LEAST_CAPABILITY = (8, 0)
+_too_old: dict[int, str | None] = {}  # by the index of a CUDA device, which is asked once
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    """Why the CUDA library cannot run on this CUDA device, whatever else it can; None if it can."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _too_old:
+        capability = torch.cuda.get_device_capability(index)
+        _too_old[index] = None
+        if capability < _LEAST_CAPABILITY:
+            least, found = (".".join(map(str, numbers)) for numbers in (_LEAST_CAPABILITY, capability))
+            _too_old[index] = f"its kernels need compute capability {least} or later, and cuda:{index} has {found}"
+    return _too_old[index]
+
+
 def interpreting_triton() -> bool:
     """Whether Triton kernels run in its interpreter, which also takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -95,6 +113,8 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
         return _why_not[name]
     if device_type not in _devices(name):
         return f"it takes {' or '.join(_devices(name))} tensors, and these are on {device_type}"
+    if name == "cuda" and device_type == "cuda":
+        return _why_not_on(torch.device(device))
     return None
 
 
@@ -109,11 +129,14 @@ def _device_type(device: torch.device) -> str:
     return found
 
 
-def _fastest(device_type: str) -> str:
+def _fastest(device: torch.device) -> str:
+    device_type = _device_type(device)
     if device_type == "cpu":
         return "cpu" if _why_not["cpu"] is None else "reference"
     if device_type == "cuda":
-        return next((name for name in ("cuda", "triton") if _why_not[name] is None), "reference")
+        if _why_not["cuda"] is None and _why_not_on(device) is None:
+            return "cuda"
+        return "triton" if _why_not["triton"] is None else "reference"
     return "reference"
 
 
@@ -128,7 +151,7 @@ def choose(op: str, backend: str, device: torch.device, obstacle: str | None = N
     if backend == "auto":
         backend, argument = _default, "DD_KERNELS_BACKEND"
     if backend == "auto":
-        return "reference" if obstacle else _fastest(_device_type(device))
+        return "reference" if obstacle else _fastest(device)
     _check_name(argument, backend)
     if backend == "reference":
         return backend

@@ -50,6 +50,27 @@ def test_unavailable():
         backends.unavailable("opencl")
 
 
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_cuda_kernels_need_a_recent_device(monkeypatch, capability, runs):
+    device = torch.device("cuda", 1)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or capability)
+    monkeypatch.setattr(backends, "_too_old", {})
+    for name in ("cuda", "triton"):
+        monkeypatch.setitem(backends._why_not, name, None)
+    reason = "its kernels need compute capability 8.0 or later, and cuda:1 has 7.5"
+    assert backends.choose("op", "auto", device) == ("cuda" if runs else "triton")
+    assert backends.unavailable("cuda", device) == (None if runs else reason)
+    if runs:
+        assert backends.choose("op", "cuda", device) == "cuda"
+    else:
+        with pytest.raises(dd.BackendUnavailableError, match=f"op: backend='cuda' .* cannot run: {reason}"):
+            backends.choose("op", "cuda", device)
+        monkeypatch.setitem(backends._why_not, "triton", "the package triton is not installed")
+        assert backends.choose("op", "auto", device) == "reference"
+    assert asked == [1]
+
+
 def test_triton_takes_cpu_tensors_only_in_its_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backends.unavailable("triton", "cpu") is None

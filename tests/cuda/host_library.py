@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -53,6 +54,21 @@ def _digest(*parts: object) -> str:
     return digest.hexdigest()[:16]
 
 
+def _with_headers(source: Path) -> list[Path]:
+    """A source and all of this repository's files that it includes: the CPU library's headers change nothing here."""
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        path = left.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^#include ["<](.+)[">]', path.read_text(), re.MULTILINE):
+            included = (folder / name for folder in (path.parent, HOST, ROOT / "csrc"))
+            left += [path for path in included if path.is_file()][:1]
+    return sorted(found)
+
+
 def _compile(command: list[str], source: Path, target: Path) -> Path:
     """``target`` itself, made unless an earlier run on the same sources made it."""
     if not target.exists():
@@ -68,11 +84,9 @@ def build(sanitize: bool = False) -> Path:
     folder.mkdir(exist_ok=True)
     flags = [*FLAGS, *(SANITIZE if sanitize else []), "-DTORCH_TARGET_VERSION=0x020A000000000000"]
     command = [compiler(), *flags, *(f"-I{path}" for path in (HOST, ROOT / "csrc", *include_paths()))]
-    headers = sorted(path for path in [*ROOT.glob("csrc/*/*.*h"), *HOST.rglob("*.h")])
-    common = _digest(command, torch.__version__, *headers)
-    targets = {
-        source: folder / f"{source.parent.name}_{source.stem}_{_digest(common, source)}.o" for source in _sources()
-    }
+    common = _digest(command, torch.__version__)
+    digests = {source: _digest(common, *_with_headers(source)) for source in _sources()}
+    targets = {source: folder / f"{source.parent.name}_{source.stem}_{key}.o" for source, key in digests.items()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda item: _compile(command, *item), targets.items()))
     library = folder / f"dd_kernels_host_{_digest([str(path) for path in objects])}.so"
