@@ -9,7 +9,7 @@ import diffusers
 import torch
 
 from ..nn import UNet
-from .unet_layers import Pairs, StateDict, attentions, check_keys, layers, renamed
+from .unet_layers import Pairs, StateDict, block_name, blocks, check_keys, converted, layers, renamed
 
 # Our layer -> theirs, inside a residual block.
 RESNET = {
@@ -23,19 +23,10 @@ RESNET = {
 
 
 def _blocks(model: UNet) -> Pairs:
-    for ours, theirs, samplers, stages in (
-        ("down", "down_blocks", "downsamplers", model.down),
-        ("up", "up_blocks", "upsamplers", model.up),
-    ):
-        for level, stage in enumerate(stages):
-            for kind in ("resnets", "attentions"):
-                for i in range(len(getattr(stage, kind))):
-                    yield f"{ours}.{level}.{kind}.{i}", f"{theirs}.{level}.{kind}.{i}"
-            if stage.resample is not None:
-                yield f"{ours}.{level}.resample", f"{theirs}.{level}.{samplers}.0"
-    for kind in ("resnets", "attentions"):
-        for i in range(len(getattr(model.middle, kind))):
-            yield f"middle.{kind}.{i}", f"mid_block.{kind}.{i}"
+    for block in blocks(model):
+        side, level, kind, i = block
+        stage = "mid_block" if side == "middle" else f"{side}_blocks.{level}"
+        yield block_name(*block), f"{stage}.{f'{side}samplers' if kind == 'resample' else kind}.{i}"
 
 
 def _layers(model: UNet) -> Pairs:
@@ -50,34 +41,30 @@ def _layers(model: UNet) -> Pairs:
     return layers(model, _blocks(model), outer, RESNET, "conv")
 
 
-def _their_state(model: UNet) -> StateDict:
-    source, heads = model.state_dict(), attentions(model)
-    result: StateDict = {}
-    for ours, theirs in _layers(model):
-        if ours not in heads:
-            result |= renamed(source, ours, theirs)
-            continue
-        result |= renamed(source, f"{ours}.norm", f"{theirs}.group_norm")
-        result |= renamed(source, f"{ours}.proj", f"{theirs}.to_out.0")
-        for key in ("weight", "bias"):
-            for part, rows in zip("qkv", source[f"{ours}.qkv.{key}"].chunk(3), strict=True):
-                result[f"{theirs}.to_{part}.{key}"] = rows
+def _attention_to_theirs(source: Mapping[str, torch.Tensor], ours: str, theirs: str, heads: int) -> StateDict:
+    result = renamed(source, f"{ours}.norm", f"{theirs}.group_norm")
+    result |= renamed(source, f"{ours}.proj", f"{theirs}.to_out.0")
+    for key in ("weight", "bias"):
+        for part, rows in zip("qkv", source[f"{ours}.qkv.{key}"].chunk(3), strict=True):
+            result[f"{theirs}.to_{part}.{key}"] = rows
     return result
+
+
+def _attention_to_ours(source: Mapping[str, torch.Tensor], theirs: str, ours: str, heads: int) -> StateDict:
+    result = renamed(source, f"{theirs}.group_norm", f"{ours}.norm")
+    result |= renamed(source, f"{theirs}.to_out.0", f"{ours}.proj")
+    for key in ("weight", "bias"):
+        result[f"{ours}.qkv.{key}"] = torch.cat([source[f"{theirs}.to_{part}.{key}"] for part in "qkv"])
+    return result
+
+
+def _their_state(model: UNet) -> StateDict:
+    return converted(model, model.state_dict(), _layers(model), _attention_to_theirs, to_ours=False)
 
 
 def _our_state(model: UNet, state_dict: Mapping[str, torch.Tensor]) -> StateDict:
     check_keys(state_dict, _their_state(model))
-    heads = attentions(model)
-    result: StateDict = {}
-    for ours, theirs in _layers(model):
-        if ours not in heads:
-            result |= renamed(state_dict, theirs, ours)
-            continue
-        result |= renamed(state_dict, f"{theirs}.group_norm", f"{ours}.norm")
-        result |= renamed(state_dict, f"{theirs}.to_out.0", f"{ours}.proj")
-        for key in ("weight", "bias"):
-            result[f"{ours}.qkv.{key}"] = torch.cat([state_dict[f"{theirs}.to_{part}.{key}"] for part in "qkv"])
-    return result
+    return converted(model, state_dict, _layers(model), _attention_to_ours, to_ours=True)
 
 
 def _one(name: str, values: set[Any]) -> Any:

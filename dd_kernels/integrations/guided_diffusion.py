@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
 from ..nn import UNet
-from .unet_layers import Pairs, StateDict, attentions, check_keys, layers, renamed
+from .unet_layers import Pairs, StateDict, block_name, blocks, check_keys, converted, layers, renamed
 
 # Our layer -> theirs, inside a residual block.
 RESNET = {
@@ -21,31 +22,19 @@ RESNET = {
 
 
 def _blocks(model: UNet) -> Pairs:
-    """(our block, theirs): guided-diffusion counts blocks through all levels."""
-    place = 1
-    for level, stage in enumerate(model.down):
-        for i in range(len(stage.resnets)):
-            yield f"down.{level}.resnets.{i}", f"input_blocks.{place}.0"
-            if len(stage.attentions):
-                yield f"down.{level}.attentions.{i}", f"input_blocks.{place}.1"
-            place += 1
-        if stage.resample is not None:
-            yield f"down.{level}.resample", f"input_blocks.{place}.0"
-            place += 1
-    yield "middle.resnets.0", "middle_block.0"
-    if len(model.middle.attentions):
-        yield "middle.attentions.0", "middle_block.1"
-    yield "middle.resnets.1", f"middle_block.{1 + len(model.middle.attentions)}"
-    place = 0
-    for level, stage in enumerate(model.up):
-        for i in range(len(stage.resnets)):
-            yield f"up.{level}.resnets.{i}", f"output_blocks.{place}.0"
-            if len(stage.attentions):
-                yield f"up.{level}.attentions.{i}", f"output_blocks.{place}.1"
-            place += 1
-        if stage.resample is not None:
-            last = 2 if len(stage.attentions) else 1
-            yield f"up.{level}.resample", f"output_blocks.{place - 1}.{last}"
+    """(our block, theirs): guided-diffusion counts places through all levels, and blocks within a place."""
+    stages = {"down": "input_blocks.", "middle": "middle_block", "up": "output_blocks."}
+    place = {"down": 0, "middle": "", "up": -1}  # input_blocks.0 is the first convolution
+    within = -1
+    for block in blocks(model):
+        side, _, kind, _ = block
+        within += 1
+        if side != "middle" and (kind == "resnets" or (side, kind) == ("down", "resample")):
+            place[side] += 1
+            within = 0
+        elif block == ("middle", 0, "resnets", 0):
+            within = 0
+        yield block_name(*block), f"{stages[side]}{place[side]}.{within}"
 
 
 def _layers(model: UNet) -> Pairs:
@@ -66,26 +55,37 @@ def _regrouped(qkv: Tensor, groups: int, parts: int) -> Tensor:
     return rows.transpose(0, 1).reshape(qkv.shape)
 
 
+def _attention_to_theirs(
+    new_order: bool, source: Mapping[str, Tensor], ours: str, theirs: str, heads: int
+) -> StateDict:
+    result = renamed(source, f"{ours}.norm", f"{theirs}.norm")
+    for key in ("weight", "bias"):
+        qkv, proj = source[f"{ours}.qkv.{key}"], source[f"{ours}.proj.{key}"]
+        # Ours is (q, k, v; head); the old order of theirs is (head; q, k, v).
+        qkv = qkv if new_order else _regrouped(qkv, 3, heads)
+        one_dimensional = (..., None) if key == "weight" else ...  # their projections are Conv1d
+        result[f"{theirs}.qkv.{key}"] = qkv[one_dimensional]
+        result[f"{theirs}.proj_out.{key}"] = proj[one_dimensional]
+    return result
+
+
+def _attention_to_ours(new_order: bool, source: Mapping[str, Tensor], theirs: str, ours: str, heads: int) -> StateDict:
+    result = renamed(source, f"{theirs}.norm", f"{ours}.norm")
+    for key in ("weight", "bias"):
+        qkv, proj = (source[f"{theirs}.{layer}.{key}"] for layer in ("qkv", "proj_out"))
+        qkv, proj = (x.squeeze(-1) if key == "weight" else x for x in (qkv, proj))
+        result[f"{ours}.qkv.{key}"] = qkv if new_order else _regrouped(qkv, heads, 3)
+        result[f"{ours}.proj.{key}"] = proj
+    return result
+
+
 def to_guided_diffusion(model: UNet, *, new_attention_order: bool = False) -> StateDict:
     """The model's weights under the names of guided-diffusion's and improved-diffusion's UNetModel.
 
     ``new_attention_order`` is the option of that name that their model is built with.
     """
-    source, heads = model.state_dict(), attentions(model)
-    result: StateDict = {}
-    for ours, theirs in _layers(model):
-        if ours not in heads:
-            result |= renamed(source, ours, theirs)
-            continue
-        result |= renamed(source, f"{ours}.norm", f"{theirs}.norm")
-        for key in ("weight", "bias"):
-            qkv, proj = source[f"{ours}.qkv.{key}"], source[f"{ours}.proj.{key}"]
-            # Ours is (q, k, v; head); the old order of theirs is (head; q, k, v).
-            qkv = qkv if new_attention_order else _regrouped(qkv, 3, heads[ours])
-            one_dimensional = (..., None) if key == "weight" else ...  # their projections are Conv1d
-            result[f"{theirs}.qkv.{key}"] = qkv[one_dimensional]
-            result[f"{theirs}.proj_out.{key}"] = proj[one_dimensional]
-    return result
+    attention = partial(_attention_to_theirs, new_attention_order)
+    return converted(model, model.state_dict(), _layers(model), attention, to_ours=False)
 
 
 def load_guided_diffusion(model: UNet, state_dict: Mapping[str, Tensor], *, new_attention_order: bool = False) -> UNet:
@@ -97,17 +97,6 @@ def load_guided_diffusion(model: UNet, state_dict: Mapping[str, Tensor], *, new_
         ValueError: a name or a shape does not fit the model's configuration.
     """
     check_keys(state_dict, to_guided_diffusion(model))
-    heads = attentions(model)
-    result: StateDict = {}
-    for ours, theirs in _layers(model):
-        if ours not in heads:
-            result |= renamed(state_dict, theirs, ours)
-            continue
-        result |= renamed(state_dict, f"{theirs}.norm", f"{ours}.norm")
-        for key in ("weight", "bias"):
-            qkv, proj = (state_dict[f"{theirs}.{layer}.{key}"] for layer in ("qkv", "proj_out"))
-            qkv, proj = (x.squeeze(-1) if key == "weight" else x for x in (qkv, proj))
-            result[f"{ours}.qkv.{key}"] = qkv if new_attention_order else _regrouped(qkv, heads[ours], 3)
-            result[f"{ours}.proj.{key}"] = proj
-    model.load_state_dict(result)
+    attention = partial(_attention_to_ours, new_attention_order)
+    model.load_state_dict(converted(model, state_dict, _layers(model), attention, to_ours=True))
     return model

@@ -6,7 +6,7 @@ does to an attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -14,6 +14,25 @@ from ..nn import UNet
 
 Pairs = Iterator[tuple[str, str]]
 StateDict = dict[str, Tensor]
+ConvertAttention = Callable[[Mapping[str, Tensor], str, str, int], StateDict]
+
+
+def blocks(model: UNet) -> Iterator[tuple[str, int, str, int]]:
+    """(side, level, kind, index) of every block, in the order in which the model calls them."""
+    for side, stages in (("down", model.down), ("middle", [model.middle]), ("up", model.up)):
+        for level, stage in enumerate(stages):
+            for i in range(len(stage.resnets)):
+                yield side, level, "resnets", i
+                if i < len(stage.attentions):
+                    yield side, level, "attentions", i
+            if getattr(stage, "resample", None) is not None:
+                yield side, level, "resample", 0
+
+
+def block_name(side: str, level: int, kind: str, i: int) -> str:
+    """A block's name in our U-Net."""
+    stage = side if side == "middle" else f"{side}.{level}"
+    return f"{stage}.{kind}" if kind == "resample" else f"{stage}.{kind}.{i}"
 
 
 def layers(model: UNet, blocks: Pairs, outer: Mapping[str, str], resnet: Mapping[str, str], down: str) -> Pairs:
@@ -29,9 +48,19 @@ def layers(model: UNet, blocks: Pairs, outer: Mapping[str, str], resnet: Mapping
             yield f"{ours}.conv", f"{theirs}.{down if ours.startswith('down') else 'conv'}"
 
 
-def attentions(model: UNet) -> dict[str, int]:
-    """The number of heads of each attention, by its name."""
-    return {name: module.heads for name, module in model.named_modules() if hasattr(module, "qkv")}
+def converted(
+    model: UNet, source: Mapping[str, Tensor], pairs: Pairs, attention: ConvertAttention, to_ours: bool
+) -> StateDict:
+    """``source`` under our names or under theirs; ``pairs`` are of :func:`layers`.
+
+    ``attention`` is given ``source``, the old name and the new, and the number of heads.
+    """
+    heads = {name: module.heads for name, module in model.named_modules() if hasattr(module, "qkv")}
+    result: StateDict = {}
+    for ours, theirs in pairs:
+        old, new = (theirs, ours) if to_ours else (ours, theirs)
+        result |= attention(source, old, new, heads[ours]) if ours in heads else renamed(source, old, new)
+    return result
 
 
 def renamed(source: Mapping[str, Tensor], old: str, new: str) -> StateDict:
