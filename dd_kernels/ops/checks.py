@@ -33,7 +33,7 @@ def check_like(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
 
 def check_output(name: str, y: Tensor | None, x_name: str, x: Tensor) -> None:
     """Raises unless ``y`` is None or can take a result of ``x``'s shape, dtype and device."""
-    if y is None:
+    if y is None or y is x:
         return
     check_like(name, y, x_name, x)
     if y.dtype != x.dtype:
@@ -42,7 +42,7 @@ def check_output(name: str, y: Tensor | None, x_name: str, x: Tensor) -> None:
 
 def room_for_result(y: Tensor | None, x: Tensor) -> Tensor:
     """``y`` where a kernel can write a result of dense ``x``'s layout into it, else a new tensor."""
-    return torch.empty_like(x) if y is None or y.stride() != x.stride() else y
+    return y if y is x or (y is not None and y.stride() == x.stride()) else torch.empty_like(x)
 
 
 def check_shape(name: str, y: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
@@ -116,6 +116,6 @@ def dense(x: Tensor) -> Tensor:
 
 def laid_out_like(y: Tensor | None, x: Tensor) -> Tensor | None:
     """``y`` with the strides of ``x`` inside a sample; samples may lie further apart, as after ``chunk``."""
-    if y is None or y.stride() == x.stride() or y.stride()[1:] == x.stride()[1:]:
+    if y is None or (y.is_contiguous() and x.is_contiguous()) or y.stride()[1:] == x.stride()[1:]:
         return y
     return y.contiguous(memory_format=memory_format(x))
