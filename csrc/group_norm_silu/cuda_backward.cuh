@@ -44,9 +44,9 @@ struct Channel {
 
     template <class Place>
     DD_DEVICE Channel(const Place& place, const NormBackward& a, int channel) {
-        const int64_t first_group = place.sample * a.shape.groups + place.first_channel / a.plan.group_channels;
-        mean = a.mean[first_group + place.group(channel)];
-        rstd = a.rstd[first_group + place.group(channel)];
+        const int64_t group = place.group_in_tensor(place.group(channel));
+        mean = a.mean[group];
+        rstd = a.rstd[group];
         options = channel_options(a.options, a.shape, place.sample, place.first_channel + channel);
     }
 

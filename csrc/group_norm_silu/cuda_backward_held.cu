@@ -4,14 +4,19 @@
 namespace dd::cuda {
 namespace {
 
-// The block's shared memory: what its threads or rows add up to, its share of the sums, the tile's sums.
+constexpr int kMapFloats = 3;  // of an Affine
+
+// The block's shared memory: the maps of its channels and then, in their place, what its threads or rows add
+// up to; its share of the sums; the tile's sums.
 struct Shared {
     float *entries, *share, *total;  // share, total: [kSums][tile_channels]
     GroupLine* lines;                // [tile_groups]
 
-    static int64_t entry_count(const NormShape& shape, const NormPlan& plan) {
+    DD_HOST_DEVICE static int64_t entry_count(const NormShape& shape, const NormPlan& plan) {
         if (plan.access == Access::contiguous) return kSums * plan.rows_each;
-        return shape.vector() * (kNormThreads / plan.columns) * (plan.columns | 1);
+        const int64_t of_threads = shape.vector() * (kNormThreads / plan.columns) * (plan.columns | 1);
+        const int64_t of_maps = kMapFloats * plan.tile_channels;
+        return of_threads > of_maps ? of_threads : of_maps;
     }
 
     static int64_t bytes(const NormShape& shape, const NormPlan& plan) {
@@ -20,14 +25,31 @@ struct Shared {
 
     template <class Place>
     DD_DEVICE explicit Shared(const Place& place) {
-        const int count = place.kSameChannels ? place.kLength * place.step * place.pitch
-                                              : kSums * static_cast<int>(place.plan.rows_each);
         entries = shared_memory();
-        share = entries + count;
+        share = entries + static_cast<int>(entry_count(place.shape, place.plan));
         total = share + kSums * place.plan.tile_channels;
         lines = reinterpret_cast<GroupLine*>(total + kSums * place.plan.tile_channels);
     }
 };
+
+// The maps of a thread's channels where they are last, worked out once for the block; every row has the same.
+template <class Place>
+DD_DEVICE void share_maps(const Place& place, const NormBackward& a, float* shared, Affine (&maps)[Place::kLength]) {
+    const int columns = a.plan.columns, channels = a.plan.tile_channels;
+    for (int i = threadIdx.x; i < channels; i += kNormThreads) {
+        const Affine map = Channel(place, a, i).map();
+        float* at = shared + i % Place::kLength * columns + i / Place::kLength;  // columns in different banks
+        at[0] = map.centre;
+        at[channels] = map.gain;
+        at[2 * channels] = map.offset;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < Place::kLength; ++k) {
+        const float* at = shared + k * columns + place.column;
+        maps[k] = {at[0], at[channels], at[2 * channels]};
+    }
+}
 
 // The block's share of the channels' sums, where channels are last.
 template <DType dtype, int K, class Place, class Tensor>
@@ -112,7 +134,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) held_backward_kernel(const No
     Affine maps[place.kLength];
     GroupLine lines[place.kLength];
     if constexpr (place.kSameChannels) {
-        load_maps(place, a, place.first_row(), maps);
+        share_maps(place, a, shared.entries, maps);
         sum_columns<dtype, K>(place, a, x, dy, maps, shared);
     } else {
         sum_rows<dtype, K>(place, a, x, dy, shared);
@@ -141,14 +163,16 @@ __global__ void __launch_bounds__(kNormThreads, 2) held_backward_kernel(const No
 
 using Kernel = void (*)(NormBackward);
 
+template <DType dtype, Access access>
+Kernel kernel_holding(int held) {
+    constexpr int most = most_held(dtype, access, Direction::backward);
+    return held == 2 ? &held_backward_kernel<dtype, access, 2> : &held_backward_kernel<dtype, access, most>;
+}
+
 Kernel kernel_for(const NormShape& shape, const NormPlan& plan) {
-    return for_dtype(shape.dtype, [&](auto dtype) -> Kernel {
-        if (plan.access == Access::contiguous) {
-            return plan.held == 2 ? &held_backward_kernel<dtype.value, Access::contiguous, 2>
-                                  : &held_backward_kernel<dtype.value, Access::contiguous, 4>;
-        }
-        return plan.held == 2 ? &held_backward_kernel<dtype.value, Access::channels_last, 2>
-                              : &held_backward_kernel<dtype.value, Access::channels_last, 4>;
+    return for_dtype(shape.dtype, [&](auto dtype) {
+        return plan.access == Access::contiguous ? kernel_holding<dtype.value, Access::contiguous>(plan.held)
+                                                 : kernel_holding<dtype.value, Access::channels_last>(plan.held);
     });
 }
 

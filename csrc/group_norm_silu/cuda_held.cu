@@ -26,7 +26,7 @@ DD_DEVICE void share_statistics(const Place& place, const NormForward& a, const 
         };
         combine_parts(place, blocks, a.options.eps, load, shared.mean[group], shared.rstd[group]);
         if (blocks == 1 || cluster_rank() == 0) {
-            const int64_t at = place.sample * a.shape.groups + place.first_channel / a.plan.group_channels + group;
+            const int64_t at = place.group_in_tensor(group);
             a.mean[at] = shared.mean[group];
             a.rstd[at] = shared.rstd[group];
         }

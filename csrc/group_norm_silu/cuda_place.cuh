@@ -120,7 +120,8 @@ struct Place {
     const NormShape& shape;
     const NormPlan& plan;
     unsigned sample;
-    int64_t first_element, first_channel;  // of the tile; the channel within the sample
+    int first_channel;  // of the tile, within the sample
+    int64_t first_element;
     int column, step;
     int pitch;         // odd, so that columns of entries meet no bank conflicts
     Index begin, end;  // of the block's rows
@@ -130,8 +131,9 @@ struct Place {
     DD_DEVICE Place(const NormShape& s, const NormPlan& p, unsigned tile, int part) : shape(s), plan(p) {
         const unsigned tiles_per_sample = static_cast<unsigned>(s.channels) / static_cast<unsigned>(p.tile_channels);
         sample = tile / tiles_per_sample;
-        first_channel = static_cast<int64_t>(tile % tiles_per_sample) * p.tile_channels;
-        first_element = sample * s.channels * s.pixels + first_channel * (s.channels_last ? 1 : s.pixels);
+        first_channel = static_cast<int>(tile % tiles_per_sample) * p.tile_channels;
+        first_element = (sample * s.channels + (s.channels_last ? 0 : first_channel)) * s.pixels;
+        if (s.channels_last) first_element += first_channel;
         pitch = p.columns | 1;
         step = kNormThreads / p.columns;
         column = static_cast<int>(threadIdx.x) % p.columns;
@@ -181,6 +183,11 @@ struct Place {
         }
         const int64_t pixel = access == Access::channels_last ? row : row / plan.group_channels;
         return {a, in_tensor, sample * shape.pixels + pixel, in_sample, 1};
+    }
+
+    // A group of the tile, counted over all samples.
+    DD_DEVICE int64_t group_in_tensor(int group) const {
+        return sample * shape.groups + first_channel / plan.group_channels + group;
     }
 
     // values[k] = load(channel) for every element of a row's vector.

@@ -32,16 +32,16 @@ struct NormShape {
     DType dtype;
     int64_t x_channels;  // the others, if any, are those of a second tensor
 
-    int64_t group_channels() const { return channels / groups; }
+    DD_HOST_DEVICE int64_t group_channels() const { return channels / groups; }
     int64_t group_elements() const { return group_channels() * pixels; }
-    int64_t element_bytes() const { return dtype == DType::float32 ? 4 : 2; }
-    int64_t vector() const { return 16 / element_bytes(); }
+    DD_HOST_DEVICE int64_t element_bytes() const { return dtype == DType::float32 ? 4 : 2; }
+    DD_HOST_DEVICE int64_t vector() const { return 16 / element_bytes(); }
 };
 
 struct NormPlan {
     Regime regime;
     Access access;
-    int held;     // vectors in a thread's registers: 2, 4, 8 or 16
+    int held;     // vectors in a thread's registers: 2, 4 or 8, or the most that fit
     int cluster;  // blocks that share a tile
     int splits;   // blocks that a tile is split over
     int tile_channels, tile_groups, group_channels;
@@ -58,7 +58,7 @@ struct NormPlan {
 constexpr int most_held(DType dtype, Access access, Direction direction) {
     if (direction == Direction::backward) return 4;
     // The exact exponential of float32, and the parameters of eight channels, need registers of their own.
-    return dtype == DType::float32 || access == Access::channels_last ? 8 : 16;
+    return dtype == DType::float32 || access == Access::channels_last ? 8 : 12;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

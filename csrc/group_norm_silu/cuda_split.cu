@@ -12,8 +12,7 @@ constexpr int kAtOnce = 4;  // vectors that a thread has under way
 // Where a block leaves its share of a group: [N G][splits], a mean and a sum of squares each.
 template <class Place>
 DD_DEVICE float* partial(const Place& place, const NormForward& a, int group, int part) {
-    const int64_t first_group = place.sample * a.shape.groups + place.first_channel / a.plan.group_channels;
-    return a.partials + 2 * ((first_group + group) * a.plan.splits + part);
+    return a.partials + 2 * (place.group_in_tensor(group) * a.plan.splits + part);
 }
 
 template <DType dtype, Access access, bool of_two>
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const NormForwar
         };
         combine_parts(place, a.plan.splits, a.options.eps, load, shared.mean[group], shared.rstd[group]);
         if (blockIdx.x % a.plan.splits == 0) {
-            const int64_t at = place.sample * a.shape.groups + place.first_channel / a.plan.group_channels + group;
+            const int64_t at = place.group_in_tensor(group);
             a.mean[at] = shared.mean[group];
             a.rstd[at] = shared.rstd[group];
         }

@@ -63,11 +63,8 @@ struct Held {
             const Source source = place.source(a, row);
             return Packed::template load<last>(source.data, source.element);
         });
-        if (!of_two || a.residual == nullptr) return;
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-            if (!place.has(row(place, i))) continue;
-            packs[i] = packs[i] + Packed::template load<true>(a.residual, place.element(row(place, i)));
+        if constexpr (of_two) {
+            if (a.residual) add(place, a.residual);
         }
     }
 
@@ -100,6 +97,14 @@ private:
 #pragma unroll
         for (int i = 0; i < K; ++i) {
             if (place.has(row(place, i))) packs[i] = load_row(row(place, i));
+        }
+    }
+
+    DD_DEVICE void add(const Place& place, const void* residual) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            if (!place.has(row(place, i))) continue;
+            packs[i] = packs[i] + Packed::template load<true>(residual, place.element(row(place, i)));
         }
     }
 

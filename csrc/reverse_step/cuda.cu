@@ -55,8 +55,11 @@ DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_
     for (int i = 0; i < width; ++i) z[i] *= learned_sigma(variance[i], row);
 }
 
+// Blocks to a multiprocessor that the registers are planned for: 80 a thread where 64 would spill.
+DD_HOST_DEVICE constexpr int blocks_for(Order order) { return order == Order::contiguous ? 6 : unit_blocks(order); }
+
 template <Order order>
-__global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) reverse_step_kernel(const ReverseStepArguments a) {
+__global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_kernel(const ReverseStepArguments a) {
     const Unit<order> unit(a.layout);
     constexpr int width = unit_width(order);
     if (!unit.exists()) return;
