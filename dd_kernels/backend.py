@@ -118,7 +118,8 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
     return None
 
 
-_device_types: dict[torch.device, str] = {}
+# Filled with the usual ones: what grows under torch.compile is compiled twice.
+_device_types = {torch.device("cpu"): "cpu", **{torch.device("cuda", i): "cuda" for i in range(16)}}
 
 
 def _device_type(device: torch.device) -> str:

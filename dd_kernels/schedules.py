@@ -41,6 +41,7 @@ class Schedule:
 
     Attributes:
         beta, alpha, alpha_bar, alpha_bar_prev: float64 arrays [T]; alpha_bar_prev[0] is 1.
+        marginal: float64 tensor [T, 2] of \sqrt{\bar\alpha_t} and \sqrt{1 - \bar\alpha_t}.
 
     Raises:
         ValueError: betas is empty, not one-dimensional, not finite or out of range.
@@ -60,6 +61,7 @@ class Schedule:
         self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
         for array in (self.beta, self.alpha, self.alpha_bar, self.alpha_bar_prev):
             array.flags.writeable = False
+        self.marginal = torch.from_numpy(np.stack((np.sqrt(self.alpha_bar), np.sqrt(1.0 - self.alpha_bar)), axis=1))
         self._on: dict[torch.device, MarginalTable] = {}
 
     def __len__(self) -> int:
@@ -96,17 +98,17 @@ class Schedule:
         r"""Signal-to-noise ratio \bar\alpha_t / (1 - \bar\alpha_t), float64 [T]."""
         return self.alpha_bar / (1.0 - self.alpha_bar)
 
-    @cached_property
-    def marginal(self) -> Tensor:
-        r"""[T, 2] float64: \sqrt{\bar\alpha_t}, \sqrt{1 - \bar\alpha_t}."""
-        return torch.from_numpy(np.stack((np.sqrt(self.alpha_bar), np.sqrt(1.0 - self.alpha_bar)), axis=1))
-
     def on(self, device: torch.device) -> MarginalTable:
-        """The marginal's coefficients on ``device``, uploaded at the first call."""
+        """The marginal's coefficients on ``device``, uploaded at the first call, or while torch.compile traces it."""
+        if torch.compiler.is_compiling() or device not in self._on:
+            self._upload(device)
+        return self._on[device]
+
+    @torch.compiler.assume_constant_result
+    def _upload(self, device: torch.device) -> None:
         if device not in self._on:
             steps = torch.arange(len(self), device=device).split(1)
             self._on[device] = MarginalTable(self.marginal.to(device, torch.float32), steps)
-        return self._on[device]
 
     def gather(self, values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
         """values[t] as [N, 1, ...] in ``like``'s float dtype (at least float32), to multiply ``like``."""

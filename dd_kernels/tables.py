@@ -87,11 +87,16 @@ class StepTable:
         return self.rows[:, COLUMNS.index(name)]
 
     def on(self, device: torch.device) -> DeviceTable:
-        """The table on ``device``, uploaded at the first call."""
+        """The table on ``device``, uploaded at the first call, or while torch.compile traces it."""
+        if torch.compiler.is_compiling() or device not in self._on:
+            self._upload(device)
+        return self._on[device]
+
+    @torch.compiler.assume_constant_result
+    def _upload(self, device: torch.device) -> None:
         if device not in self._on:
             steps = torch.arange(len(self), device=device).split(1)
             self._on[device] = DeviceTable(self.rows.to(device, torch.float32), self.timesteps.to(device), steps)
-        return self._on[device]
 
 
 def from_columns(

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 import dd_kernels as dd
 from dd_kernels.schedules import SCHEDULES, from_alpha_bar_function
@@ -142,3 +143,22 @@ def test_bad_input_gets_one_clear_error(call, error, message):
 
 def _mean(t):
     return dd.linear_schedule(10).q_mean_variance(torch.zeros(2, 3), t)
+
+
+def test_tables_first_met_in_a_compiled_function():
+    """One graph, compiled once, that reads what was uploaded while it was traced."""
+    schedule = dd.linear_schedule(20)
+    table = dd.ddim(schedule, 5)
+    compiles = CompileCounter()
+
+    def body(x, t, step):
+        x_t = dd.q_sample(x, t, schedule, seed=1)
+        return dd.reverse_step(x_t, x, table, step) + dd.q_sample(x, 3, schedule, seed=2)
+
+    arguments = torch.randn(2, 3, 4, 4), torch.tensor([4, 19]), torch.tensor(2)
+    torch.compiler.reset()
+    compiled = torch.compile(body, fullgraph=True, backend=compiles)
+    for _ in range(3):
+        assert compiled(*arguments).equal(body(*arguments))
+    assert compiles.frame_count == 1
+    assert len(schedule.on(torch.device("cpu")).steps) == 20
