@@ -36,14 +36,14 @@ DD_HOST_DEVICE Vec one_plus_exp_minus(Vec v) {
     p = fma(p, f, 2.402224094e-1f);
     p = fma(p, f, 6.931470037e-1f);
     p = fma(p, f, 1.0f);
-    return fma(p, as_float(as_int(shifted) << 23), 1.0f);
+    return fma(p, as_float(as_uint(shifted) << 23), 1.0f);
 }
 
 // ln v for normal v > 0; exactly 0 at 1, and accurate to its own magnitude near 1.
 DD_HOST_DEVICE Vec log(Vec v) {
     // v = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
     VecI e = (as_int(v) - 0x3f3504f3) >> 23;
-    Vec f = as_float(as_int(v) - (e << 23)) - 1.0f;
+    Vec f = as_float(as_uint(v) - ((VecU)e << 23)) - 1.0f;
     Vec f2 = f * f;
     Vec p01 = fma(f, 3.333393157e-1f, -4.999998317e-1f);
     Vec p23 = fma(f, 1.996353344e-1f, -2.500258036e-1f);
