@@ -1,93 +1,228 @@
-"""Whole sampling steps, model and update, against diffusers' U-Net and scheduler of the same shape.
+"""Whole sampling steps, model and update, and whole runs of :func:`dd_kernels.sample`.
 
-A run of S steps is S such steps, so that images/s follow from the time of one; the report says so. The
-bytes counted are the model's weights and the image in and out, each once: what no step can do without.
-Weights are random. Ours runs in channels_last, as :class:`dd_kernels.nn.UNet` does everywhere.
+A run of S steps is S such steps, so that images/s follow from the time of one: "extrapolated" in the tables; a
+row with ``steps`` is a whole run. The bytes counted are the weights and the image in and out, each once: what no
+step can do without. Steps are timed as they are called; "CUDA graph" is our step captured and replayed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
 import dd_kernels as dd
-from dd_kernels.nn import UNet
 
-from .harness import THREADS, Case
-
-SCHEDULE = dd.linear_schedule()
-TABLES = {"ddim": dd.ddim(SCHEDULE, steps=50), "ddpm": dd.ddpm(SCHEDULE)}
-Step = Callable[[Tensor], Tensor]
+from . import inspect_step, machine, models
+from .harness import Case, Plan, Row, Target, dtype_name, reason
+from .models import Denoiser
 
 
-def _ours(model: UNet, sampler: str, backend: str = "auto") -> Step:
-    table = TABLES[sampler]
-    index = len(table) // 2
-    t = table.timesteps[index]
+@dataclass(frozen=True)
+class Run:
+    """A model, a sampler and a batch; ``compile``: the modes in which steps are compiled, which takes minutes."""
 
-    def step(x: Tensor) -> Tensor:
-        with dd.use_backend(backend):
-            return dd.reverse_step(x, model(x, t), table, index, seed=0)
+    model: str
+    sampler: str
+    batch: int
+    dtype: torch.dtype = torch.float32
+    compile: tuple[str, ...] = ()
+    whole: int | None = None  # steps of a whole run instead of one step
+    size: int | None = None  # side of the images (latents), where it is not the configuration's
+    reference: bool = False
 
-    return step
-
-
-def _diffusers(sampler: str, bytes_of_ours: int) -> Step | str:
-    """One step of diffusers with the U-Net of google/ddpm-cifar10-32, of random weights."""
-    try:
-        from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-    except ImportError:
-        return "diffusers is not installed"
-    model = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        norm_eps=1e-6,
-        attention_head_dim=None,
-    ).eval()
-    if _bytes(model) != bytes_of_ours:
-        raise AssertionError(f"diffusers' U-Net must be as large as ours, {bytes_of_ours} bytes; got {_bytes(model)}")
-    scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]()
-    scheduler.set_timesteps(len(TABLES[sampler]))
-    t = scheduler.timesteps[len(scheduler.timesteps) // 2]
-    return lambda x: scheduler.step(model(x, t).sample, t, x).prev_sample
+    def __str__(self) -> str:
+        steps = f" whole run of {self.whole}" if self.whole else ""
+        modes = f" {' '.join(self.compile)}" if self.compile else ""
+        return f"{self.model} {self.sampler}{steps}{modes} {self.batch} {dtype_name(self.dtype)}"
 
 
-def _bytes(model: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def _case(name: str, sampler: str, batch: int) -> Case:
-    model = UNet.from_config(name).eval()
-    peers: dict[str, Step | str] = {"reference": _ours(model, sampler, "reference")}
-    if name == "cifar10":
-        peers["diffusers"] = _diffusers(sampler, _bytes(model))
-    config = model.config
-    x = torch.randn(batch, config["in_channels"], config["image_size"], config["image_size"])
-    moved = _bytes(model) + 2 * x.numel() * x.element_size()
-    step = _ours(model, sampler)
-    return Case("sample", f"{name} {sampler}", x.shape, step, [(x,)], moved, peers, layout="channels_last")
-
-
-@pytest.mark.parametrize(
-    ("name", "sampler", "batch"),
-    [
-        ("digits", "ddim", 64),
-        ("digits", "ddpm", 64),
-        ("cifar10", "ddim", 1),
-        ("cifar10", "ddpm", 1),
-        ("cifar10", "ddim", 8),
+BF16 = torch.bfloat16
+RUNS = {
+    "cuda": [
+        *(Run("cifar10", "ddim", n, BF16, reference=n == 256) for n in (256, 1, 64, 16, 512)),
+        Run("cifar10", "ddpm", 256, BF16),
+        Run("cifar10", "ddpm", 512, BF16),
+        Run("cifar10", "ddim", 512, BF16, whole=10),
+        *(Run("imagenet64", "ddim", n, BF16) for n in (64, 1, 16, 256)),
+        *(Run("stable diffusion", "ddim", n, BF16) for n in (1, 16, 64)),
+        *(Run("digits", sampler, 512) for sampler in ("ddim", "ddpm")),
+        *(Run("digits", "ddim", n) for n in (1, 64)),
+        Run("cifar10", "ddim", 256, reference=True),
+        Run("cifar10", "ddim", 256, BF16, compile=("default",)),
+        Run("cifar10", "ddim", 1, BF16, compile=("reduce-overhead",)),
+        Run("imagenet64", "ddim", 16, BF16, compile=("reduce-overhead",)),
+        Run("cifar10", "ddim", 256, BF16, compile=("max-autotune",)),
     ],
-)
-@pytest.mark.parametrize("threads", [THREADS[-1]], ids=lambda n: f"{n}T", indirect=True)
-def test_step(compare: Callable[[Case], dict[str, Any]], name: str, sampler: str, batch: int) -> None:
-    compare(_case(name, sampler, batch))
+    "cpu": [
+        *(Run("digits", sampler, 64, reference=True) for sampler in ("ddim", "ddpm")),
+        *(Run("cifar10", sampler, 1, reference=True) for sampler in ("ddim", "ddpm")),
+        Run("digits", "ddim", 256),
+        Run("digits", "ddim", 64, whole=10),
+        Run("cifar10", "ddim", 16),
+        Run("imagenet64", "ddim", 1),
+        Run("stable diffusion", "ddim", 1, size=32),
+        Run("cifar10", "ddim", 1, compile=("default",)),
+    ],
+}
+
+
+def _implementations(target: Target, run: Run) -> dict[str, Denoiser | str]:
+    if run.model == "stable diffusion":
+        found = models.stable_diffusion(run.batch, target, run.dtype)
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        return found
+    model = models.unet(run.model, target, run.dtype)
+    of = (model, run.sampler, run.batch, target.device)
+    found = {"dd_kernels": models.ours(*of), "eager": models.eager(*of), "diffusers": models.diffusers_unet(*of)}
+    if run.reference:
+        found["reference"] = models.ours(*of, backend="reference")
+    if len(machine.kernels(target.kind)) > 1 and not run.compile:
+        found |= {name: models.ours(*of, backend=name) for name in machine.kernels(target.kind)[1:]}
+    return found
+
+
+def _compiled(found: dict[str, Denoiser | str], modes: tuple[str, ...]) -> dict[str, Denoiser | str]:
+    """Beside ours as it is: ours and a peer under torch.compile (diffusers where it is there, else the eager model)."""
+    torch._dynamo.reset()
+    peer = "diffusers" if isinstance(found.get("diffusers"), Denoiser) else "eager"
+    result: dict[str, Denoiser | str] = {"dd_kernels": found["dd_kernels"]}
+    for mode in modes:
+        for name in (peer, "dd_kernels"):
+            suffix = "torch.compile" if mode == "default" else f"torch.compile {mode}"
+            result[f"{name}, {suffix}"] = models.compiled(found[name], mode)
+    return result
+
+
+def _graph(step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], object] | str:
+    """Our step captured as a CUDA graph; the tensor it is called with is the one it was captured with."""
+    from .timing_gpu import captured
+
+    try:
+        for _ in range(2):
+            step(x)
+        replay = captured(lambda: step(x))
+    except Exception as error:
+        return f"not captured: {reason(error)}"
+    return lambda _: replay()
+
+
+def _inspect(target: Target, found: dict[str, Denoiser | str], x: Tensor) -> Row:
+    """Launches, shares and peak memory of every implementation that runs uncompiled."""
+    result: Row = {}
+    for name, denoiser in found.items():
+        if isinstance(denoiser, str) or "torch.compile" in name or denoiser.backend != "auto":
+            continue
+        try:
+            result[name] = inspect_step.breakdown(denoiser, x, torch.device(target.device).type)
+            if torch.device(target.device).type == "cuda":
+                result[name]["peak_bytes"] = inspect_step.peak_bytes(lambda run=denoiser: run(x))
+        except Exception as error:
+            result[name] = {"not_measured": reason(error)}
+    return {"breakdown": result}
+
+
+def _images(target: Target, run: Run) -> Tensor:
+    if run.model == "stable diffusion":
+        side = run.size or models.SD_UNET["sample_size"]
+        return torch.randn(run.batch, 4, side, side, device=target.device)
+    config = models.CONFIGS[run.model]
+    side = config["image_size"]
+    return torch.randn(run.batch, config["in_channels"], side, side, device=target.device)
+
+
+def _step_case(target: Target, run: Run) -> Case:
+    found = _implementations(target, run)
+    if run.compile:
+        found = _compiled(found, run.compile)
+    x = _images(target, run)
+    ours = found["dd_kernels"]
+    peers: dict[str, Denoiser | Callable[[Tensor], object] | str] = dict(list(found.items())[1:])
+    if target.kind == "cuda" and not run.compile:
+        peers["dd_kernels, CUDA graph"] = _graph(ours, x)
+    moved = models.parameter_bytes(ours.module) + 2 * x.nbytes
+    return Case(
+        "sample",
+        f"{run.model} {run.sampler}",
+        x.shape,
+        ours,
+        [(x,)],
+        moved,
+        peers,
+        dtype_name(run.dtype),
+        "channels_last",
+        target.device,
+        graph=False,
+        inspect=None if run.compile else lambda: _inspect(target, found, x),
+    )
+
+
+def _whole_case(target: Target, run: Run) -> Case:
+    """``dd.sample`` from x_T to x_0; the peer is the loop of diffusers' pipelines, or of the eager model."""
+    model = models.unet(run.model, target, run.dtype)
+    schedule, steps = models.SCHEDULE, run.whole
+    table = dd.ddim(schedule, steps=steps) if run.sampler == "ddim" else dd.ddpm(schedule, steps=steps)
+    y = models.labels(model, run.batch, target.device)
+    x_T = _images(target, run)
+    kwargs = {} if y is None else {"y": y}
+
+    def ours(x: Tensor) -> Tensor:
+        return dd.sample(model, x, table, seed=0, model_kwargs=kwargs)
+
+    peers = {"diffusers": _pipeline(models.diffusers_unet(model, run.sampler, run.batch, target.device), run, target)}
+    moved = steps * (models.parameter_bytes(model) + 2 * x_T.nbytes)
+    return Case(
+        "sample",
+        f"{run.model} {run.sampler}",
+        x_T.shape,
+        ours,
+        [(x_T,)],
+        moved,
+        peers,
+        dtype_name(run.dtype),
+        "channels_last",
+        target.device,
+        graph=False,
+        extra={"steps": steps},
+    )
+
+
+def _pipeline(theirs: Denoiser | str, run: Run, target: Target) -> Callable[[Tensor], Tensor] | str:
+    """The loop of diffusers' DDPMPipeline and DDIMPipeline."""
+    if isinstance(theirs, str):
+        return theirs
+    scheduler = models.scheduler_of(run.sampler, target.device)
+    scheduler.set_timesteps(run.whole, device=target.device)
+    y = {} if theirs.module.config.num_class_embeds is None else {"class_labels": _classes(theirs, run, target)}
+
+    def sample(x: Tensor) -> Tensor:
+        for t in scheduler.timesteps:
+            x = scheduler.step(theirs.module(x.to(theirs.module.dtype), t, **y).sample, t, x).prev_sample
+        return x
+
+    return sample
+
+
+def _classes(theirs: Denoiser, run: Run, target: Target) -> Tensor:
+    return torch.arange(run.batch, device=target.device) % theirs.module.config.num_class_embeds
+
+
+def plans(target: Target) -> list[Plan]:
+    """Every run of the device, those that compile last; on a CPU on all its threads."""
+    threads = machine.THREADS[-1] if target.kind == "cpu" else None
+    return [
+        Plan(
+            f"sample {run}",
+            lambda run=run: _whole_case(target, run) if run.whole else _step_case(target, run),
+            threads,
+            slow=bool(run.compile),
+        )
+        for run in RUNS[target.kind]
+    ]
+
+
+def test_throughput(compare: Callable[[Plan], Row], plan: Plan) -> None:
+    compare(plan)

@@ -1,4 +1,4 @@
-"""Prints one table of all benchmark records at the end of a run."""
+"""One test per plan of a benchmark file, and one table of all records at the end of a run."""
 
 from __future__ import annotations
 
@@ -7,23 +7,35 @@ from typing import Any
 
 import pytest
 
-from . import harness
+from . import harness, machine, text, timing
 
-RECORDS = pytest.StashKey[list[dict[str, Any]]]()
+RECORDS = pytest.StashKey[list[harness.Row]]()
+TARGET = pytest.StashKey[harness.Target]()
 
 
-@pytest.fixture(params=harness.THREADS, ids=lambda n: f"{n}T")
-def threads(request: pytest.FixtureRequest) -> int:
-    """How many of torch's threads a case runs on."""
-    return request.param
+def _target(config: pytest.Config) -> harness.Target:
+    if TARGET not in config.stash:
+        clock = timing.clock_of(machine.DEVICE)
+        config.stash[TARGET] = harness.Target(machine.DEVICE, machine.DEVICE, clock)
+    return config.stash[TARGET]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "plan" in metafunc.fixturenames:
+        target = _target(metafunc.config)
+        # What takes minutes to compile has its place in benchmarks.report.
+        plans = [plan for plan in metafunc.module.plans(target) if not plan.slow]
+        metafunc.parametrize("plan", plans, ids=str)
 
 
 @pytest.fixture
-def compare(benchmark: Any, threads: int, request: pytest.FixtureRequest) -> Callable[[harness.Case], dict[str, Any]]:
-    """Measures a :class:`harness.Case` and keeps its record for the table."""
+def compare(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[harness.Plan], harness.Row]:
+    """Measures a plan once and keeps its record for the table; pytest-benchmark's own column is how long that took."""
 
-    def run(case: harness.Case) -> dict[str, Any]:
-        row = harness.compare(case, threads, benchmark)
+    def run(plan: harness.Plan) -> harness.Row:
+        target = _target(request.config)
+        row = benchmark.pedantic(harness.measure, (plan, target), rounds=1)
+        benchmark.extra_info["record"] = row
         request.config.stash.setdefault(RECORDS, []).append(row)
         return row
 
@@ -37,5 +49,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("dd_kernels benchmarks: ratio = peer's time / ours, median of interleaved rounds")
     for device in sorted({f"{row['device']}, {row['isa']}, torch {row['torch']}" for row in rows}):
         terminalreporter.write_line(device)
-    for line in harness.table(rows):
+    for line in text.aligned(text.cells(rows)):
         terminalreporter.write_line(line)

@@ -3,44 +3,36 @@
 A machine drifts (clocks, neighbours, caches), so times of two runs do not compare. Here every round
 times ours and each peer one after another, in an order that changes from round to round, and what is
 reported is the median over the rounds of the ratio within a round, with its quartiles. A plain copy of
-as many bytes is timed in the same rounds: it is what "% of copy" means. On one CPU thread the clock is
-the thread's own, which does not run while another process has the core.
+as many bytes is timed in the same rounds: it is what "% of copy" means.
 """
 
 from __future__ import annotations
 
-import ctypes
-import itertools
-import os
-import platform
+import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import dd_kernels
+from . import machine
+from .timing import Call, Clock, Timer, UnusableError
 
-THREADS = tuple(n for n in (1, 2) if n <= len(os.sched_getaffinity(0)))
-CACHE_BYTES = 64 << 20  # more than a last-level cache of the machines this runs on
-LARGE_CALL = 4 << 20  # a call that moves more finds its data in memory, one that moves less in a cache
-ROUND_SECONDS = 1e-3
-CASE_SECONDS = 1.0
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
-
-Call = Callable[..., object]
+SLOW_ROUNDS = 5  # where a round takes more than a second
+PATIENCE = 3  # times as long as a case should take: a neighbour may have come after the first look
+Row = dict[str, Any]
 
 
 @dataclass
 class Case:
-    """One row of the table.
+    """One row of the results.
 
     Attributes:
-        op: name of the op.
+        op: name of the op; "sample", "training" and "growth" are whole steps.
         name: which of its cases, e.g. "ddpm".
         shape, dtype, layout: of its main tensor.
         ours: called with one of ``inputs``.
@@ -48,6 +40,9 @@ class Case:
         bytes_moved: read and written by the op if every tensor is touched once.
         peers: by name, what is called with the same arguments; or a string: why it was not measured.
         device: where the tensors are.
+        graph: a GPU replays the calls from a graph; False: it is called as a program calls it.
+        extra: further entries of the row.
+        inspect: called after the timing, for further entries that are looked at and not timed.
     """
 
     op: str
@@ -59,168 +54,183 @@ class Case:
     peers: dict[str, Call | str] = field(default_factory=dict)
     dtype: str = "float32"
     layout: str = "contiguous"
-    device: str = "cpu"
+    device: torch.device | str = "cpu"
+    graph: bool = True
+    extra: Row = field(default_factory=dict)
+    inspect: Callable[[], Row] | None = None
 
 
-def rotated(make: Callable[[], tuple], bytes_moved: int) -> list[tuple]:
-    """Argument tuples from ``make``: one where a call's data fits a cache, else enough to fall out of it."""
-    copies = 1 if bytes_moved < LARGE_CALL else 1 + -(-CACHE_BYTES // bytes_moved)
-    return [make() for _ in range(copies)]
+@dataclass(frozen=True)
+class Target:
+    """What to measure on: ``kind`` ("cpu" or "cuda") says which selection of cases, ``device`` where they run."""
+
+    kind: str
+    device: torch.device | str
+    clock: Clock
 
 
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+@dataclass(frozen=True)
+class Plan:
+    """A case that is not built yet, and the number of torch's threads that it runs on (None: as it is).
+
+    ``slow``: it takes minutes to prepare (torch.compile of a whole model).
+    """
+
+    name: str
+    build: Callable[[], Case]
+    threads: int | None = None
+    slow: bool = False
+
+    def __str__(self) -> str:
+        return self.name if self.threads is None else f"{self.name} {self.threads}T"
 
 
-def _seconds(call: Call, inputs: Iterator[tuple], calls: int, device: str) -> float:
-    """Seconds per call."""
-    clock = time.thread_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    arguments = list(itertools.islice(inputs, calls))
-    _synchronize(device)
-    start = clock()
-    for argument in arguments:
-        call(*argument)
-    _synchronize(device)
-    return (clock() - start) / calls
+def on_threads(target: Target, name: str, build: Callable[[], Case]) -> list[Plan]:
+    """The case on every number of threads; on a GPU once."""
+    threads = machine.THREADS if target.kind == "cpu" else (None,)
+    return [Plan(name, build, n) for n in threads]
 
 
-def _copy_case(case: Case) -> tuple[Call, list[tuple]]:
-    """A copy that reads and writes case.bytes_moved in all, rotated like the case."""
+def rotated(target: Target, make: Callable[[], tuple], bytes_moved: int) -> list[tuple]:
+    """Argument tuples from ``make``: enough to fall out of the cache, where that is possible."""
+    return [make() for _ in range(target.clock.copies(bytes_moved))]
 
-    def make() -> tuple:
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+
+
+def _timers(case: Case, clock: Clock) -> tuple[dict[str, Timer], dict[str, str]]:
+    """A timer for ours, each peer and a copy; and why a peer has none."""
+
+    def copy_arguments() -> tuple:
         source = torch.ones(max(1, case.bytes_moved // 8), device=case.device)
         return torch.empty_like(source), source
 
-    return torch.Tensor.copy_, rotated(make, case.bytes_moved)
+    copies = [copy_arguments() for _ in range(clock.copies(case.bytes_moved))]
+    timers = {
+        "ours": clock.timer(case.ours, case.inputs, case.bytes_moved, case.graph),
+        "copy": clock.timer(torch.Tensor.copy_, copies, case.bytes_moved, case.graph),
+    }
+    missing = {}
+    for name, peer in case.peers.items():
+        if isinstance(peer, str):
+            missing[name] = peer
+            continue
+        try:
+            timers[name] = clock.timer(peer, case.inputs, case.bytes_moved, case.graph)
+        except UnusableError:
+            raise
+        except Exception as error:
+            if not clock.usable():
+                raise UnusableError(f"{name}: {reason(error)}") from error
+            missing[name] = reason(error)
+    if any(timer.how != timers["ours"].how for timer in timers.values()):
+        # A peer that cannot be captured is compared with ours called the same way.
+        timers["ours called"] = clock.timer(case.ours, case.inputs, case.bytes_moved, graph=False)
+    return timers, missing
 
 
-def interleave(case: Case) -> dict[str, list[float]]:
-    """Seconds per call in every round: of ours, of each peer that can run, and of a copy."""
-    copy, copy_inputs = _copy_case(case)
-    calls = {"ours": case.ours, **{name: peer for name, peer in case.peers.items() if callable(peer)}, "copy": copy}
-    inputs = {name: itertools.cycle(copy_inputs if name == "copy" else case.inputs) for name in calls}
-    repeats, round_seconds = {}, 0.0
-    for name, call in calls.items():
-        _seconds(call, inputs[name], 2, case.device)
-        once = min(_seconds(call, inputs[name], 1, case.device) for _ in range(3))
-        repeats[name] = max(1, round(ROUND_SECONDS / max(once, 1e-7)))
-        round_seconds += repeats[name] * once
-    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(CASE_SECONDS / round_seconds)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for _ in range(rounds):
+def interleave(timers: dict[str, Timer], case_seconds: float) -> dict[str, list[float]]:
+    """Seconds per call of each, in every round; fewer rounds where they take far longer than they should."""
+    round_seconds = sum(timer.round_seconds for timer in timers.values())
+    least = SLOW_ROUNDS if round_seconds > 1 else MIN_ROUNDS
+    rounds = min(MAX_ROUNDS, max(least, round(case_seconds / max(round_seconds, 1e-9))))
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    order = list(timers)
+    end = time.monotonic() + PATIENCE * case_seconds
+    for done in range(rounds):
+        if done >= SLOW_ROUNDS and time.monotonic() > end:
+            break
         for name in order:
-            times[name].append(_seconds(calls[name], inputs[name], repeats[name], case.device))
+            times[name].append(timers[name].measure())
         order = order[1:] + order[:1]
     return times
 
 
-def _ratio(peer: list[float], ours: list[float]) -> dict[str, float]:
+def ratio_of(peer: Sequence[float], ours: Sequence[float]) -> Row:
+    """Median time of the peer, and median and quartiles of its ratio to ours within a round."""
     ratios = [p / o for p, o in zip(peer, ours, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     return {"us": statistics.median(peer) * 1e6, "ratio": median, "ratio_q1": low, "ratio_q3": high}
 
 
-@cache
-def cpu_isa() -> str | None:
-    """The instruction set that the CPU library chose; None where it was not built."""
-    found = sorted(Path(dd_kernels.__file__).parent.glob("_cpu.*so"))
-    if not found:
-        return None
-    function = ctypes.CDLL(str(found[0])).dd_kernels_cpu_isa
-    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
-    return function(None).decode()
-
-
-@cache
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {"device": name, "torch": torch.__version__, "isa": cpu_isa() if device == "cpu" else None}
-
-
-def record(case: Case, threads: int, times: dict[str, list[float]]) -> dict[str, Any]:
-    """One row of the results, ready for JSON."""
+def record(case: Case, timers: dict[str, Timer], missing: dict[str, str], times: dict[str, list[float]]) -> Row:
+    """What was timed, ready for JSON."""
     seconds = statistics.median(times["ours"])
-    copied = _ratio(times["copy"], times["ours"])
-    elements = 1
-    for size in case.shape:
-        elements *= size
+    peers: Row = {}
+    for name in case.peers:
+        if name in missing:
+            peers[name] = {"not_measured": missing[name]}
+            continue
+        alike = timers[name].how == timers["ours"].how
+        peers[name] = {**ratio_of(times[name], times["ours" if alike else "ours called"]), "how": timers[name].how}
+        if timers[name].note:
+            peers[name]["note"] = timers[name].note
+    copied = ratio_of(times["copy"], times["ours"])
     return {
         "op": case.op,
         "case": case.name,
         "shape": list(case.shape),
         "dtype": case.dtype,
         "layout": case.layout,
-        "threads": threads,
-        **machine(case.device),
+        "how": timers["ours"].how,
+        **({"note": timers["ours"].note} if timers["ours"].note else {}),
         "us": seconds * 1e6,
-        "ns_per_element": seconds * 1e9 / elements,
+        "ns_per_element": seconds * 1e9 / max(1, math.prod(case.shape)),
         "bytes": case.bytes_moved,
         "gb_per_s": case.bytes_moved / seconds / 1e9,
         "copy_gb_per_s": case.bytes_moved / copied["us"] / 1e3,
         "percent_of_copy": copied["ratio"] * 100,
-        "peers": {
-            name: {"not_measured": peer} if isinstance(peer, str) else _ratio(times[name], times["ours"])
-            for name, peer in case.peers.items()
-        },
+        "peers": peers,
         "rounds": len(times["ours"]),
+        **case.extra,
     }
 
 
-def compare(case: Case, threads: int, benchmark: Any) -> dict[str, Any]:
-    """Measures a case, hands its record to pytest-benchmark as ``extra_info["record"]`` and returns it."""
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number or before)
     try:
-        with torch.no_grad():
-            row = record(case, threads, interleave(case))
-            inputs = itertools.cycle(case.inputs)
-            benchmark.pedantic(case.ours, setup=lambda: (next(inputs), {}), rounds=MIN_ROUNDS)
+        yield
     finally:
         torch.set_num_threads(before)
-    benchmark.extra_info["record"] = row
-    return row
 
 
-def _peer_text(peers: dict[str, dict[str, Any]]) -> str:
-    texts = []
-    for name, peer in peers.items():
-        if "not_measured" in peer:
-            texts.append(f"{name}: not measured ({peer['not_measured']})")
-        else:
-            texts.append(f"{name} {peer['ratio']:.1f}x ({peer['ratio_q1']:.1f} to {peer['ratio_q3']:.1f})")
-    return "; ".join(texts)
+def _inspected(case: Case, clock: Clock) -> Row:
+    if case.inspect is None:
+        return {}
+    try:
+        return case.inspect()
+    except Exception as error:
+        if not clock.usable():
+            raise UnusableError(reason(error)) from error
+        return {"not_inspected": reason(error)}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The records as lines of text, aligned; ratios are peer's time / ours, median (quartiles)."""
-    heads = ("op", "case", "shape", "dtype", "layout", "threads", "us", "ns/elt", "MB", "GB/s", "% copy", "peers")
-    cells = [heads]
-    for row in rows:
-        cells.append(
-            (
-                row["op"],
-                row["case"],
-                "x".join(map(str, row["shape"])),
-                row["dtype"],
-                row["layout"],
-                str(row["threads"]),
-                f"{row['us']:.1f}",
-                f"{row['ns_per_element']:.2f}",
-                f"{row['bytes'] / 1e6:.2f}",
-                f"{row['gb_per_s']:.1f}",
-                f"{row['percent_of_copy']:.0f}",
-                _peer_text(row["peers"]),
-            )
-        )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+def measure(plan: Plan, target: Target) -> Row:
+    """Builds a case, times it and returns its row.
+
+    Raises:
+        UnusableError: the device does not answer any more.
+        Exception: whatever the case itself raises.
+    """
+    clock = target.clock
+    with _threads(plan.threads), clock.running(), torch.no_grad():
+        try:
+            case = plan.build()
+            timers, missing = _timers(case, clock)
+            row = record(case, timers, missing, interleave(timers, clock.case_seconds))
+            bandwidth = machine.limits(clock, target.device, torch.float32)["copy_gb_per_s"]
+            row |= {"threads": plan.threads, "percent_of_bandwidth": 100 * row["gb_per_s"] / bandwidth}
+            return {**row, **machine.described(target.kind), **_inspected(case, clock)}
+        finally:
+            clock.release()

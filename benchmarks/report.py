@@ -1,140 +1,157 @@
 """Run the benchmarks, keep what was measured, and show it: ``python -m benchmarks.report``.
 
-Writes benchmarks/results/<device>.json, draws <device>.png beside it, puts the digest of all committed
-results into the README, and prints what lost more than 15 % of its ratio to a peer since the last commit.
-``--render`` measures nothing and only draws and writes from the files that are there.
+On a GPU everything, in 8 minutes: build, the ops' tests, compute-sanitizer, the benchmarks; on a CPU the
+benchmarks. Each part has its share of the time; what fails or finds no time is reported as not measured. After
+every part <device>.json is written, at the end <device>.md and the plots. Prints what lost more than 15 % of
+its ratio to a peer since the results that were there before. ``--render`` measures nothing: it draws and
+writes from the files that are there, the README's table too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
+import importlib.metadata
+import os
+import platform
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import results
-from .results import Row
+from . import checks, machine, measuring, render, results
+from .harness import reason
+from .parts import PARTS, TOTAL, Share
 
-ROOT = Path(__file__).parent.parent
-IMPLEMENTATIONS = ("dd_kernels", "reference", "diffusers")
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-
-
-def measure(arguments: Sequence[str]) -> list[Row]:
-    """The records of one run of ``pytest benchmarks --benchmark-only``."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run.json"
-        command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", f"--benchmark-json={file}"]
-        subprocess.run([*command, "-q", "--benchmark-disable-gc", *arguments], cwd=ROOT, check=True)
-        run = json.loads(file.read_text())
-    return [b["extra_info"]["record"] for b in run["benchmarks"] if "record" in b["extra_info"]]
+CHECKS = {"build": checks.build, "tests": checks.op_tests, "sanitizer": checks.sanitizer}
 
 
-def _ratio(line: Row | None) -> str:
-    if line is None:
-        return ""
-    if line["shapes"] == 1:
-        return f"{line['median']:.1f}x"
-    return f"{line['median']:.1f}x ({line['least']:.1f} to {line['most']:.1f})"
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The digest of one device's results as a table: median over the shapes, and the range."""
-    lines = results.digest(rows)
-    threads = sorted({line["threads"] for line in lines})
-    names = ("op", "case", "dtype", "layout", "peer")
-    table: dict[tuple, dict[int, Row]] = {}
-    for line in lines:
-        table.setdefault(tuple(line[name] for name in names), {})[line["threads"]] = line
-    head = [*names[:4], "against", *(f"{n} thread{'s' if n > 1 else ''}" for n in threads)]
-    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for key, by_threads in table.items():
-        text.append("| " + " | ".join([*key, *(_ratio(by_threads.get(n)) for n in threads)]) + " |")
-    machine = rows[0]
-    isa = f", {machine['isa']}" if machine["isa"] else ""
-    return f"Measured on {machine['device']}{isa}, torch {machine['torch']}:\n\n" + "\n".join(text)
+def _commit() -> str | None:
+    """The commit that is measured, "+" where files differ from it; None outside a checkout."""
+    try:
+        run = {"cwd": render.ROOT, "capture_output": True, "text": True, "timeout": 20, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno", "dd_kernels", "csrc"], **run).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+" if changed else commit
 
 
-STEPS = {"ddim": (10, 20, 50, 100), "ddpm": (1000,)}
+def environment() -> dict[str, Any]:
+    """What runs the benchmarks, beside the device."""
+    import torch
+
+    return {
+        "device_kind": machine.DEVICE,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "cores": len(os.sched_getaffinity(0)),
+        **{name: _version(name) for name in ("triton", "diffusers", "apex")},
+    }
 
 
-def throughput(rows: Sequence[Row]) -> str:
-    """Images/s of whole samplers as a table, extrapolated from the time of one step; nothing where none was timed."""
-    text = []
-    for row in (row for row in rows if row["op"] == "sample"):
-        model, sampler = row["case"].split()
-        for steps in STEPS[sampler]:
-            rates = results.images_per_second(row, steps)
-            cells = [model, f"{sampler.upper()}, {steps} steps", str(row["shape"][0]), str(row["threads"])]
-            text.append([*cells, *(f"{rates[name]:.3g}" if name in rates else "" for name in IMPLEMENTATIONS)])
-    if not text:
-        return ""
-    head = ["model", "sampler", "batch", "threads", *IMPLEMENTATIONS]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *text)]
-    return "\n\nImages/s, extrapolated from the time of one step (random weights):\n\n" + "\n".join(lines)
+def described() -> dict[str, Any]:
+    """Everything that the results say of the machine; asked in the end, when the libraries are built."""
+    return {**machine.described(machine.DEVICE), **environment()}
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """How many times faster, by op and peer: a dot for the median over shapes, a line for the range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = sorted(results.digest(rows), key=lambda line: (line["op"], line["case"], line["peer"], line["threads"]))
-    labels = [f"{x['op']} {x['case']} {x['dtype']} {x['layout']}, {x['peer']}, {x['threads']}T" for x in lines]
-    figure, axis = plt.subplots(figsize=(11, 1.2 + 0.24 * len(lines)))
-    for y, line in enumerate(reversed(lines)):
-        color = f"C{line['threads'] - 1}"
-        axis.plot([line["least"], line["most"]], [y, y], color=color, linewidth=2, alpha=0.5)
-        axis.plot(line["median"], y, "o", color=color, markersize=5)
-    axis.set_yticks(range(len(lines)), reversed(labels), fontsize=7)
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5x", "1x", "2x", "5x", "10x", "20x", "50x"])
-    axis.set_xlabel("time of the peer / time of dd_kernels (dot: median over shapes, line: range)")
-    axis.set_title(rows[0]["device"])
-    axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def run_part(name: str, seconds: float, folder: Path, stream: bool) -> dict[str, Any]:
+    """The results of one part; whatever goes wrong is in them."""
+    started = time.monotonic()
+    part: dict[str, Any] = {"rows": [], "not_measured": []}
+    try:
+        if name in CHECKS:
+            part["checks"] = CHECKS[name](seconds, folder)
+        else:
+            part |= measuring.measure(name, seconds, folder, stream)
+    except Exception as error:
+        part["not_measured"].append({"name": name, "reason": reason(error)})
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": stamp, "commit": _commit(), "seconds": round(time.monotonic() - started, 1), **part}
 
 
-def readme_section() -> str:
-    """What stands between the README's two marks."""
-    found = [results.load(file) for file in sorted(results.FOLDER.glob("*.json"))]
-    return "\n\n".join(markdown(rows) + throughput(rows) for rows in found)
+def run(names: Sequence[str], budget: float, folder: Path, stream: bool = False) -> results.Results:
+    """Runs the parts in order, writing the results of all after each; keeps earlier results of other parts."""
+    share = Share(budget, {name: PARTS[name].seconds[machine.DEVICE] or 60 for name in names})
+    now = described()
+    file = results.file_of(now["device"], folder)
+    try:
+        found = results.load(file) if file.exists() else {"parts": {}}
+    except Exception as error:
+        print(f"not kept: {file.name}: {reason(error)}")
+        found = {"parts": {}}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in names:
+            seconds = share.take(name)
+            print(f"== {name}: {seconds:.0f} s", flush=True)
+            part = run_part(name, seconds, Path(temporary), stream)
+            share.used(name, part["seconds"])
+            found["parts"][name] = part
+            found["machine"] = described()
+            results.save({"machine": found["machine"], "parts": found["parts"]}, folder)
+            print(render.summary(name, part), flush=True)
+        for log in Path(temporary).glob("tests.log"):
+            shutil.copy(log, folder / f"{results.stem_of(now['device'])}.tests.log")
+    return found
 
 
-def render() -> None:
-    """Draws every device's plot and puts the tables into the README."""
-    for file in sorted(results.FOLDER.glob("*.json")):
-        draw(results.load(file), file.with_suffix(".png"))
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{readme_section()}\n{END}{after}")
+def _committed() -> list[results.Row]:
+    """The committed rows of this device; none where there is no file, or one that cannot be read."""
+    file = results.file_of(described()["device"])
+    try:
+        return results.rows(results.load(file)) if file.exists() else []
+    except Exception as error:
+        print(f"not compared: {file.name}: {reason(error)}")
+        return []
+
+
+def _arguments() -> argparse.Namespace:
+    device = machine.DEVICE
+    default = [name for name, part in PARTS.items() if part.seconds[device] is not None]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--render", action="store_true", help="measure nothing, draw and write from the files")
+    parser.add_argument("--parts", default=",".join(default), help=f"of {','.join(PARTS)}; here: %(default)s")
+    parser.add_argument("--budget", type=float, help=f"seconds for all parts; here {TOTAL[device]} for the default")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the files (%(default)s)")
+    parser.add_argument("--stream", action="store_true", help="capture no CUDA graphs")
+    args = parser.parse_args()
+    args.parts = [name for name in args.parts.split(",") if name]
+    unknown = [name for name in args.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"--parts must be of {', '.join(PARTS)}; got {', '.join(unknown)}")
+    if args.budget is None:
+        args.budget = float(sum(PARTS[name].seconds[device] or 60 for name in args.parts))
+    if args.budget <= 0:
+        parser.error(f"--budget must be above 0; got {args.budget}")
+    return args
 
 
 def main() -> int:
-    """Measures (unless told not to), saves, renders; the exit status is pytest's."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--render", action="store_true", help="measure nothing, draw and write from the files")
-    parser.add_argument("pytest", nargs="*", help="further arguments of pytest, after --")
-    args = parser.parse_args()
+    """Measures (unless told not to), saves, compares, renders; the exit status is not 0 where a check failed."""
+    args = _arguments()
+    failed = False
     if not args.render:
-        rows = measure(args.pytest)
-        for device in sorted({row["device"] for row in rows}):
-            file = results.file_of(device)
-            mine = [row for row in rows if row["device"] == device]
-            lost = results.slower(results.load(file), mine) if file.exists() else []
-            print("\n".join(["slower than what was committed:", *lost]) if lost else "nothing got slower by over 15 %")
-        print("wrote", *results.save(rows))
-    render()
-    return 0
+        # What was committed is what a new run is compared with, also where the new one is written elsewhere.
+        before = _committed()
+        found = run(args.parts, args.budget, args.results, args.stream)
+        lost = results.slower(before, results.rows(found, *args.parts))
+        print("\n".join(["slower than what was committed:", *lost]) if lost else "nothing got slower by over 15 %")
+        outcomes = [check for name in args.parts for check in found["parts"][name].get("checks", [])]
+        failed = any(render.is_bad(check) for check in outcomes)
+    for problem in render.everything(args.results):
+        print("not rendered:", problem)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""The committed results, benchmarks/results/<device>.json: read, written and compared with a new run."""
+"""The committed results, benchmarks/results/<device>.json: read, written and compared with a new run.
+
+A file holds what it was measured on ("machine") and, by name, the "parts" that have run: when, on which
+commit, for how long, their "rows" (see :func:`benchmarks.harness.record`), what was "not_measured" and why,
+and of a check its "checks". A part that runs again takes the place of its last run.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -10,28 +16,54 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
+WHOLE = ("sample", "training", "growth")  # ops whose rows are whole steps
 Row = dict[str, Any]
+Results = dict[str, Any]
 
 
-def file_of(device: str) -> Path:
+def stem_of(device: str) -> str:
+    """The name of a device's files."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def file_of(device: str, folder: Path | None = None) -> Path:
     """Where the results of a device lie."""
-    return FOLDER / (re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_") + ".json")
+    return (folder or FOLDER) / f"{stem_of(device)}.json"
 
 
-def save(rows: Sequence[Row]) -> list[Path]:
-    """Writes the rows, a file per device; returns the files."""
-    FOLDER.mkdir(exist_ok=True)
-    files = []
-    for device in sorted({row["device"] for row in rows}):
-        files.append(file_of(device))
-        mine = [row for row in rows if row["device"] == device]
-        files[-1].write_text(json.dumps(mine, indent=1) + "\n")
-    return files
+def save(results: Results, folder: Path | None = None) -> Path:
+    """Writes the results of one device; returns the file. A run that dies leaves the old file whole."""
+    file = file_of(results["machine"]["device"], folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    new.replace(file)
+    return file
 
 
-def load(path: Path) -> list[Row]:
-    """The rows of a results file."""
+def load(path: Path) -> Results:
+    """The results of a file."""
     return json.loads(path.read_text())
+
+
+def digest_of(results: Results) -> str:
+    """A hash of the figures; a plot carries that of what it was drawn from."""
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+
+
+def rows(results: Results, *parts: str) -> list[Row]:
+    """The rows of the parts named, or of all."""
+    return [row for name, part in results["parts"].items() if not parts or name in parts for row in part["rows"]]
+
+
+def ops(results: Results) -> list[Row]:
+    """The rows of single ops."""
+    return [row for row in rows(results) if row["op"] not in WHOLE]
+
+
+def of_op(results: Results, op: str) -> list[Row]:
+    """The rows of one op."""
+    return [row for row in rows(results) if row["op"] == op]
 
 
 def ratios(row: Row) -> dict[str, float]:
@@ -40,18 +72,23 @@ def ratios(row: Row) -> dict[str, float]:
 
 
 def _name(row: Row) -> tuple:
-    return (row["op"], row["case"], *row["shape"], row["dtype"], row["layout"], row["threads"])
+    value = [f"{row['case']} {row['value']}"] if "value" in row else [row["case"]]
+    steps = [f"{row['steps']} steps"] if "steps" in row else []
+    return (row["op"], *value, *steps, *row["shape"], row["dtype"], row["layout"], row["threads"])
 
 
 def slower(before: Sequence[Row], after: Sequence[Row], allowed: float = 0.15) -> list[str]:
     """What lost more than ``allowed`` of its ratio to a peer: ratios compare between runs, times do not."""
-    known = {_name(row): ratios(row) for row in before}
+    known: dict[tuple, dict[str, float]] = {}
+    for row in before:
+        known.setdefault(_name(row), {}).update(ratios(row))
     lost = []
     for row in after:
         for peer, ratio in ratios(row).items():
             old = known.get(_name(row), {}).get(peer)
             if old is not None and ratio < old * (1 - allowed):
-                lost.append(f"{' '.join(map(str, _name(row)))}: {ratio:.2f}x {peer}, was {old:.2f}x")
+                name = " ".join(str(part) for part in _name(row) if part is not None)
+                lost.append(f"{name}: {ratio:.2f}x {peer}, was {old:.2f}x")
     return lost
 
 
@@ -75,8 +112,13 @@ def digest(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
+def seconds_of(row: Row) -> dict[str, float]:
+    """By implementation, what one call of the row took."""
+    theirs = {name: peer["us"] / 1e6 for name, peer in row["peers"].items() if "us" in peer}
+    return {"dd_kernels": row["us"] / 1e6, **theirs}
+
+
 def images_per_second(row: Row, steps: int) -> dict[str, float]:
-    """Of a whole-step row ("sample"): by implementation, extrapolated from the time of one step to ``steps``."""
-    seconds = {"dd_kernels": row["us"] / 1e6}
-    seconds |= {name: peer["us"] / 1e6 for name, peer in row["peers"].items() if "us" in peer}
-    return {name: row["shape"][0] / (steps * one) for name, one in seconds.items()}
+    """By implementation: of a step's row extrapolated to ``steps`` of them, of a whole run's as it was measured."""
+    repeats = 1 if row.get("steps") == steps else steps
+    return {name: row["shape"][0] / (repeats * one) for name, one in seconds_of(row).items()}

@@ -1,10 +1,13 @@
 """The README shows what is in benchmarks/results, and nothing else."""
 
 import json
+import types
 
+import PIL.Image
 import pytest
 
-from benchmarks import report, results
+from benchmarks import measuring, parts, plots, render, report, results, worker
+from benchmarks.timing import UnusableError
 
 
 def row(ratio, threads=1, shape=(1, 3, 8, 8), **changes):
@@ -18,34 +21,73 @@ def row(ratio, threads=1, shape=(1, 3, 8, 8), **changes):
         "device": "Some CPU (R)",
         "isa": "avx2",
         "torch": "2.13.0",
-        "peers": {"diffusers": {"ratio": ratio}, "apex": {"not_measured": "apex is not installed"}},
+        "how": "clock",
+        "us": 10.0,
+        "ns_per_element": 1.0,
+        "bytes": 1000,
+        "gb_per_s": 0.1,
+        "percent_of_copy": 50.0,
+        "percent_of_bandwidth": 40.0,
+        "peers": {"diffusers": {"ratio": ratio, "ratio_q1": 1.0, "ratio_q3": 9.0, "us": 10.0 * ratio, "how": "clock"}}
+        | {"apex": {"not_measured": "apex is not installed"}},
         **changes,
     }
 
 
+def step(seconds, batch=8, name="cifar10 ddim", **changes):
+    one = row(2.0, shape=(batch, 3, 32, 32), op="sample", case=name, us=seconds * 1e6, **changes)
+    one["peers"]["diffusers"] = {"ratio": 2.0, "ratio_q1": 2, "ratio_q3": 2, "us": 2e6 * seconds, "how": "clock"}
+    return one
+
+
+def point(axis, value):
+    floors = {"flops": 1e9, "floor_bytes_us": 2.0, "floor_flops_us": 5.0, "sizes": {"steps": 1, "batch": 2}}
+    return row(2.0, op="growth", case=axis, value=value, us=10.0 * value, **floors)
+
+
+def full():
+    share = {"share": {"group_norm_silu": 0.25, "sampler": 0.05, "rest": 0.7}, "launches": 170, "peak_bytes": 5e6}
+    rows = {
+        "ops": [row(2.0), row(8.0, shape=(2, 3, 8, 8)), row(3.0, shape=(4, 3, 8, 8)), row(30.0, threads=2)],
+        "end_to_end": [step(1.0, breakdown={"dd_kernels": share}), step(5.0, 16), step(0.5, name="cifar10 ddpm")],
+        "training": [row(2.0, op="training", case="digits", memory={"dd_kernels": {"saved_bytes": 3e6}})],
+        "growth": [point(axis, value) for axis in plots.UNITS for value in (1, 2, 4)],
+    }
+    rows["end_to_end"].append(step(2.0, steps=10))
+    stamp = {"date": "2026-01-01 00:00 UTC", "commit": "abc", "seconds": 3.0}
+    found = {name: {**stamp, "rows": some, "not_measured": []} for name, some in rows.items()}
+    check = {"check": "compute-sanitizer memcheck", "outcome": "ok", "seconds": 4.0, "errors": 0, "ops": 4}
+    found["sanitizer"] = {**stamp, "rows": [], "not_measured": [{"name": "x", "reason": "y"}], "checks": [check]}
+    return {"machine": {"device": "Some CPU (R)", "torch": "2.13.0", "isa": "avx2", "triton": "3.6"}, "parts": found}
+
+
 def test_the_readmes_tables_are_those_of_the_committed_results():
-    text = (report.ROOT / "README.md").read_text()
-    shown = text.split(report.BEGIN)[1].split(report.END)[0].strip()
-    assert shown == report.readme_section().strip()
+    text = (render.ROOT / "README.md").read_text()
+    shown = text.split(render.BEGIN)[1].split(render.END)[0].strip()
+    assert shown == render.readme_section().strip()
 
 
-def test_every_committed_result_has_its_plot_and_its_device():
+def test_every_committed_result_has_its_page_and_plots_of_the_same_figures():
     files = sorted(results.FOLDER.glob("*.json"))
     assert files
     for file in files:
-        rows = results.load(file)
-        assert {results.file_of(r["device"]) for r in rows} == {file}
-        assert file.with_suffix(".png").stat().st_size > 10_000
+        found = results.load(file)
+        assert {results.file_of(r["device"]) for r in results.rows(found)} == {file}
+        assert file.with_suffix(".md").read_text() == render.document(found)
+        for suffix in plots.drawn(found):
+            with PIL.Image.open(file.with_name(f"{file.stem}{suffix}.png")) as picture:
+                assert picture.text[plots.SOURCE] == results.digest_of(found), f"{file.stem}{suffix}.png"
 
 
 def test_digest_is_the_median_and_range_over_the_shapes():
-    rows = [row(2.0), row(8.0, shape=(2, 3, 8, 8)), row(3.0, shape=(4, 3, 8, 8)), row(30.0, threads=2)]
+    rows = results.rows(full(), "ops")
     one, two = results.digest(rows)
     assert (one["least"], one["median"], one["most"], one["shapes"]) == (2.0, 3.0, 8.0, 3)
     assert (two["threads"], two["median"]) == (2, 30.0)
-    table = report.markdown(rows)
+    table = render.ops_table(rows)
     assert "| reverse_step | ddpm | float32 | contiguous | diffusers | 3.0x (2.0 to 8.0) | 30.0x |" in table
     assert "apex" not in table  # a peer that was not measured has no figure
+    assert "| GPU |" in render.ops_table([row(2.0, threads=None)])
 
 
 def test_slower_compares_ratios_of_the_same_case():
@@ -53,36 +95,218 @@ def test_slower_compares_ratios_of_the_same_case():
     assert results.slower(before, [row(8.6), row(8.4, threads=2), row(1.0, shape=(9, 9))]) == [
         "reverse_step ddpm 1 3 8 8 float32 contiguous 2: 8.40x diffusers, was 10.00x"
     ]
+    grown = [point("batch", 1), point("batch", 2)]
+    lower = [point("batch", 1), {**point("batch", 2), "peers": {"diffusers": {"ratio": 1.0}}}]
+    assert [line.split(":")[0] for line in results.slower(grown, lower)] == [
+        "growth batch 2 1 3 8 8 float32 contiguous 1"
+    ]
 
 
-def test_images_per_second_follow_from_the_time_of_one_step():
-    step = row(2.0, shape=(8, 3, 32, 32), op="sample", case="cifar10 ddim", us=1e6)
-    step["peers"] = {"diffusers": {"ratio": 2.0, "us": 2e6}, "reference": {"not_measured": "why"}}
-    assert results.images_per_second(step, 10) == {"dd_kernels": 0.8, "diffusers": 0.4}
-    assert "| cifar10 | DDIM, 20 steps | 8 | 1 | 0.4 |  | 0.2 |" in report.throughput([step, row(3.0)])
-    assert report.throughput([row(3.0)]) == ""
+def test_images_per_second_follow_from_the_time_of_one_step_and_from_a_whole_run():
+    assert results.images_per_second(step(1.0), 10) == {"dd_kernels": 0.8, "diffusers": 0.4}
+    assert results.images_per_second(step(2.0, steps=10), 10) == {"dd_kernels": 4.0, "diffusers": 2.0}
+    text = render.throughput(results.rows(full()), every=True)
+    assert "| cifar10 | DDIM-20, extrapolated | 8 | float32 | 0.400 | 0.200 |" in text
+    assert "| cifar10 | DDIM-10, whole run, measured | 8 | float32 | 4.00 | 2.00 |" in text
+    assert "DDIM-20" not in render.throughput(results.rows(full()), every=False)
+    assert render.throughput([row(3.0)], every=True) == ""
 
 
-def test_results_are_saved_by_device_and_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
-    (file,) = results.save([row(2.0)])
+def test_the_headline_takes_the_best_batch_and_cites_the_paper():
+    text = render.headline(results.rows(full()))
+    assert "| DDIM, 10 steps | 17.4 h (batch 8, float32) | 34.7 h (batch 8, float32) |" in text
+    assert "| DDPM, 1000 steps | 868 h (batch 8, float32) |" in text
+    assert "20 hours" in text
+    assert "Song" in text
+    assert render.headline([row(1.0)]) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(3.21, "3.21 s"), (90, "1.50 min"), (72_000, "20.0 h"), (0.5, "0.500 s"), (0.00612, "0.00612 s")],
+)
+def test_durations(seconds, text):
+    assert render.duration(seconds) == text
+
+
+def test_the_page_of_a_device_says_everything():
+    text = render.document(full())
+    for words in (
+        "compute-sanitizer memcheck: ok; 4 s; 0 errors, 4 groups of ops",
+        "| cifar10 ddim | 8 | float32 | dd_kernels | 170 | 25.0% | 5.0% | 70.0% | 5.00 |",
+        "| digits | 1 | float32 | dd_kernels | 100,000 | 3.00 |  |",
+        "| batch | 2 | 1.00 | 0.00200 | 0.00500 | 0.0200 | 0.0200 |",
+        "- sanitizer, y (1): x",
+        "triton 3.6",
+        "apex: not measured (apex is not installed)",
+    ):
+        assert words in text
+    render.document({"machine": full()["machine"], "parts": {}})
+
+
+def test_results_are_saved_by_device_and_drawn(tmp_path):
+    file = results.save(full(), tmp_path)
     assert file.name == "some_cpu_r.json"
-    assert results.load(file) == json.loads(file.read_text()) == [row(2.0)]
-    report.draw(results.load(file), file.with_suffix(".png"))
-    assert file.with_suffix(".png").stat().st_size > 10_000
+    assert results.load(file) == json.loads(file.read_text()) == full()
+    assert render.everything(tmp_path) == []
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["some_cpu_r.png", "some_cpu_r_growth.png", "some_cpu_r_throughput.png"]
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in pictures)
 
 
-def test_measure_collects_the_records_of_a_run(monkeypatch):
-    def fake(command, **_):
-        target = next(part.split("=", 1)[1] for part in command if part.startswith("--benchmark-json="))
-        runs = [{"extra_info": {"record": row(2.0)}}, {"extra_info": {}}]
-        with open(target, "w") as file:
-            json.dump({"benchmarks": runs}, file)
-
-    monkeypatch.setattr(report.subprocess, "run", fake)
-    assert report.measure([]) == [row(2.0)]
+def test_what_cannot_be_drawn_is_said_and_the_rest_is_drawn(tmp_path, monkeypatch):
+    results.save(full(), tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    monkeypatch.setitem(plots.PLOTS, "_growth", ("growth", lambda found: 1 / 0, "growth"))
+    problems = render.everything(tmp_path)
+    assert len(problems) == 2
+    assert "division by zero" in problems[1]
+    assert (tmp_path / "some_cpu_r_throughput.png").exists()
+    assert (tmp_path / "some_cpu_r.md").exists()
 
 
 @pytest.mark.parametrize("text", ["begin", "end"])
 def test_the_readme_has_both_marks(text):
-    assert (report.ROOT / "README.md").read_text().count(f"<!-- benchmarks: {text} -->") == 1
+    assert (render.ROOT / "README.md").read_text().count(f"<!-- benchmarks: {text} -->") == 1
+
+
+def test_time_that_is_left_or_overdrawn_is_shared_by_the_rest():
+    share = parts.Share(100.0, {"a": 50, "b": 25, "c": 25})
+    assert share.take("a") == 50
+    share.used("a", 20.0)
+    assert share.take("b") == 40
+    share.used("b", 70.0)
+    assert share.take("c") == 10
+    share.used("c", 15.0)
+    share.weights["d"] = 1
+    assert share.take("d") == 0
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """report.run on a machine of two parts, which it does not measure."""
+    monkeypatch.setattr(report, "described", lambda: {"device": "Some CPU (R)", "torch": "2.13.0", "isa": "avx2"})
+    seen = []
+
+    def measure(name, seconds, folder, stream):
+        seen.append((name, stream))
+        if name == "growth":
+            raise RuntimeError("a part that breaks")
+        return {"rows": [row(2.0)], "not_measured": []}
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    return types.SimpleNamespace(seen=seen, folder=tmp_path, run=lambda *names: report.run(names, 60, tmp_path))
+
+
+def test_results_are_written_after_every_part_and_a_part_that_breaks_stops_nothing(run, monkeypatch):
+    written = []
+    save = results.save
+    monkeypatch.setattr(
+        results, "save", lambda found, folder: written.append(list(found["parts"])) or save(found, folder)
+    )
+    found = run.run("ops", "growth", "training")
+    assert written == [["ops"], ["ops", "growth"], ["ops", "growth", "training"]]
+    reason = "RuntimeError: a part that breaks"
+    assert found["parts"]["growth"]["not_measured"] == [{"name": "growth", "reason": reason}]
+    assert results.load(run.folder / "some_cpu_r.json")["parts"]["training"]["rows"] == [row(2.0)]
+    again = run.run("ops")
+    assert list(again["parts"]) == ["ops", "growth", "training"]
+
+
+def test_a_file_that_cannot_be_read_is_replaced(run):
+    (run.folder / "some_cpu_r.json").write_text("[")
+    assert list(run.run("ops")["parts"]) == ["ops"]
+
+
+def test_the_command_line(run, monkeypatch, capsys):
+    monkeypatch.setattr(results, "FOLDER", run.folder / "committed")
+    results.save({"machine": full()["machine"], "parts": {"ops": {"rows": [row(9.0)]}}})
+    monkeypatch.setattr("sys.argv", ["report", "--parts", "ops", "--budget", "10", "--results", str(run.folder)])
+    assert report.main() == 0
+    assert "reverse_step ddpm 1 3 8 8 float32 contiguous 1: 2.00x diffusers, was 9.00x" in capsys.readouterr().out
+    assert (run.folder / "some_cpu_r.md").exists()
+    for bad in (["--parts", "nothing"], ["--budget", "0"]):
+        monkeypatch.setattr("sys.argv", ["report", *bad])
+        with pytest.raises(SystemExit):
+            report.main()
+        assert bad[0] in capsys.readouterr().err
+
+
+def test_a_failed_check_is_the_exit_status(run, monkeypatch, capsys):
+    bad = {"check": "compute-sanitizer memcheck", "outcome": "exit status 9", "errors": 2, "ops": 4, "tail": ["where"]}
+    monkeypatch.setitem(report.CHECKS, "sanitizer", lambda seconds, folder: [bad])
+    monkeypatch.setattr("sys.argv", ["report", "--parts", "sanitizer", "--results", str(run.folder)])
+    assert report.main() == 1
+    assert "    where" in capsys.readouterr().out
+
+
+WORKER = """
+import json, sys, time
+arguments = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+start, out = int(arguments["--start"]), open(arguments["--out"], "a")
+def write(**line): out.write(json.dumps(line) + "\\n"); out.flush()
+if start == 0: write(plans=[f"plan {i}" for i in range(6)])
+for i in range(start, 6):
+    if i == 1: print("illegal memory access"); sys.exit(134)
+    if i == 3: write(plan=3, name="plan 3", not_measured="not captured: why", unusable=True); sys.exit(3)
+    if i == 4 and "--stream" not in sys.argv: raise SystemExit("must not capture")
+    if i == 5: out.write('{"plan": 5, "na'); out.flush(); time.sleep(60)
+    write(plan=i, name=f"plan {i}", row={"i": i})
+"""
+
+
+def test_a_worker_that_dies_or_hangs_loses_one_plan(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(measuring, "GRACE", 0.5)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    found = measuring.measure("ops", 4.0, tmp_path, worker=(sys.executable, str(script)))
+    assert found["rows"] == [{"i": 0}, {"i": 2}, {"i": 4}]
+    reasons = {one["name"]: one["reason"] for one in found["not_measured"]}
+    assert reasons["plan 1"] == "its process ended with status 134: illegal memory access"
+    assert reasons["plan 3"] == "not captured: why"
+    assert reasons["plan 5"].startswith("stopped after ")
+
+
+def test_a_worker_that_cannot_start_is_reported(tmp_path):
+    for command in (("/nowhere/python",), ("/bin/false",)):
+        found = measuring.measure("ops", 5.0, tmp_path, worker=command)
+        assert found["rows"] == []
+        assert found["not_measured"][0]["name"] == "ops"
+
+
+def test_a_worker_writes_a_line_for_each_plan(tmp_path, monkeypatch):
+    def measure(plan, target):
+        if plan == "b":
+            raise ValueError("no such kernel")
+        if plan == "c":
+            raise UnusableError("illegal address")
+        return {"plan": plan}
+
+    monkeypatch.setattr(worker, "measure", measure)
+    monkeypatch.setattr(parts.Part, "plans", lambda self, target: ["a", "b", "c", "d"])
+    target = types.SimpleNamespace(clock=types.SimpleNamespace(usable=lambda: True))
+    out = tmp_path / "out.jsonl"
+    assert worker.run("ops", target, 0, 1e18, out) == worker.UNUSABLE
+    assert worker.run("ops", target, 3, 1e18, out) == 0
+    assert worker.run("ops", target, 3, 0.0, out) == 0
+    names, a, b, c, d, late = [json.loads(line) for line in out.read_text().splitlines()]
+    assert names == {"plans": ["a", "b", "c", "d"]}
+    assert (a["row"], d["row"], b["not_measured"]) == ({"plan": "a"}, {"plan": "d"}, "ValueError: no such kernel")
+    assert (c["unusable"], late["not_measured"]) == (True, worker.OVER)
+
+
+def test_a_real_worker_measures(tmp_path):
+    found = measuring.measure("ops", 0.0, tmp_path)
+    assert found["rows"] == []
+    assert {one["reason"] for one in found["not_measured"]} <= {worker.OVER} or "stopped" in str(found["not_measured"])
+
+
+def test_parts_hold_every_benchmark_once():
+    target = types.SimpleNamespace(kind="cuda", device="cpu")
+    files = {path.stem for path in (render.ROOT / "benchmarks").glob("bench_*.py")}
+    assert {file for part in parts.PARTS.values() for file in part.files} == files
+    plans = [str(plan) for part in parts.PARTS.values() if part.files for plan in part.plans(target)]
+    assert len(plans) == len(set(plans))
+    assert parts.TOTAL["cuda"] == 480

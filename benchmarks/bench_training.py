@@ -1,0 +1,133 @@
+"""A training step: q_sample, forward, backward and AdamW, fused against the same model in plain PyTorch.
+
+On a GPU under bfloat16 autocast. ``saved_bytes`` is what the forward pass keeps for the backward pass, on any
+device; ``peak_bytes`` the most memory that a step needs beside what is there before it, on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dd_kernels as dd
+from dd_kernels.nn import UNet
+
+from . import inspect_step, machine, models
+from .harness import Case, Plan, Row, Target, dtype_name, reason
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and a batch; ``compile``: also under torch.compile, which takes minutes to prepare."""
+
+    model: str
+    batch: int
+    compile: bool = False
+
+    def __str__(self) -> str:
+        return f"training {self.model} {self.batch}{' torch.compile' if self.compile else ''}"
+
+
+RUNS = {
+    "cuda": [Run("cifar10", 128), Run("cifar10", 512), Run("imagenet64", 32), Run("cifar10", 128, compile=True)],
+    "cpu": [Run("digits", 64), Run("cifar10", 4), Run("digits", 64, compile=True)],
+}
+
+
+class Trained:
+    """A model with its optimizer; called with images it takes one step."""
+
+    def __init__(self, target: Target, module: nn.Module, forward: Callable[..., Tensor], drawn: bool, y: Any) -> None:
+        self.forward, self.drawn, self.y = forward, drawn, y
+        self.autocast = target.kind == "cuda"
+        self.device = torch.device(target.device)
+        self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+
+    def loss(self, images: Tensor, t: Tensor) -> Tensor:
+        """The simple loss, equation 14 of DDPM (Ho et al., 2020)."""
+        if self.drawn:
+            x_t, noise = dd.q_sample(images, t, models.SCHEDULE, seed=0, return_noise=True)
+        else:
+            rows, noise = models.SCHEDULE.on(images.device).rows[t], torch.randn_like(images)
+            x_t = rows[:, 0].view(-1, 1, 1, 1) * images + rows[:, 1].view(-1, 1, 1, 1) * noise
+        bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        with bf16:
+            out = self.forward(x_t, t, self.y)
+        return F.mse_loss(out.float(), noise)
+
+    def __call__(self, images: Tensor, t: Tensor) -> None:
+        with torch.enable_grad():
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss(images, t).backward()
+            self.optimizer.step()
+
+
+def _implementations(target: Target, run: Run) -> dict[str, Trained]:
+    model: UNet = models.unet(run.model, target, torch.float32).train()
+    plain = models.eager_copy(model)
+    y = models.labels(model, run.batch, target.device)
+    if run.compile:
+        torch._dynamo.reset()
+        return {
+            "dd_kernels": Trained(target, model, model, True, y),
+            "torch.compile": Trained(target, plain, torch.compile(plain, dynamic=False), False, y),
+            "dd_kernels, torch.compile": Trained(target, model, torch.compile(model, dynamic=False), True, y),
+        }
+    return {"dd_kernels": Trained(target, model, model, True, y), "eager": Trained(target, plain, plain, False, y)}
+
+
+def _inspect(target: Target, found: dict[str, Trained], images: Tensor, t: Tensor) -> Row:
+    parameters = {p.untyped_storage().data_ptr() for p in found["dd_kernels"].optimizer.param_groups[0]["params"]}
+    memory: Row = {}
+    for name, trained in found.items():
+        if "torch.compile" in name and torch.device(target.device).type != "cuda":
+            continue  # its saved tensors are known to the compiler alone
+        try:
+            if "torch.compile" not in name:
+                saved = inspect_step.saved_bytes(lambda run=trained: run.loss(images, t), parameters)
+                memory[name] = {"saved_bytes": saved}
+            if torch.device(target.device).type == "cuda":
+                peak = inspect_step.peak_bytes(lambda run=trained: run(images, t))
+                memory[name] = {**memory.get(name, {}), "peak_bytes": peak}
+        except Exception as error:
+            memory[name] = {"not_measured": reason(error)}
+    return {"memory": memory}
+
+
+def _case(target: Target, run: Run) -> Case:
+    found = _implementations(target, run)
+    config = models.CONFIGS[run.model]
+    shape = (run.batch, config["in_channels"], config["image_size"], config["image_size"])
+    images = torch.rand(shape, device=target.device) * 2 - 1
+    t = torch.randint(len(models.SCHEDULE), (run.batch,), device=target.device)
+    weights = sum(p.nbytes for p in found["dd_kernels"].optimizer.param_groups[0]["params"])
+    return Case(
+        "training",
+        run.model,
+        shape,
+        found["dd_kernels"],
+        [(images, t)],
+        9 * weights + 2 * images.nbytes,  # read twice, gradient written and read, weight and two moments updated
+        {name: trained for name, trained in found.items() if name != "dd_kernels"},
+        dtype_name(torch.bfloat16) if target.kind == "cuda" else "float32",
+        "channels_last",
+        target.device,
+        graph=False,
+        inspect=lambda: _inspect(target, found, images, t),
+    )
+
+
+def plans(target: Target) -> list[Plan]:
+    """Every run, on a CPU on all its threads."""
+    threads = machine.THREADS[-1] if target.kind == "cpu" else None
+    return [Plan(str(run), lambda run=run: _case(target, run), threads, run.compile) for run in RUNS[target.kind]]
+
+
+def test_training(compare: Callable[[Plan], Row], plan: Plan) -> None:
+    compare(plan)

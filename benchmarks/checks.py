@@ -1,0 +1,119 @@
+"""The parts that measure nothing: the build, the ops' tests, and compute-sanitizer. None raises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import processes
+
+Check = dict[str, Any]
+BUILDS = {
+    "pip install": ("-m", "pip", "install", "-e", ".", "--no-build-isolation", "--no-deps"),
+    "setup.py build_ext": ("setup.py", "build_ext", "--inplace"),
+}
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TAIL = 15
+KERNEL = re.compile(r"[\[-](cpu-avx2|cpu-baseline|triton|cuda)(?=[\]-])")
+STATUS = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+TEST = re.compile(r"(tests/\S+?::.*?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*)?$")
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+
+
+def outcome(status: int | str) -> str:
+    """The exit status in a word."""
+    if isinstance(status, str):
+        return status
+    return "ok" if status == 0 else f"exit status {status}"
+
+
+def build(seconds: float, folder: Path) -> list[Check]:
+    """Installs the package as it lies there; builds the libraries in place where pip cannot."""
+    found = []
+    end = time.monotonic() + seconds
+    for name, arguments in BUILDS.items():
+        running = processes.start([sys.executable, *arguments], folder / "build.log")
+        result = outcome(running.finish(end))
+        libraries = sorted(path.name for path in (processes.ROOT / "dd_kernels").glob("_*.so"))
+        found.append({"check": name, "outcome": result, "seconds": running.seconds, "libraries": libraries})
+        if result == "ok":
+            break
+        found[-1]["tail"] = running.lines()[-TAIL:]
+    return found
+
+
+def counts(lines: Sequence[str]) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """From pytest's -v: by kernel how many tests passed, failed ..., and the names of those that failed."""
+    by_kernel: dict[str, Counter[str]] = {}
+    failed = []
+    for line in lines:
+        status, test = STATUS.search(line), TEST.search(line)
+        if status is None or test is None or line.startswith(("FAILED", "ERROR")):  # the summary repeats them
+            continue
+        kernel = KERNEL.search(test[1])
+        by_kernel.setdefault(kernel[1] if kernel else "no kernel", Counter())[status[1].lower()] += 1
+        if status[1] in ("FAILED", "ERROR"):
+            failed.append(test[1].strip())
+    return {kernel: dict(counter) for kernel, counter in sorted(by_kernel.items())}, failed
+
+
+def op_tests(seconds: float, folder: Path, paths: Sequence[str] = ("tests/ops",)) -> list[Check]:
+    """The suite of the ops, on every kernel that runs here; cut off when its time is over."""
+    command = [sys.executable, "-m", "pytest", *paths, "-v", "--tb=short", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None and len(os.sched_getaffinity(0)) >= 4:
+        command += ["-n", "4"]
+    running = processes.start(command, folder / "tests.log")
+    result = outcome(running.finish(time.monotonic() + seconds))
+    by_kernel, failed = counts(running.lines())
+    check = {"check": "tests of the ops", "outcome": result, "seconds": running.seconds, "kernels": by_kernel}
+    check |= {"failed": failed[:50], "failures": len(failed)}
+    if result != "ok":
+        check["tail"] = running.lines()[-TAIL:]
+    return [check]
+
+
+def compute_sanitizer() -> str | None:
+    """Where the tool is, or None."""
+    found = shutil.which("compute-sanitizer")
+    places = [Path("/usr/local/cuda/bin"), Path("/usr/local/cuda/compute-sanitizer"), *Path("/opt").glob("*/*/bin")]
+    return found or next((str(p / "compute-sanitizer") for p in places if (p / "compute-sanitizer").exists()), None)
+
+
+def sanitizer(seconds: float, folder: Path, program: str | None = None) -> list[Check]:
+    """Its four tools over a short run of every op, side by side."""
+    program = program or compute_sanitizer()
+    if program is None:
+        return [{"check": "compute-sanitizer", "outcome": "not measured: compute-sanitizer was not found"}]
+    end = time.monotonic() + seconds
+    # Each tensor an allocation of its own, so that running over its end is seen.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    running = {}
+    for tool in TOOLS:
+        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitize"]
+        running[tool] = processes.start(command, folder / f"{tool}.log", environment)
+    return [_sanitized(tool, started, end) for tool, started in running.items()]
+
+
+def _sanitized(tool: str, running: processes.Running, end: float) -> Check:
+    result = outcome(running.finish(end))
+    lines = running.lines()
+    summaries = [int(found[1]) for line in lines if (found := SUMMARY.search(line))]
+    check: Check = {
+        "check": f"compute-sanitizer {tool}",
+        "outcome": result,
+        "seconds": running.seconds,
+        "errors": max(summaries) if summaries else None,
+        "ops": sum(line.startswith("sanitized") for line in lines),
+    }
+    if result != "ok" or any(summaries):
+        first = next((i for i, line in enumerate(lines) if line.startswith("=========") and "COMPUTE" not in line), 0)
+        check["tail"] = lines[first : first + 2 * TAIL]
+    return check

@@ -1,0 +1,100 @@
+"""What a step consists of: kernel launches, the share of GroupNorm+SiLU and of the sampler, memory, FLOPs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from .harness import Row
+from .models import Denoiser
+
+REPEATS = 3
+# Ours; PyTorch's GroupNorm on a GPU, its SiLU there; both on a CPU.
+NORM = re.compile(r"group_?norm|rowwisemoments|computefusedparams|silu", re.IGNORECASE)
+
+
+def _events(run: Callable[[], object], device: str) -> list[tuple[str, float, int]]:
+    """(name, microseconds, calls) of the kernels of a GPU, or of the operators of a CPU without those they call.
+
+    All of REPEATS runs.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    run()
+    with profile(activities=activities) as profiler:
+        for _ in range(REPEATS):
+            run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    found = []
+    for event in profiler.key_averages():
+        on_device = "CUDA" in str(getattr(event, "device_type", ""))
+        if device == "cuda" and on_device and event.self_device_time_total > 0:
+            found.append((event.key, event.self_device_time_total, event.count))
+        elif device == "cpu" and event.self_cpu_time_total > 0 and "::" in event.key:
+            found.append((event.key, event.self_cpu_time_total, event.count))
+    return found
+
+
+def _copies(name: str) -> bool:
+    return name.startswith(("Memcpy", "Memset"))
+
+
+def breakdown(denoiser: Denoiser, x: Tensor, device: str) -> Row:
+    """Launches of a step (None on a CPU), and the share of its time: group_norm_silu, sampler, rest."""
+    with torch.no_grad():
+        out = denoiser.model(x).clone()
+        model = _events(lambda: denoiser.model(x), device)
+        update = _events(lambda: denoiser.update(x, out), device)
+    norm = sum(us for name, us, _ in model if NORM.search(name))
+    sampler = sum(us for _, us, _ in update)
+    total = sampler + sum(us for _, us, _ in model)
+    if total == 0:
+        raise RuntimeError("the profiler saw nothing")
+    launches = sum(calls for name, _, calls in [*model, *update] if not _copies(name))
+    return {
+        "launches": round(launches / REPEATS) if device == "cuda" else None,
+        "share": {
+            "group_norm_silu": norm / total,
+            "sampler": sampler / total,
+            "rest": (total - norm - sampler) / total,
+        },
+    }
+
+
+def peak_bytes(run: Callable[[], object], cuda: Any = torch.cuda) -> int:
+    """The most memory of a GPU that a call needs beside what is there before it."""
+    cuda.synchronize()
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    run()
+    cuda.synchronize()
+    return cuda.max_memory_allocated() - before
+
+
+def saved_bytes(run: Callable[[], object], parameters: set[int]) -> int:
+    """Bytes that a forward pass keeps for its backward pass, storages counted once, parameters left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result  # kept alive until here, so that no address is used twice
+    return sum(kept.values())
+
+
+def flops(run: Callable[[], object]) -> int:
+    """Floating-point operations of the convolutions and matrix products, a multiplication and an addition two."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()

@@ -1,0 +1,189 @@
+"""Whole models and sampling steps, in every implementation that is compared; all weights are random.
+
+``dd_kernels`` is the model with our ops and our step; ``eager`` is the same model, sharing its weights, in plain
+PyTorch; ``reference`` runs our reference; ``diffusers`` is its U-Net of the same weights with its scheduler.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dd_kernels as dd
+from dd_kernels.nn import CONFIGS, GroupNormSiLU, UNet
+
+from .bench_reverse_step import SCHEDULE, SEEDS, TABLES, eager_step
+from .harness import Target
+
+SD_UNET = {  # Stable Diffusion 1.5's U-Net
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD_TOKENS = (77, 768)
+ONLY_EPSILON = {"learn_variance": False}  # of imagenet64: diffusers' DDIM takes no learned variance
+
+
+@dataclass
+class Denoiser:
+    """A model with everything bound but x, and its half of the work told apart: model(x), then update(x, out)."""
+
+    model: Callable[[Tensor], Tensor]
+    update: Callable[[Tensor, Tensor], Tensor]
+    module: nn.Module
+    backend: str = "auto"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with dd.use_backend(self.backend):
+            return self.update(x, self.model(x))
+
+
+class EagerGroupNormSiLU(GroupNormSiLU):
+    """What the norm of our U-Net is in plain PyTorch, in the dtype of its input."""
+
+    def forward(
+        self, x: Tensor, *, pre_shift: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """As GroupNormSiLU."""
+        if pre_shift is not None:
+            x = x + pre_shift[:, :, None, None]
+        y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        if scale is not None:
+            y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        return F.silu(y) if self.activation == "silu" else y
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy of the model whose parameters are the model's own."""
+    return copy.deepcopy(model, {id(p): p for p in [*model.parameters(), *model.buffers()]})
+
+
+def eager_copy(model: UNet) -> UNet:
+    """The model in plain PyTorch, sharing its weights."""
+    model = sharing(model)
+    for module in model.modules():
+        if type(module) is GroupNormSiLU:
+            module.__class__ = EagerGroupNormSiLU
+    return model
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Weights that start at 0 become random: products with zeros can run faster than real ones."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def unet(name: str, target: Target, dtype: torch.dtype, **options: Any) -> UNet:
+    """The named U-Net on the target, for inference."""
+    if name == "imagenet64":
+        options = {**ONLY_EPSILON, **options}
+    with torch.device(target.device):
+        model = UNet.from_config(name, **options)
+    return randomized(model).to(dtype).to(memory_format=torch.channels_last).eval()
+
+
+def labels(model: UNet, batch: int, device: torch.device | str) -> Tensor | None:
+    """A class for each image, where the model has classes."""
+    classes = model.config["num_classes"]
+    return None if classes is None else torch.arange(batch, device=device) % classes
+
+
+def ours(model: UNet, sampler: str, batch: int, device: torch.device | str, backend: str = "auto") -> Denoiser:
+    """A step as :func:`dd_kernels.sample` runs it, but for the new tensor that the first step makes."""
+    table = TABLES[sampler]
+    index = len(table) // 2
+    t = table.on(torch.device(device)).timesteps[index].expand(batch)
+    y = labels(model, batch, device)
+    seed = SEEDS[sampler]
+    return Denoiser(
+        lambda x: model(x, t, y),
+        lambda x, out: dd.reverse_step(x, out, table, index, seed=seed),
+        model,
+        backend,
+    )
+
+
+def eager(model: UNet, sampler: str, batch: int, device: torch.device | str) -> Denoiser:
+    """The same step in plain PyTorch."""
+    plain, step = eager_copy(model), eager_step(TABLES[sampler], len(TABLES[sampler]) // 2)
+    return Denoiser(ours(plain, sampler, batch, device).model, step, plain)
+
+
+def compiled(denoiser: Denoiser, mode: str) -> Denoiser:
+    """The whole step under torch.compile."""
+    step = torch.compile(lambda x: denoiser.update(x, denoiser.model(x)), mode=mode, dynamic=False)
+    return Denoiser(denoiser.model, lambda x, out: step(x), denoiser.module, denoiser.backend)
+
+
+def scheduler_of(sampler: str, device: torch.device | str) -> Any:
+    """diffusers' scheduler, its timesteps where pipelines put them."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]()
+    scheduler.set_timesteps(len(TABLES[sampler]), device=device)
+    return scheduler
+
+
+def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device | str) -> Denoiser | str:
+    """diffusers' U-Net of the same shape and weights, and its scheduler, as its pipelines call them."""
+    try:
+        from dd_kernels.integrations.diffusers_unet import to_diffusers
+    except ImportError:
+        return "diffusers is not installed"
+    theirs = to_diffusers(model).to(device=device).to(memory_format=torch.channels_last).eval()
+    scheduler = scheduler_of(sampler, device)
+    t = scheduler.timesteps[len(scheduler.timesteps) // 2]
+    y, dtype = labels(model, batch, device), next(theirs.parameters()).dtype
+    return Denoiser(
+        lambda x: theirs(x.to(dtype), t, class_labels=y).sample,
+        lambda x, out: scheduler.step(out, t, x).prev_sample,
+        theirs,
+    )
+
+
+def stable_diffusion(batch: int, target: Target, dtype: torch.dtype) -> dict[str, Denoiser] | str:
+    """diffusers' U-Net of Stable Diffusion 1.5's size as it is, and fused by :func:`dd_kernels.fuse`; DDIM."""
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError:
+        return "diffusers is not installed"
+    device = target.device
+    with torch.device(device):
+        theirs = UNet2DConditionModel(**SD_UNET)
+    theirs = theirs.to(dtype).to(memory_format=torch.channels_last).eval()
+    fused = sharing(theirs)
+    dd.fuse(fused)
+    tokens = torch.randn(batch, *SD_TOKENS, device=device).to(dtype)
+    scheduler, table = scheduler_of("ddim", device), TABLES["ddim"]
+    t, index = scheduler.timesteps[len(scheduler.timesteps) // 2], len(table) // 2
+    return {
+        "dd_kernels": Denoiser(
+            lambda x: fused(x.to(dtype), t, tokens).sample,
+            lambda x, out: dd.reverse_step(x, out, table, index),
+            fused,
+        ),
+        "diffusers": Denoiser(
+            lambda x: theirs(x.to(dtype), t, tokens).sample,
+            lambda x, out: scheduler.step(out, t, x).prev_sample,
+            theirs,
+        ),
+    }
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Size of the weights."""
+    return sum(p.nbytes for p in module.parameters())
+
+
+__all__ = ["CONFIGS", "SCHEDULE", "Denoiser", "compiled", "diffusers_unet", "eager", "ours", "stable_diffusion", "unet"]

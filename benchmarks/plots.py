@@ -1,0 +1,159 @@
+"""The results as plots, PNG files beside the JSON; each carries the hash of the figures it was drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import results
+from .harness import reason
+from .results import Results, Row
+
+SOURCE = "Source"  # the key of the hash among a PNG's texts
+DDIM_STEPS = 50
+UNITS = {"steps": "steps of a run", "batch": "batch", "resolution": "side of the image", "channels": "base channels"}
+
+
+def ratios(found: Results) -> Any:
+    """How many times faster, by op and peer: a dot for the median over shapes, a line for the range."""
+    from matplotlib import pyplot as plt
+
+    rows = results.rows(found, "ops") or results.ops(found)
+    lines = sorted(
+        results.digest(rows), key=lambda line: (line["op"], line["case"], line["peer"], line["threads"] or 0)
+    )
+    figure, axis = plt.subplots(figsize=(11, 1.4 + 0.2 * len(lines)))
+    labels = []
+    for y, line in enumerate(reversed(lines)):
+        threads = line["threads"] or 1
+        axis.plot([line["least"], line["most"]], [y, y], color=f"C{threads - 1}", linewidth=2, alpha=0.5)
+        axis.plot(line["median"], y, "o", color=f"C{threads - 1}", markersize=4)
+        where = f", {line['threads']}T" if line["threads"] else ""
+        labels.append(f"{line['op']} {line['case']} {line['dtype']} {line['layout']}, {line['peer']}{where}")
+    axis.set_yticks(range(len(lines)), labels, fontsize=7)
+    axis.set_ylim(-1, len(lines))
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    least, most = min(line["least"] for line in lines), max(line["most"] for line in lines)
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if least / 1.5 <= t <= most * 1.5]
+    axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("time of the peer / time of dd_kernels (dot: median over shapes, line: range)")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_title(found["machine"]["device"])
+    return figure
+
+
+def throughput(found: Results) -> Any:
+    """Images/s against the batch, a panel per model: DDIM in 50 steps, extrapolated from one step."""
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in results.of_op(found, "sample") if row["case"].endswith(" ddim") and "steps" not in row]
+    panels = sorted({(row["case"].removesuffix(" ddim"), row["dtype"]) for row in rows})
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 0.5 + 3.6 * lines), squeeze=False)
+    for axis, (model, dtype) in zip(axes.flat, panels, strict=False):
+        mine = [row for row in rows if row["case"] == f"{model} ddim" and row["dtype"] == dtype]
+        _rates(axis, mine)
+        axis.set_title(f"{model}, {dtype}", fontsize=10)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(f"{found['machine']['device']}: images/s, DDIM in {DDIM_STEPS} steps (extrapolated from one step)")
+    return figure
+
+
+def _rates(axis: Any, rows: Sequence[Row]) -> None:
+    """One model's images/s against the batch, a line per implementation."""
+    series: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for name, rate in results.images_per_second(row, DDIM_STEPS).items():
+            series.setdefault(name, {}).setdefault(row["shape"][0], rate)
+    for i, (name, by_batch) in enumerate(series.items()):
+        batches = sorted(by_batch)
+        width = 2.5 if name == "dd_kernels" else 1.2
+        axis.plot(batches, [by_batch[n] for n in batches], "os^vD*P"[i % 7] + "-", label=name, linewidth=width)
+    _logarithmic(axis, sorted({n for by_batch in series.values() for n in by_batch}))
+    axis.set_xlabel("batch")
+    axis.set_ylabel("images/s")
+    axis.legend(fontsize=7)
+
+
+def _logarithmic(axis: Any, ticks: Sequence[float]) -> None:
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
+def growth(found: Results) -> Any:
+    """Time against steps, batch, resolution and channels, with the floors of bytes and of operations."""
+    from matplotlib import pyplot as plt
+
+    rows = results.of_op(found, "growth")
+    axes_names = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 8))
+    for axis, name in zip(axes.flat, axes_names, strict=False):
+        mine = sorted((row for row in rows if row["case"] == name), key=lambda row: row["value"])
+        values = [row["value"] for row in mine]
+        for peer, style in (("dd_kernels", "o-"), ("eager", "s--")):
+            times = [results.seconds_of(row).get(peer) for row in mine]
+            axis.plot(values, [None if t is None else t * 1e3 for t in times], style, label=peer)
+        for key, label, color in (
+            ("floor_flops_us", "floor: FLOPs / matrix product's rate", "black"),
+            ("floor_bytes_us", "floor: weights and images / copy bandwidth", "gray"),
+        ):
+            floor = [row.get(key) for row in mine]
+            axis.plot(values, [None if f is None else f / 1e3 for f in floor], ":", color=color, label=label)
+        _logarithmic(axis, values)
+        base = ", ".join(f"{key} {value}" for key, value in mine[0]["sizes"].items() if key not in (name, "steps"))
+        axis.set_title(base, fontsize=9)
+        axis.set_xlabel(UNITS[name])
+        axis.set_ylabel("ms")
+    for axis in axes.flat[len(axes_names) :]:
+        axis.axis("off")
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f"{found['machine']['device']}: a step of a U-Net like cifar10's, {rows[0]['dtype']}")
+    return figure
+
+
+# Suffix of the file, title, what draws it, and the op that it needs (None: any single op).
+PLOTS: dict[str, tuple[str, Callable[[Results], Any], str | None]] = {
+    "": ("ratios by op and peer", ratios, None),
+    "_throughput": ("images/s against the batch", throughput, "sample"),
+    "_growth": ("how the time of a step grows", growth, "growth"),
+}
+
+
+def drawn(found: Results) -> dict[str, str]:
+    """By suffix the titles of the plots that there are figures for."""
+    return {
+        suffix: title
+        for suffix, (title, _, op) in PLOTS.items()
+        if (results.digest(results.ops(found)) if op is None else results.of_op(found, op))
+    }
+
+
+def draw(found: Results, file: Path) -> list[str]:
+    """Draws every plot beside ``file``; what could not be drawn, and why."""
+    try:
+        import matplotlib
+    except ImportError:
+        return ["plots: matplotlib is not installed"]
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    problems = []
+    for suffix in drawn(found):
+        try:
+            figure = PLOTS[suffix][1](found)
+            figure.tight_layout()
+            target = file.with_name(f"{file.stem}{suffix}.png")
+            figure.savefig(target, dpi=110, metadata={SOURCE: results.digest_of(found), "Software": None})
+        except Exception as error:
+            problems.append(f"{file.stem}{suffix}.png: {reason(error)}")
+        finally:
+            plt.close("all")
+    return problems

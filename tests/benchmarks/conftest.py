@@ -1,0 +1,135 @@
+"""A GPU that is not there: torch.cuda for the benchmarks' clock, its time made of the calls that run."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+
+import pytest
+
+from benchmarks import harness, machine, timing_cpu, timing_gpu
+
+
+class FakeCuda:
+    """Every call that ticks takes its time on this device; a graph replays what ticked while it was captured."""
+
+    def __init__(self):
+        self.now = 0.0  # milliseconds
+        self.capturing = None
+        self.captures = 0
+        self.refuses = False
+        self.cuda = self
+
+    def tick(self, milliseconds):
+        if self.capturing is None:
+            self.now += milliseconds
+        else:
+            self.capturing.milliseconds += milliseconds
+
+    def get_device_properties(self, index):
+        return types.SimpleNamespace(L2_cache_size=1 << 20)
+
+    def Stream(self):
+        return object()
+
+    def stream(self, stream):
+        return contextlib.nullcontext(stream)
+
+    def synchronize(self):
+        if self.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def empty_cache(self):
+        pass
+
+    def Event(self, enable_timing):
+        fake = self
+
+        class Event:
+            def record(self):
+                self.at = fake.now
+
+            def synchronize(self):
+                fake.synchronize()
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        return Event()
+
+    def CUDAGraph(self):
+        fake = self
+
+        class Graph:
+            milliseconds = 0.0
+
+            def capture_begin(self, capture_error_mode):
+                if fake.refuses:
+                    raise RuntimeError("this device captures nothing")
+                fake.captures += 1
+                fake.capturing = self
+
+            def capture_end(self):
+                fake.capturing = None
+
+            def replay(self):
+                fake.now += self.milliseconds
+
+        return Graph()
+
+
+@pytest.fixture
+def cuda():
+    return FakeCuda()
+
+
+@pytest.fixture
+def gpu_clock(cuda):
+    """The GPU's clock on the fake device; its tensors are on the CPU."""
+    clock = timing_gpu.GpuClock(cuda)
+    clock.device = "cpu"
+    return clock
+
+
+class TickingClock(timing_gpu.GpuClock):
+    """Each call takes a millisecond of the fake device, whatever it does."""
+
+    device = "cpu"
+    case_seconds = 0.01
+
+    def timer(self, call, inputs, bytes_moved=0, graph=True):
+        def ticking(*arguments):
+            self.cuda.tick(1.0)
+            return call(*arguments)
+
+        return super().timer(ticking, inputs, bytes_moved, graph)
+
+
+@pytest.fixture
+def few_rounds(monkeypatch):
+    """Benchmarks that only show that they run."""
+    monkeypatch.setattr(timing_cpu, "ROUND_SECONDS", 1e-6)
+    monkeypatch.setattr(timing_gpu, "GRAPH_SECONDS", 1e-6)
+    monkeypatch.setattr(timing_gpu, "MAX_COPIES", 2)
+    monkeypatch.setattr(harness, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(harness, "MAX_ROUNDS", 2)
+    monkeypatch.setattr(harness, "SLOW_ROUNDS", 2)
+    monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 12, "cuda": 1 << 12})
+    monkeypatch.setattr(machine, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
+    monkeypatch.setattr(machine, "_limits", {})
+
+
+@pytest.fixture
+def cpu_target(few_rounds):
+    clock = timing_cpu.CpuClock()
+    clock.case_seconds = 1e-3
+    return harness.Target("cpu", "cpu", clock)
+
+
+@pytest.fixture
+def gpu_target(few_rounds, cuda, monkeypatch):
+    """The selection and the paths of a GPU, on CPU tensors."""
+    names = {"device": "Fake GPU", "torch": "2.13.0", "isa": None}
+    monkeypatch.setattr(machine, "described", lambda device: dict(names))
+    clock = TickingClock(cuda)
+    return harness.Target("cuda", "cpu", clock)

@@ -1,0 +1,104 @@
+"""Build, tests and sanitizer: what is read from their output, and that none of them can stop a report."""
+
+import sys
+import time
+
+import pytest
+
+from benchmarks import checks, machine, processes, sanitize
+
+PLAIN = """
+tests/ops/test_randn.py::test_shape[cuda-shape0] PASSED                  [ 10%]
+tests/ops/test_randn.py::test_shape[triton-(1, 3)] FAILED                [ 20%]
+tests/ops/test_randn.py::test_names PASSED                               [ 30%]
+FAILED tests/ops/test_randn.py::test_shape[triton-(1, 3)] - assert 0
+""".strip().splitlines()
+DISTRIBUTED = """
+tests/ops/test_randn.py::test_shape[cpu-avx2-a]
+[gw1] [ 10%] PASSED tests/ops/test_randn.py::test_shape[cpu-avx2-a]
+[gw0] [ 20%] SKIPPED tests/ops/test_randn.py::test_shape[bfloat16-cuda]
+[gw0] [ 30%] ERROR tests/ops/test_randn.py::test_shape[cuda-b]
+""".strip().splitlines()
+
+
+def test_tests_are_counted_by_kernel():
+    by_kernel, failed = checks.counts(PLAIN)
+    assert by_kernel == {"cuda": {"passed": 1}, "no kernel": {"passed": 1}, "triton": {"failed": 1}}
+    assert failed == ["tests/ops/test_randn.py::test_shape[triton-(1, 3)]"]
+    by_kernel, failed = checks.counts(DISTRIBUTED)
+    assert by_kernel == {"cpu-avx2": {"passed": 1}, "cuda": {"skipped": 1, "error": 1}}
+    assert failed == ["tests/ops/test_randn.py::test_shape[cuda-b]"]
+
+
+def test_a_suite_is_run_and_counted(tmp_path):
+    suite = tmp_path / "test_one.py"
+    suite.write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
+    (check,) = checks.op_tests(60.0, tmp_path, [str(suite)])
+    assert check["outcome"] == "exit status 1"
+    assert check["tail"]
+
+
+def test_what_runs_too_long_is_stopped_with_its_children(tmp_path):
+    started = time.monotonic()
+    running = processes.start(["bash", "-c", "sleep 50 & sleep 50; echo done"], tmp_path / "log")
+    assert running.finish(time.monotonic() + 0.3).startswith("stopped after 0 s")
+    assert time.monotonic() - started < 10
+    assert running.lines() == []
+
+
+def test_a_program_that_is_not_there_is_an_outcome(tmp_path):
+    assert "cannot be started" in processes.start(["/nowhere"], tmp_path / "log").finish(0.0)
+
+
+@pytest.mark.parametrize(("first", "expected"), [("pass", ["ok"]), ("raise SystemExit(3)", ["exit status 3", "ok"])])
+def test_the_build_falls_back_to_setup_py(first, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "BUILDS", {"pip install": ("-c", first), "setup.py build_ext": ("-c", "pass")})
+    found = checks.build(30.0, tmp_path)
+    assert [check["outcome"] for check in found] == expected
+    assert found[-1]["libraries"] == sorted(path.name for path in (processes.ROOT / "dd_kernels").glob("_*.so"))
+
+
+FAKE = """#!{python}
+import sys
+tool = sys.argv[2]
+print("========= COMPUTE-SANITIZER")
+print("sanitized steps on cuda: 8 cases")
+if tool == "racecheck":
+    print("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")
+elif tool == "memcheck":
+    print("========= Invalid __global__ write of size 4 bytes")
+    print("========= ERROR SUMMARY: 2 errors")
+    sys.exit(9)
+elif tool == "synccheck":
+    import time; time.sleep(60)
+else:
+    print("========= ERROR SUMMARY: 0 errors")
+"""
+
+
+def test_the_four_tools_of_the_sanitizer(tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(FAKE.format(python=sys.executable))
+    tool.chmod(0o755)
+    found = {check["check"].split()[1]: check for check in checks.sanitizer(2.5, tmp_path, str(tool))}
+    assert (found["racecheck"]["outcome"], found["racecheck"]["errors"]) == ("ok", 0)
+    assert (found["initcheck"]["errors"], found["initcheck"]["ops"]) == (0, 1)
+    assert (found["memcheck"]["outcome"], found["memcheck"]["errors"]) == ("exit status 9", 2)
+    assert found["memcheck"]["tail"][0] == "========= Invalid __global__ write of size 4 bytes"
+    assert found["synccheck"]["outcome"].startswith("stopped after")
+    assert found["synccheck"]["errors"] is None
+
+
+def test_no_sanitizer_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "compute_sanitizer", lambda: None)
+    assert checks.sanitizer(1.0, tmp_path)[0]["outcome"].startswith("not measured: ")
+
+
+def test_the_sanitized_script_runs_every_op(capsys, monkeypatch):
+    monkeypatch.setattr(sanitize, "NORMS", sanitize.NORMS[:2])
+    monkeypatch.setattr(machine, "kernels", lambda device: ["reference"])
+    sanitize.main("cpu")
+    assert capsys.readouterr().out.splitlines() == [
+        "sanitized steps on reference: 8 cases",
+        "sanitized norms on reference: 8 cases",
+    ]
