@@ -96,6 +96,15 @@ def test_not_finite(kernel, value):
     torch.testing.assert_close(dd.q_sample(x, 500, SCHEDULE, noise, backend=kernel.name), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF - (1 << 32)], ids=["positive", "negative"])
+def test_nan_stays_nan_when_rounded(kernel, bits):
+    """Rounded like a number, a NaN of all ones would carry over into the sign."""
+    noise = torch.full((1, 1, 4, 4), bits, dtype=torch.int32).view(torch.float32).to(kernel.device)
+    for dtype in DTYPES:
+        x_start = torch.ones(noise.shape, dtype=dtype, device=kernel.device)
+        assert dd.q_sample(x_start, 3, SCHEDULE, noise, backend=kernel.name).isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place(kernel, dtype):
     x_start = torch.randn(2, 3, 9, 7).to(kernel.device, dtype)
