@@ -18,6 +18,8 @@ import dd_kernels as dd
 from . import inspect_step, machine, models
 from .harness import Case, Plan, Row, Target, dtype_name, reason
 from .models import Denoiser
+from .timing import UnusableError
+from .timing_gpu import captured
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,17 @@ def _compiled(found: dict[str, Denoiser | str], modes: tuple[str, ...]) -> dict[
     return result
 
 
-def _graph(step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], object] | str:
+def _graph(target: Target, step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], object] | str:
     """Our step captured as a CUDA graph; the tensor it is called with is the one it was captured with."""
-    from .timing_gpu import captured
-
+    if not target.clock.graphs:
+        return "no CUDA graphs in this run"
     try:
         for _ in range(2):
             step(x)
-        replay = captured(lambda: step(x))
+        replay = captured(lambda: step(x), target.clock.cuda)
     except Exception as error:
+        if not target.clock.usable():
+            raise UnusableError(f"not captured: {reason(error)}") from error
         return f"not captured: {reason(error)}"
     return lambda _: replay()
 
@@ -142,7 +146,7 @@ def _step_case(target: Target, run: Run) -> Case:
     ours = found["dd_kernels"]
     peers: dict[str, Denoiser | Callable[[Tensor], object] | str] = dict(list(found.items())[1:])
     if target.kind == "cuda" and not run.compile:
-        peers["dd_kernels, CUDA graph"] = _graph(ours, x)
+        peers["dd_kernels, CUDA graph"] = _graph(target, ours, x)
     moved = models.parameter_bytes(ours.module) + 2 * x.nbytes
     return Case(
         "sample",

@@ -33,35 +33,43 @@ def _last_words(running: processes.Running, status: int | str) -> str:
     return f"{status}{words}" if isinstance(status, str) else f"its process ended with status {status}{words}"
 
 
+def _is_capture(line: dict[str, Any]) -> bool:
+    return "captured" in str(line.get("not_measured"))
+
+
 def measure(
     part: str, seconds: float, folder: Path, stream: bool = False, worker: Sequence[str] = WORKER
 ) -> dict[str, list[dict[str, Any]]]:
     """Rows and what was not measured, of all plans of a part, in their order.
 
-    A worker that dies or hangs loses the plan it was at; another one goes on behind it, without CUDA
-    graphs where a capture was what went wrong.
+    A worker that dies or hangs loses the plan it was at; another one goes on behind it. Where the capture of
+    a graph took the device away, the next ones capture none, and start with that plan.
     """
-    out, end = folder / f"{part}.jsonl", time.monotonic() + seconds
+    end = time.monotonic() + seconds
     done: dict[int, dict[str, Any]] = {}
     names: list[str] = []
-    start = 0
+    start = tries = 0
     while True:
+        tries += 1
+        out = folder / f"{part}.{tries}.jsonl"
         command = [*worker, part, "--start", str(start), "--seconds", f"{max(0.0, end - time.monotonic()):.1f}"]
         command += ["--out", str(out), *(["--stream"] if stream else [])]
-        running = processes.start(command, folder / f"{part}.{start}.log")
+        running = processes.start(command, folder / f"{part}.{tries}.log")
         status = running.finish(end + GRACE)
-        for line in _lines(out):
-            names = line.get("plans", names)
-            if "plan" in line:
-                done[line["plan"]] = line
-        stream = stream or any("captured" in str(line.get("not_measured")) for line in done.values())
+        lines = _lines(out)
+        names = next((line["plans"] for line in lines if "plans" in line), names)
+        done |= {line["plan"]: line for line in lines if "plan" in line}
         if not names:
             return {"rows": [], "not_measured": [{"name": part, "reason": _last_words(running, status)}]}
-        if len(done) == len(names):
-            break
+        uncaptured = [number for number, line in done.items() if line.get("unusable") and _is_capture(line)]
+        again = bool(uncaptured) and not stream
+        if again:
+            stream = True
+            for number in uncaptured:
+                del done[number]
+        at = next((number for number in range(len(names)) if number not in done), len(names))
         # Where it died without a word, the plan it was at is the first that has no line.
-        at = next(number for number in range(len(names)) if number not in done)
-        if status != UNUSABLE or at == start:
+        if at < len(names) and not again and (status != UNUSABLE or at == start):
             done[at] = {"plan": at, "name": names[at], "not_measured": _last_words(running, status)}
             at += 1
         start = at

@@ -15,12 +15,14 @@ class Part:
     Attributes:
         files: benchmark files whose plans run, one after another; none for a check.
         slow: the plans that take minutes to prepare, instead of the others.
+        patience: how many times its share it may take; the parts after it have that much less.
     """
 
     name: str
     seconds: dict[str, int | None]
     files: tuple[str, ...] = ()
     slow: bool = False
+    patience: float = 1.0
 
     def plans(self, target: Target) -> list[Plan]:
         """What the part measures on the target."""
@@ -37,7 +39,8 @@ class Share:
 
     def take(self, name: str) -> float:
         """Seconds for the part ``name``."""
-        return max(self.remaining, 0.0) * self.weights[name] / sum(self.weights.values())
+        share = PARTS[name].patience * self.weights[name] / sum(self.weights.values())
+        return max(self.remaining, 0.0) * min(share, 1.0)
 
     def used(self, name: str, seconds: float) -> None:
         """The part is over."""
@@ -45,14 +48,14 @@ class Share:
         del self.weights[name]
 
 
-OPS = ("bench_reverse_step", "bench_group_norm_silu", "bench_randn", "bench_q_sample")
+OPS = ("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_silu")
 PARTS = {
     part.name: part
     for part in (
-        Part("build", {"cuda": 90, "cpu": None}),
-        Part("tests", {"cuda": 80, "cpu": None}),
-        Part("sanitizer", {"cuda": 40, "cpu": None}),
-        Part("ops", {"cuda": 90, "cpu": 210}, OPS),
+        Part("build", {"cuda": 90, "cpu": None}, patience=2.5),
+        Part("tests", {"cuda": 75, "cpu": None}),
+        Part("sanitizer", {"cuda": 35, "cpu": None}),
+        Part("ops", {"cuda": 100, "cpu": 210}, OPS),
         Part("end_to_end", {"cuda": 50, "cpu": 240}, ("bench_throughput",)),
         Part("training", {"cuda": 20, "cpu": 40}, ("bench_training",)),
         Part("growth", {"cuda": 25, "cpu": 60}, ("bench_growth",)),

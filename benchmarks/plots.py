@@ -81,10 +81,14 @@ def _rates(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def _logarithmic(axis: Any, ticks: Sequence[float]) -> None:
+    from matplotlib.ticker import LogLocator
+
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(alpha=0.3)
 
 
@@ -114,7 +118,8 @@ def growth(found: Results) -> Any:
         axis.set_ylabel("ms")
     for axis in axes.flat[len(axes_names) :]:
         axis.axis("off")
-    axes.flat[0].legend(fontsize=8)
+    lines, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2, fontsize=9)
     figure.suptitle(f"{found['machine']['device']}: a step of a U-Net like cifar10's, {rows[0]['dtype']}")
     return figure
 
@@ -151,7 +156,9 @@ def draw(found: Results, file: Path) -> list[str]:
             figure = PLOTS[suffix][1](found)
             figure.tight_layout()
             target = file.with_name(f"{file.stem}{suffix}.png")
-            figure.savefig(target, dpi=110, metadata={SOURCE: results.digest_of(found), "Software": None})
+            figure.savefig(
+                target, dpi=110, bbox_inches="tight", metadata={SOURCE: results.digest_of(found), "Software": None}
+            )
         except Exception as error:
             problems.append(f"{file.stem}{suffix}.png: {reason(error)}")
         finally:

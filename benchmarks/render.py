@@ -18,8 +18,8 @@ STEPS = {"ddim": (10, 20, 50, 100), "ddpm": (1000,)}
 README_STEPS = {"ddim": 50, "ddpm": 1000}
 HEADLINE_IMAGES = 50_000
 QUOTE = (
-    "Song, Meng and Ermon (DDIM, ICLR 2021, arXiv 2010.02502, section 1): “it takes around 20 hours to sample 50k images of size "
-    "32 x 32 from a DDPM, but less than a minute to do so from a GAN on a Nvidia 2080 Ti GPU.”"
+    "Song, Meng and Ermon (DDIM, ICLR 2021, arXiv 2010.02502, section 1): “it takes around 20 hours to sample 50k "
+    "images of size 32 x 32 from a DDPM, but less than a minute to do so from a GAN on a Nvidia 2080 Ti GPU.”"
 )
 
 

@@ -167,11 +167,13 @@ def test_a_missing_peer_is_named_and_stops_nothing(gpu_target, tiny, monkeypatch
     for name in ("diffusers", "apex", "dd_kernels.integrations.diffusers_unet"):
         monkeypatch.setitem(sys.modules, name, None)
     plans = [*bench_q_sample.plans(gpu_target)[:1], *bench_reverse_step.plans(gpu_target)[:1]]
-    plans += bench_throughput.plans(gpu_target)[:1]
+    runs = [bench_throughput.Run("cifar10", "ddim", 1), bench_throughput.Run("stable diffusion", "ddim", 1)]
+    monkeypatch.setattr(bench_throughput, "RUNS", {"cuda": runs})
+    whole, stable = bench_throughput.plans(gpu_target)
+    plans.append(whole)
     for row in measured(plans, gpu_target):
         assert row["peers"]["diffusers"] == {"not_measured": "diffusers is not installed"}
         assert row["us"] > 0
-    stable = next(plan for plan in bench_throughput.plans(gpu_target) if "stable" in str(plan))
     with pytest.raises(RuntimeError, match="diffusers is not installed"):
         harness.measure(stable, gpu_target)
 
