@@ -21,7 +21,7 @@ DD_HOST_DEVICE Vec exp(Vec v) {
     // 2^n in two factors: one alone would overflow or lose the subnormal results.
     VecI k = as_int(shifted) - 0x4b400000;
     VecI half = k >> 1;
-    return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
+    return p * as_float((VecU)(half + 127) << 23) * as_float((VecU)(k - half + 127) << 23);
 }
 
 // 1 + e^-v for every float, the denominator of a sigmoid: half the work of exp, as the sum hides what
