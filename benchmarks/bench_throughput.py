@@ -24,7 +24,10 @@ from .timing_gpu import captured
 
 @dataclass(frozen=True)
 class Run:
-    """A model, a sampler and a batch; ``compile``: the modes in which steps are compiled, which takes minutes."""
+    """A model, a sampler and a batch.
+
+    ``compile``: the modes in which steps are compiled, which takes minutes; ``profile``: also launches and shares.
+    """
 
     model: str
     sampler: str
@@ -34,6 +37,7 @@ class Run:
     whole: int | None = None  # steps of a whole run instead of one step
     size: int | None = None  # side of the images (latents), where it is not the configuration's
     reference: bool = False
+    profile: bool = False
 
     def __str__(self) -> str:
         steps = f" whole run of {self.whole}" if self.whole else ""
@@ -44,12 +48,12 @@ class Run:
 BF16 = torch.bfloat16
 RUNS = {
     "cuda": [
-        *(Run("cifar10", "ddim", n, BF16, reference=n == 256) for n in (256, 1, 64, 16, 512)),
+        *(Run("cifar10", "ddim", n, BF16, reference=n == 256, profile=n in (1, 256)) for n in (256, 1, 64, 16, 512)),
         Run("cifar10", "ddpm", 256, BF16),
         Run("cifar10", "ddpm", 512, BF16),
         Run("cifar10", "ddim", 512, BF16, whole=10),
-        *(Run("imagenet64", "ddim", n, BF16) for n in (64, 1, 16, 256)),
-        *(Run("stable diffusion", "ddim", n, BF16) for n in (1, 16, 64)),
+        *(Run("imagenet64", "ddim", n, BF16, profile=n == 64) for n in (64, 1, 16, 256)),
+        *(Run("stable diffusion", "ddim", n, BF16, profile=n == 16) for n in (16, 1, 64)),
         *(Run("digits", sampler, 512) for sampler in ("ddim", "ddpm")),
         *(Run("digits", "ddim", n) for n in (1, 64)),
         Run("cifar10", "ddim", 256, reference=True),
@@ -59,13 +63,13 @@ RUNS = {
         Run("cifar10", "ddim", 256, BF16, compile=("max-autotune",)),
     ],
     "cpu": [
-        *(Run("digits", sampler, 64, reference=True) for sampler in ("ddim", "ddpm")),
-        *(Run("cifar10", sampler, 1, reference=True) for sampler in ("ddim", "ddpm")),
+        *(Run("digits", sampler, 64, reference=True, profile=True) for sampler in ("ddim", "ddpm")),
+        *(Run("cifar10", sampler, 1, reference=True, profile=True) for sampler in ("ddim", "ddpm")),
         Run("digits", "ddim", 256),
         Run("digits", "ddim", 64, whole=10),
         Run("cifar10", "ddim", 16),
-        Run("imagenet64", "ddim", 1),
-        Run("stable diffusion", "ddim", 1, size=32),
+        Run("imagenet64", "ddim", 1, profile=True),
+        Run("stable diffusion", "ddim", 1, size=32, profile=True),
         Run("cifar10", "ddim", 1, compile=("default",)),
     ],
 }
@@ -114,19 +118,21 @@ def _graph(target: Target, step: Callable[[Tensor], Tensor], x: Tensor) -> Calla
     return lambda _: replay()
 
 
-def _inspect(target: Target, found: dict[str, Denoiser | str], x: Tensor) -> Row:
+def _inspect(target: Target, run: Run, found: dict[str, Denoiser | str], x: Tensor) -> Row:
     """Launches, shares and peak memory of every implementation that runs uncompiled."""
-    result: Row = {}
+    device = torch.device(target.device).type
+    result: dict[str, Row] = {}
     for name, denoiser in found.items():
-        if isinstance(denoiser, str) or "torch.compile" in name or denoiser.backend != "auto":
+        if isinstance(denoiser, str) or denoiser.backend != "auto":
             continue
         try:
-            result[name] = inspect_step.breakdown(denoiser, x, torch.device(target.device).type)
-            if torch.device(target.device).type == "cuda":
-                result[name]["peak_bytes"] = inspect_step.peak_bytes(lambda run=denoiser: run(x))
+            one = inspect_step.breakdown(denoiser, x, device) if run.profile else {}
+            if device == "cuda":
+                one["peak_bytes"] = inspect_step.peak_bytes(lambda run=denoiser: run(x))
         except Exception as error:
-            result[name] = {"not_measured": reason(error)}
-    return {"breakdown": result}
+            one = {"not_measured": reason(error)}
+        result[name] = one
+    return {"breakdown": {name: one for name, one in result.items() if one}}
 
 
 def _images(target: Target, run: Run) -> Tensor:
@@ -160,7 +166,7 @@ def _step_case(target: Target, run: Run) -> Case:
         "channels_last",
         target.device,
         graph=False,
-        inspect=None if run.compile else lambda: _inspect(target, found, x),
+        inspect=None if run.compile else lambda: _inspect(target, run, found, x),
     )
 
 

@@ -123,7 +123,7 @@ def eager(model: UNet, sampler: str, batch: int, device: torch.device | str) -> 
 def compiled(denoiser: Denoiser, mode: str) -> Denoiser:
     """The whole step under torch.compile."""
     step = torch.compile(lambda x: denoiser.update(x, denoiser.model(x)), mode=mode, dynamic=False)
-    return Denoiser(denoiser.model, lambda x, out: step(x), denoiser.module, denoiser.backend)
+    return Denoiser(step, lambda x, out: out, denoiser.module, denoiser.backend)
 
 
 def scheduler_of(sampler: str, device: torch.device | str) -> Any:

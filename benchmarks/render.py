@@ -17,6 +17,7 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 STEPS = {"ddim": (10, 20, 50, 100), "ddpm": (1000,)}
 README_STEPS = {"ddim": 50, "ddpm": 1000}
 HEADLINE_IMAGES = 50_000
+SHARES = ("group_norm_silu", "sampler", "rest")
 QUOTE = (
     "Song, Meng and Ermon (DDIM, ICLR 2021, arXiv 2010.02502, section 1): “it takes around 20 hours to sample 50k "
     "images of size 32 x 32 from a DDPM, but less than a minute to do so from a GAN on a Nvidia 2080 Ti GPU.”"
@@ -122,10 +123,11 @@ def breakdown(rows: Sequence[Row]) -> str:
     cells = [["model", "batch", "dtype", "implementation", "launches", "GroupNorm+SiLU", "sampler", "rest", "peak MB"]]
     for row in rows:
         for name, one in row.get("breakdown", {}).items():
-            if "share" not in one:
+            if "not_measured" in one:
                 continue
-            shares = [f"{100 * one['share'][key]:.1f}%" for key in ("group_norm_silu", "sampler", "rest")]
-            launches = "" if one["launches"] is None else str(one["launches"])
+            share = one.get("share", {})
+            shares = [f"{100 * share[key]:.1f}%" if key in share else "" for key in SHARES]
+            launches = "" if one.get("launches") is None else str(one["launches"])
             peak = figure(one["peak_bytes"] / 1e6) if "peak_bytes" in one else ""
             cells.append([row["case"], str(row["shape"][0]), row["dtype"], name, launches, *shares, peak])
     if len(cells) == 1:

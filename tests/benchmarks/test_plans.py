@@ -163,6 +163,14 @@ def test_no_weight_is_left_at_zero(cpu_target, tiny):
     assert all(parameter.any() for parameter in model.parameters() if parameter.ndim > 1)
 
 
+def test_a_compiled_step_runs_its_model_once(cpu_target, tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: seen.append(options) or f)
+    step = models.Denoiser(lambda x: seen.append("model") or x + 1, lambda x, out: 2 * out, torch.nn.Identity())
+    assert models.compiled(step, "max-autotune")(torch.tensor(1.0)) == 4
+    assert seen == [{"mode": "max-autotune", "dynamic": False}, "model"]
+
+
 def test_a_missing_peer_is_named_and_stops_nothing(gpu_target, tiny, monkeypatch):
     for name in ("diffusers", "apex", "dd_kernels.integrations.diffusers_unet"):
         monkeypatch.setitem(sys.modules, name, None)
