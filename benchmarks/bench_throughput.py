@@ -56,6 +56,7 @@ RUNS = {
         *(Run("stable diffusion", "ddim", n, BF16, profile=n == 16) for n in (16, 1, 64)),
         *(Run("digits", sampler, 512) for sampler in ("ddim", "ddpm")),
         *(Run("digits", "ddim", n) for n in (1, 64)),
+        Run("imagenet64", "ddpm", 64, BF16),
         Run("cifar10", "ddim", 256, reference=True),
         Run("cifar10", "ddim", 256, BF16, compile=("default",)),
         Run("cifar10", "ddim", 1, BF16, compile=("reduce-overhead",)),

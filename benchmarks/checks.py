@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ BUILDS = {
     "setup.py build_ext": ("setup.py", "build_ext", "--inplace"),
 }
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BACKENDS = ("cuda", "triton")
 TAIL = 15
 KERNEL = re.compile(r"[\[-](cpu-avx2|cpu-baseline|triton|cuda)(?=[\]-])")
 STATUS = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
@@ -88,7 +90,7 @@ def compute_sanitizer() -> str | None:
 
 
 def sanitizer(seconds: float, folder: Path, program: str | None = None) -> list[Check]:
-    """Its four tools over a short run of every op, side by side."""
+    """Its four tools over a short run of every op on each backend, all side by side."""
     program = program or compute_sanitizer()
     if program is None:
         return [{"check": "compute-sanitizer", "outcome": "not measured: compute-sanitizer was not found"}]
@@ -96,18 +98,31 @@ def sanitizer(seconds: float, folder: Path, program: str | None = None) -> list[
     # Each tensor an allocation of its own, so that running over its end is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     running = {}
-    for tool in TOOLS:
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.sanitize"]
-        running[tool] = processes.start(command, folder / f"{tool}.log", environment)
-    return [_sanitized(tool, started, end) for tool, started in running.items()]
+    for tool, backend in itertools.product(TOOLS, BACKENDS):
+        command = [
+            program,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "9",
+            sys.executable,
+            "-m",
+            "benchmarks.sanitize",
+            backend,
+        ]
+        running[f"{tool} {backend}"] = processes.start(command, folder / f"{tool}.{backend}.log", environment)
+    return [_sanitized(name, started, end) for name, started in running.items()]
 
 
-def _sanitized(tool: str, running: processes.Running, end: float) -> Check:
+def _sanitized(name: str, running: processes.Running, end: float) -> Check:
     result = outcome(running.finish(end))
+    absent = next((line for line in running.lines() if line.startswith("not available")), None)
+    if absent is not None:
+        return {"check": f"compute-sanitizer {name}", "outcome": f"not measured: {absent}"}
     lines = running.lines()
     summaries = [int(found[1]) for line in lines if (found := SUMMARY.search(line))]
     check: Check = {
-        "check": f"compute-sanitizer {tool}",
+        "check": f"compute-sanitizer {name}",
         "outcome": result,
         "seconds": running.seconds,
         "errors": max(summaries) if summaries else None,

@@ -231,6 +231,7 @@ def measure(plan: Plan, target: Target) -> Row:
             row = record(case, timers, missing, interleave(timers, clock.case_seconds))
             bandwidth = machine.limits(clock, target.device, torch.float32)["copy_gb_per_s"]
             row |= {"threads": plan.threads, "percent_of_bandwidth": 100 * row["gb_per_s"] / bandwidth}
+            row["backend"] = machine.backend(target.kind)
             return {**row, **machine.described(target.kind), **_inspected(case, clock)}
         finally:
             clock.release()

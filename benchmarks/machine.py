@@ -54,6 +54,11 @@ def kernels(device: str) -> list[str]:
     return [name for name in names if backends.unavailable(name, device) is None]
 
 
+def backend(device: str) -> str:
+    """What "auto" takes on ``device``."""
+    return next(iter(kernels(device)), "reference")
+
+
 _limits: dict[tuple, dict[str, float]] = {}
 
 

@@ -28,6 +28,7 @@ def _machine(found: Results) -> str:
     machine = found["machine"]
     parts = [machine["device"], machine["isa"], f"torch {machine['torch']}"]
     parts += [f"{name} {machine[name]}" for name in ("cuda", "triton", "diffusers") if machine.get(name)]
+    parts += [f"backend {name}" for name in sorted({row["backend"] for row in results.rows(found) if "backend" in row})]
     return ", ".join(part for part in parts if part)
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from benchmarks import checks, machine, processes, sanitize
+from benchmarks import checks, processes, sanitize
 
 PLAIN = """
 tests/ops/test_randn.py::test_shape[cuda-shape0] PASSED                  [ 10%]
@@ -60,7 +60,9 @@ def test_the_build_falls_back_to_setup_py(first, expected, tmp_path, monkeypatch
 
 FAKE = """#!{python}
 import sys
-tool = sys.argv[2]
+tool, backend = sys.argv[2], sys.argv[-1]
+if backend == "triton" and tool == "initcheck":
+    print("not available: no triton"); sys.exit()
 print("========= COMPUTE-SANITIZER")
 print("sanitized steps on cuda: 8 cases")
 if tool == "racecheck":
@@ -80,7 +82,10 @@ def test_the_four_tools_of_the_sanitizer(tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(FAKE.format(python=sys.executable))
     tool.chmod(0o755)
-    found = {check["check"].split()[1]: check for check in checks.sanitizer(2.5, tmp_path, str(tool))}
+    checked = {check["check"]: check for check in checks.sanitizer(2.5, tmp_path, str(tool))}
+    assert len(checked) == 8
+    assert checked["compute-sanitizer initcheck triton"]["outcome"] == "not measured: not available: no triton"
+    found = {name: checked[f"compute-sanitizer {name} cuda"] for name in checks.TOOLS}
     assert (found["racecheck"]["outcome"], found["racecheck"]["errors"]) == ("ok", 0)
     assert (found["initcheck"]["errors"], found["initcheck"]["ops"]) == (0, 1)
     assert (found["memcheck"]["outcome"], found["memcheck"]["errors"]) == ("exit status 9", 2)
@@ -96,9 +101,8 @@ def test_no_sanitizer_is_not_measured(tmp_path, monkeypatch):
 
 def test_the_sanitized_script_runs_every_op(capsys, monkeypatch):
     monkeypatch.setattr(sanitize, "NORMS", sanitize.NORMS[:2])
-    monkeypatch.setattr(machine, "kernels", lambda device: ["reference"])
-    sanitize.main("cpu")
-    assert capsys.readouterr().out.splitlines() == [
-        "sanitized steps on reference: 8 cases",
-        "sanitized norms on reference: 8 cases",
-    ]
+    sanitize.main("reference", "cpu")
+    sanitize.main("cuda", "cpu")
+    steps, norms, absent = capsys.readouterr().out.splitlines()
+    assert (steps, norms) == ("sanitized steps on reference: 8 cases", "sanitized norms on reference: 8 cases")
+    assert absent.startswith("not available: ")
