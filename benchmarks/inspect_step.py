@@ -15,8 +15,13 @@ from .harness import Row
 from .models import Denoiser
 
 REPEATS = 3
-# Ours; PyTorch's GroupNorm on a GPU, its SiLU there; both on a CPU.
-NORM = re.compile(r"group_?norm|rowwisemoments|computefusedparams|silu", re.IGNORECASE)
+# On a GPU our kernels are known by the type of their argument (CUDA) or by their names (Triton), PyTorch's GroupNorm
+# and SiLU by their names; on a CPU all are operators.
+NORM = re.compile(
+    r"group_?norm|silu|rowwisemoments|computefusedparams|norm(forward|backward)"
+    r"|^_(whole_groups|partial_moments|combine_moments|apply|partial_sums|combine_sums|parameter_gradients)",
+    re.IGNORECASE,
+)
 
 
 def _events(run: Callable[[], object], device: str) -> list[tuple[str, float, int]]:

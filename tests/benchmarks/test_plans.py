@@ -1,12 +1,15 @@
 """Every plan of both selections runs, on tiny shapes: what a GPU would run also, on CPU tensors and a fake clock."""
 
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import dd_kernels as dd
 from benchmarks import (
     bench_group_norm_silu,
     bench_growth,
@@ -238,6 +241,31 @@ def test_saved_bytes_counts_a_storage_once_and_no_parameter():
     run = lambda: (x @ weight.t()).square() + (x @ weight.t())  # noqa: E731 - squares keep their input
     saved = inspect_step.saved_bytes(run, {weight.untyped_storage().data_ptr()})
     assert saved == x.nbytes + 2 * 4 * 4
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_norm_and_the_sampler_are_found_in_a_profile(backend):
+    step = models.Denoiser(lambda x: dd.group_norm_silu(x, 8, backend=backend), torch.add, torch.nn.Identity())
+    share = inspect_step.breakdown(step, torch.randn(4, 32, 16, 16), "cpu")["share"]
+    assert share["group_norm_silu"] > 0.1
+    assert share["sampler"] > 0
+
+
+def test_the_norms_kernels_are_known_by_name():
+    root = Path(dd.__file__).parent
+    cuda = "".join(path.read_text() for path in (root.parent / "csrc" / "group_norm_silu").glob("*.cu*"))
+    found = re.findall(r"__global__[^{;]*?\w+_kernel\(const (\w+)", cuda)
+    triton = "".join(path.read_text() for path in (root / "ops" / "group_norm_silu").glob("triton*.py"))
+    found += re.findall(r"\b(_\w+)\[(?:grid|\()", triton)
+    assert len(set(found)) >= 10, found
+    theirs = ["void at::native::(anonymous)::RowwiseMomentsCUDAKernel<float>", "silu_kernel"]
+    assert not [name for name in found + theirs if not inspect_step.NORM.search(name)]
+    for other in (
+        "implicit_convolve_sgemm",
+        "reverse_step_kernel(ReverseStepArguments)",
+        "vectorized_elementwise_kernel",
+    ):
+        assert not inspect_step.NORM.search(other)
 
 
 def test_peak_memory_is_what_a_call_adds(cuda):
