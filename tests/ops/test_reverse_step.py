@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget, sentinels_survive, within_sentinels
+from guard_page import guard_page
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,6 +144,35 @@ def test_in_place(kernel, dtype):
     assert strided.equal(expected)
     assert dd.reverse_step(x, out, table, 3, seed=1, x_prev=x, backend=kernel.name) is x
     assert x.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reads_nothing_behind_the_inputs(kernel, dtype):
+    if kernel.device != "cpu":
+        pytest.skip("compute-sanitizer tells of a GPU's memory")
+    table = TABLES["ddpm, learned_range"]
+    x, out = tensors(table, (1, 3, 3, 5), dtype, dtype)
+    uncond, noise = torch.randn_like(out), torch.randn_like(x)
+    step = {"step": 3, "guidance_scale": 2.0, "backend": kernel.name}
+    expected = dd.reverse_step(x, out, table, uncond=uncond, noise=noise, **step)
+    with guard_page() as end:
+        ends = {"uncond": end(uncond), "noise": end(noise), "x_prev": end(x)}
+        assert dd.reverse_step(end(x), end(out), table, **ends, **step).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_rounds_to_nearest_even(kernel, dtype):
+    bits = torch.randint(-(2**31), 2**31, (1, 1, 64, 64), dtype=torch.int32)
+    bits[..., ::2] &= -(2**12)  # of float16 and bfloat16 alike, many ties
+    bits[..., ::4] &= -(2**15)
+    size = bits.view(torch.float32).abs()
+    bits = torch.where((size > 1e-30) & (size < 1e30), bits, 0)
+    values = bits.view(torch.float32).to(kernel.device)
+    x = torch.zeros(values.shape, dtype=dtype, device=kernel.device)
+    table = from_columns(np.arange(1), prev_from_out=1.0)
+    result = dd.reverse_step(x, values, table, 0, backend=kernel.name)
+    rounded = (bits.to(kernel.device) & -(2**16)).view(torch.float32) if kernel.truncates(dtype) else values
+    torch.testing.assert_close(result, rounded.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
