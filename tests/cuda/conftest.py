@@ -20,13 +20,18 @@ OPS = Path(__file__).parents[1] / "ops"
 sys.path.append(str(OPS))  # the op suite, and its error budget
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For a process that has AddressSanitizer preloaded."""
+    parser.addoption("--sanitize", action="store_true", help="run the CUDA kernels' host build under sanitizers")
+
+
 @pytest.fixture(scope="session")
-def library() -> HostLibrary:
+def library(request: pytest.FixtureRequest) -> HostLibrary:
     """The kernels, built for the host and loaded."""
     if host_library.compiler() is None:
         pytest.skip("no C++ compiler builds the CUDA kernels for the host")
     host_library.define_ops()
-    return HostLibrary(host_library.build())
+    return HostLibrary(host_library.build(sanitize=request.config.getoption("--sanitize", False)))
 
 
 @pytest.fixture

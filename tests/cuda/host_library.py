@@ -43,6 +43,15 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++").split()[0])
 
 
+def address_sanitizer() -> str | None:
+    """Its library, which a process must have loaded before anything else; None if the compiler has none."""
+    if compiler() is None:
+        return None
+    answer = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    path = answer.stdout.strip()
+    return path if os.path.isabs(path) else None
+
+
 def _sources() -> list[Path]:
     return sorted([*ROOT.glob("csrc/*/cuda*.cu"), *ROOT.glob("csrc/*/cuda*.cpp"), HOST / "host.cpp"])
 

@@ -1,5 +1,6 @@
 """The CUDA library as nvcc builds it: no spills, 16-byte accesses, planned registers, only the stable ABI."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -31,6 +32,7 @@ PLANNED = {
     r"parameter_kernel": (256, 1),
 }
 ELEMENT_BY_ELEMENT = re.compile(r"OrderE4E|AccessE2E|parameter_kernel")
+READS_LAST = re.compile(r"apply(_backward)?_kernel")
 WRITES_ONLY_SUMS = re.compile(r"(statistics|column_sums|channel_sums)_kernel")
 
 
@@ -71,6 +73,7 @@ def planned_registers(kernel: str) -> int:
     return REGISTERS_OF_A_MULTIPROCESSOR // (threads * blocks)
 
 
+@functools.cache
 def disassembly(library: Path) -> dict[str, list[str]]:
     """The instructions of every kernel, all its architectures together."""
     kernels, current = defaultdict(list), None
@@ -109,6 +112,19 @@ def test_accesses_of_16_bytes_and_none_of_local_memory(library):
             continue
         assert "randn_kernel" in kernel or re.search(r"\bLDG\.E(\.\w+)*\.128\b", text), kernel
         assert WRITES_ONLY_SUMS.search(kernel) or re.search(r"\bSTG\.E(\.\w+)*\.128\b", text), kernel
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
+def test_what_is_read_and_written_last_leaves_the_cache_first(library):
+    kernels = {name: "\n".join(text) for name, text in disassembly(library).items() if READS_LAST.search(name)}
+    kernels = {name: text for name, text in kernels.items() if not ELEMENT_BY_ELEMENT.search(name)}
+    assert len(kernels) >= 12
+    for kernel, text in kernels.items():
+        for access in ("LDG", "STG"):
+            assert re.search(rf"\b{access}\.E\.EF(\.\w+)*\.128\b", text), (kernel, access)
+            assert not re.search(rf"\b{access}\.E\.128\b", text), (kernel, access)
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ CASES = {
     "held_ragged": ((3, 12, 24, 40), 2, False, TINY),
     "cluster_2": ((2, 8, 64, 64), 4, False, TINY_HOPPER),
     "cluster_8": ((1, 8, 64, 72), 1, False, H200),
+    "cluster_of_a_slice": ((1, 8, 64, 72), 1, False, SLICE),
     "split": ((1, 16, 80, 80), 1, False, TINY),
     "last_held": ((2, 64, 8, 8), 8, True, H200),
     "last_straddling": ((2, 60, 6, 6), 5, True, TINY),

@@ -99,10 +99,10 @@ struct Device {
 
 inline Device device;
 
-// Shared memory is exactly as long as the launch asked for and starts as NaN.
+// Shared memory is exactly as long as the launch asked for, a sanitizer sees its end, and starts as NaN.
 inline void begin_block(Block& block, dim3 index, size_t shared_bytes) {
     block.index = index;
-    block.shared.assign(shared_bytes, static_cast<char>(0xff));
+    block.shared = std::vector<char>(shared_bytes, static_cast<char>(0xff));
     block.barrier = {static_cast<int>(blockDim.x), 0, 0};
     block.warps.assign(blockDim.x / kWarp, Warp{{static_cast<int>(kWarp), 0, 0}, {}});
 }

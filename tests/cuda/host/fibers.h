@@ -16,7 +16,20 @@
 #include <memory>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace fibers {
+
+// What AddressSanitizer must be told where one stack is left, and where the other is reached.
+#ifdef __SANITIZE_ADDRESS__
+inline void leave_for(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
+inline void arrive(const void** from, size_t* bytes) { __sanitizer_finish_switch_fiber(nullptr, from, bytes); }
+#else
+inline void leave_for(const void*, size_t) {}
+inline void arrive(const void**, size_t*) {}
+#endif
 
 struct Barrier {
     int expected = 0, arrived = 0;
@@ -100,6 +113,7 @@ private:
         int index = free_fiber();
         threads_[static_cast<size_t>(thread)].fiber = index;
         Fiber& fiber = *fibers_[static_cast<size_t>(index)];
+        leave_for(fiber.stack.get(), kStackBytes);
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = kStackBytes;
@@ -111,7 +125,9 @@ private:
     }
 
     void enter(int thread) {
+        entering_ = true;
         if (_setjmp(caller_) == 0) setcontext(begin(thread));
+        arrive(nullptr, nullptr);
     }
 
     // Leaves the current fiber, which waits, for that of `thread`.
@@ -119,16 +135,22 @@ private:
         Fiber& from = *fibers_[static_cast<size_t>(threads_[static_cast<size_t>(current_)].fiber)];
         current_ = thread;
         if (_setjmp(from.where) == 0) resume(thread);
+        arrive(nullptr, nullptr);
     }
 
     void resume(int thread) {
         const Thread& to = threads_[static_cast<size_t>(thread)];
         if (!to.started) setcontext(begin(thread));
-        _longjmp(fibers_[static_cast<size_t>(to.fiber)]->where, 1);
+        Fiber& fiber = *fibers_[static_cast<size_t>(to.fiber)];
+        leave_for(fiber.stack.get(), kStackBytes);
+        _longjmp(fiber.where, 1);
     }
 
     static void main(unsigned low, unsigned high) {
-        reinterpret_cast<Scheduler*>(static_cast<uintptr_t>(high) << 32 | low)->loop();
+        auto* self = reinterpret_cast<Scheduler*>(static_cast<uintptr_t>(high) << 32 | low);
+        arrive(self->entering_ ? &self->caller_stack_ : nullptr, self->entering_ ? &self->caller_bytes_ : nullptr);
+        self->entering_ = false;
+        self->loop();
     }
 
     // What a fiber does: threads that have not started, one after another, until it must leave for a waiting one.
@@ -142,6 +164,7 @@ private:
             int fiber = thread.fiber;
             if (finished_ == count()) {
                 free_.push_back(fiber);
+                leave_for(caller_stack_, caller_bytes_);
                 _longjmp(caller_, 1);
             }
             current_ = next();
@@ -159,7 +182,9 @@ private:
     std::vector<int> free_;
     std::function<void(int)> body_;
     jmp_buf caller_;
-    bool backwards_ = false;
+    const void* caller_stack_ = nullptr;
+    size_t caller_bytes_ = 0;
+    bool backwards_ = false, entering_ = false;
     int current_ = 0, finished_ = 0;
 };
 
