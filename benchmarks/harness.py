@@ -23,6 +23,7 @@ from .timing import Call, Clock, Timer, UnusableError
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
 SLOW_ROUNDS = 5  # where a round takes more than a second
+SLOWEST_ROUNDS = 3  # where it takes more than ten
 PATIENCE = 3  # times as long as a case should take: a neighbour may have come after the first look
 Row = dict[str, Any]
 
@@ -141,7 +142,7 @@ def _timers(case: Case, clock: Clock) -> tuple[dict[str, Timer], dict[str, str]]
 def interleave(timers: dict[str, Timer], case_seconds: float) -> dict[str, list[float]]:
     """Seconds per call of each, in every round; fewer rounds where they take far longer than they should."""
     round_seconds = sum(timer.round_seconds for timer in timers.values())
-    least = SLOW_ROUNDS if round_seconds > 1 else MIN_ROUNDS
+    least = MIN_ROUNDS if round_seconds < 1 else SLOW_ROUNDS if round_seconds < 10 else SLOWEST_ROUNDS
     rounds = min(MAX_ROUNDS, max(least, round(case_seconds / max(round_seconds, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)

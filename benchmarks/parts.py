@@ -55,11 +55,11 @@ PARTS = {
         Part("build", {"cuda": 90, "cpu": None}, patience=2.5),
         Part("tests", {"cuda": 75, "cpu": None}),
         Part("sanitizer", {"cuda": 35, "cpu": None}),
-        Part("ops", {"cuda": 100, "cpu": 260}, OPS),
-        Part("end_to_end", {"cuda": 50, "cpu": 220}, ("bench_throughput",)),
+        Part("ops", {"cuda": 100, "cpu": 240}, OPS),
+        Part("end_to_end", {"cuda": 50, "cpu": 260}, ("bench_throughput",)),
         Part("training", {"cuda": 20, "cpu": 40}, ("bench_training",)),
         Part("growth", {"cuda": 25, "cpu": 60}, ("bench_growth",)),
-        Part("shapes", {"cuda": 35, "cpu": 170}, ("bench_model_norms",)),
+        Part("shapes", {"cuda": 35, "cpu": 160}, ("bench_model_norms",)),
         Part("compiled", {"cuda": 50, "cpu": None}, ("bench_throughput", "bench_training"), slow=True),
     )
 }

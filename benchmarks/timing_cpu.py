@@ -17,6 +17,7 @@ from .timing import Call, Timer
 CACHE_BYTES = 64 << 20  # more than a last-level cache of the machines this runs on
 LARGE_CALL = 4 << 20  # a call that moves more finds its data in memory, one that moves less in a cache
 ROUND_SECONDS = 1e-3
+SLOWEST = 1.0  # one call is warm-up enough
 SLOW = 0.05  # a call that takes longer is not repeated to find out how long it takes
 
 
@@ -43,8 +44,9 @@ class CpuClock:
 
     def timer(self, call: Call, inputs: Sequence[tuple], bytes_moved: int = 0, graph: bool = True) -> Timer:
         turn = itertools.cycle(inputs)
-        _seconds(call, turn, 1)
-        once = _seconds(call, turn, 1)
+        once = _seconds(call, turn, 1)  # which also compiles and fills caches
+        if once < SLOWEST:
+            once = _seconds(call, turn, 1)
         if once < SLOW:
             once = min(_seconds(call, turn, 1) for _ in range(3))
         repeats = max(1, round(ROUND_SECONDS / max(once, 1e-7)))

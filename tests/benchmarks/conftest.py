@@ -114,6 +114,7 @@ def few_rounds(monkeypatch):
     monkeypatch.setattr(harness, "MIN_ROUNDS", 2)
     monkeypatch.setattr(harness, "MAX_ROUNDS", 2)
     monkeypatch.setattr(harness, "SLOW_ROUNDS", 2)
+    monkeypatch.setattr(harness, "SLOWEST_ROUNDS", 2)
     monkeypatch.setattr(machine, "COPY_BYTES", {"cpu": 1 << 12, "cuda": 1 << 12})
     monkeypatch.setattr(machine, "MATMUL_SIZE", {"cpu": 16, "cuda": 16})
     monkeypatch.setattr(machine, "_limits", {})

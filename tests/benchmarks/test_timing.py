@@ -115,6 +115,12 @@ def test_rounds_are_interleaved_in_changing_order_and_end_in_time(monkeypatch):
     assert len(order) == 3 * harness.SLOW_ROUNDS
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.5, "MIN_ROUNDS"), (2.0, "SLOW_ROUNDS"), (11.0, "SLOWEST_ROUNDS")])
+def test_what_takes_long_gets_fewer_rounds(seconds, rounds):
+    times = harness.interleave({"ours": Timer(lambda: 1.0, seconds, "clock")}, 0.01)
+    assert len(times["ours"]) == getattr(harness, rounds)
+
+
 def test_ratios_are_taken_within_a_round():
     found = harness.ratio_of([2.0, 30.0, 2.2], [1.0, 10.0, 1.0])
     assert found["ratio"] == pytest.approx(2.2)
