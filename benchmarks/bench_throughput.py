@@ -69,7 +69,7 @@ RUNS = {
         Run("digits", "ddim", 256),
         Run("digits", "ddim", 64, whole=10),
         Run("cifar10", "ddim", 16),
-        Run("stable diffusion", "ddim", 1, size=32, profile=True),
+        Run("stable diffusion", "ddim", 1, size=32),
         Run("imagenet64", "ddim", 1),
         Run("cifar10", "ddim", 1, compile=("default",)),
     ],
