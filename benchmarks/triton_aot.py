@@ -1,7 +1,7 @@
 """What the Triton kernels compile to, with no GPU: registers, stack, spills and access width per shape.
 
-    python -m benchmarks.triton_aot                  the table, into benchmarks/results/triton_aot.md and .json
-    python -m benchmarks.triton_aot --quick --arch 90 --output -
+    python -m benchmarks.triton_aot                  the table, into benchmarks/results/triton_aot.md
+    python -m benchmarks.triton_aot --quick --arch 90 --json
 
 The ops' own launch code runs on meta tensors of the shapes of the cifar10 and Stable Diffusion networks,
 before a driver that compiles for the GPU it is told and launches nothing: what is compiled is what a user runs.
@@ -10,28 +10,25 @@ before a driver that compiles for the GPU it is told and launches nothing: what 
 from __future__ import annotations
 
 import argparse
-import collections
-import contextlib
+import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import pathlib
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime import driver, jit
 
-_BINARIES = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_RESULTS = pathlib.Path(__file__).parent / "results" / "triton_aot"
+from .cubin import usages
+from .triton_compile import Launch, compile_only, without_compiling
+
+TABLE = pathlib.Path(__file__).parent / "results" / "triton_aot.md"
+ARCHS = (80, 90, 100)
+DTYPES = ("bfloat16", "float32")
 
 # (network, C, side, batch); every GroupNorm has 32 groups.
 SHAPES = (
@@ -51,130 +48,6 @@ SHAPES = (
 )
 QUICK = (SHAPES[0], SHAPES[5])
 STATES = (("cifar10", 3, 32, 256), ("sd unet", 4, 64, 2))  # what is denoised
-
-
-class CompileOnly(DriverBase):
-    """Stands for a CUDA GPU of compute capability ``arch`` (90 is 9.0) that cannot run anything."""
-
-    def __init__(self, arch: int) -> None:
-        super().__init__()
-        self.arch = arch
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("nothing is launched")
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # triton keeps the kernels of each device apart
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_benchmarker(self) -> Callable:
-        raise NotImplementedError("nothing is launched")
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel launch that was compiled and not run."""
-
-    name: str
-    kernel: object  # triton's CompiledKernel
-    options: dict
-
-
-@contextlib.contextmanager
-def compile_only(arch: int) -> Iterator[list[Launch]]:
-    """Inside, Triton launches compile for ``arch`` and are listed instead of run."""
-    launches: list[Launch] = []
-    run, before = jit.JITFunction.run, driver._active
-
-    def compile_and_list(self: jit.JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        launches.append(Launch(self.fn.__name__, kernel, options))
-        return kernel
-
-    driver.set_active(CompileOnly(arch))
-    jit.JITFunction.run = compile_and_list
-    try:
-        yield launches
-    finally:
-        jit.JITFunction.run, driver._active = run, before
-
-
-def specialisations(calls: Sequence[Callable[[], None]], arch: int = 90) -> set[str]:
-    """The kernels that the calls would have compiled for ``arch``, without compiling them."""
-    found: set[str] = set()
-
-    def note(*, key: str, fn: jit.JitFunctionInfo, **_: object) -> bool:
-        found.add(f"{fn.name} {key}")
-        return True  # as if it were done
-
-    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
-    try:
-        with compile_only(arch):
-            for call in calls:
-                call()
-    finally:
-        knobs.runtime.jit_cache_hook = before
-    return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """What one kernel takes: registers, local memory (stack bytes, spill instructions), access widths in bits."""
-
-    registers: int
-    stack: int
-    spills: int
-    shared: int
-    instructions: int
-    loads: dict[int, int]  # width: instructions
-    stores: dict[int, int]
-
-
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([str(_BINARIES / name), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def _widths(opcodes: list[str], stem: str) -> dict[int, int]:
-    widths = collections.Counter()
-    for opcode in opcodes:
-        if opcode.startswith(stem):
-            bits = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", opcode)
-            widths[int(bits.group(1)) if bits else 32] += 1
-    return dict(sorted(widths.items()))
-
-
-def usage(kernel: object) -> Usage:
-    """Reads the cubin of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code)
-    spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
-    return Usage(
-        registers,
-        stack,
-        spills,
-        kernel.metadata.shared,
-        len(opcodes),
-        _widths(opcodes, "LDG"),
-        _widths(opcodes, "STG"),
-    )
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
@@ -241,62 +114,121 @@ def vector_bits(channels: int, side: int, itemsize: int, last: bool, options: di
     return 8 * math.gcd(16, run * itemsize, channels * itemsize if last else 0)
 
 
-def rows(arch: int, dtypes: list[str], quick: bool) -> Iterator[dict]:
-    """A row per kernel of every op, shape, dtype and layout."""
-    for op, (call, shapes) in OPS.items():
-        for network, channels, side, batch in (s for s in shapes if not quick or s in QUICK + STATES[1:]):
-            for dtype_name in dtypes:
-                for last in (False, True):
-                    dtype = getattr(torch, dtype_name)
-                    with compile_only(arch) as launches:
-                        call(channels, side, batch, dtype, last)
-                    for launch in launches:
-                        yield {
-                            "op": op,
-                            "kernel": launch.name,
-                            "network": network,
-                            "shape": [batch, channels, side, side],
-                            "dtype": dtype_name,
-                            "layout": "NHWC" if last else "NCHW",
-                            "arch": arch,
-                            "warps": launch.options["num_warps"],
-                            "allowed_bits": vector_bits(channels, side, dtype.itemsize, last, launch.options),
-                            **dataclasses.asdict(usage(launch.kernel)),
-                        }
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of an op, compiled for one architecture."""
+
+    op: str
+    network: str
+    shape: tuple[int, int, int]  # C, side, batch
+    dtype: str
+    last: bool
+    arch: int
+
+    def launch(self) -> None:
+        """Calls the op's launch code."""
+        OPS[self.op][0](*self.shape, getattr(torch, self.dtype), self.last)
+
+    def row(self, launch: Launch) -> dict:
+        """What is known of a launch before it is compiled."""
+        (channels, side, batch), options = self.shape, launch.options
+        itemsize = getattr(torch, self.dtype).itemsize
+        return {
+            "op": self.op,
+            "kernel": launch.name,
+            "network": self.network,
+            "shape": [batch, channels, side, side],
+            "dtype": self.dtype,
+            "layout": "NHWC" if self.last else "NCHW",
+            "tile": [size for name, size in sorted(options.items()) if name in ("BLOCK_C", "BLOCK_P", "BLOCK_S")],
+            "warps": options["num_warps"],
+            "arch": self.arch,
+            "allowed_bits": vector_bits(channels, side, itemsize, self.last, options),
+        }
 
 
-def _markdown(table: list[dict]) -> str:
-    head = "op, kernel, network, shape, dtype, layout, sm, warps, registers, stack, spills, load bits, store bits"
+def cases(archs: Iterable[int] = ARCHS, dtypes: Iterable[str] = DTYPES, quick: bool = False) -> list[Case]:
+    """Every op at the shapes of the networks, in both layouts; ``quick``: a few shapes that reach every kernel."""
+    return [
+        Case(op, network, shape, dtype, last, arch)
+        for arch in archs
+        for op, (_, shapes) in OPS.items()
+        for network, *shape in (s for s in shapes if not quick or s in QUICK + STATES[1:])
+        for dtype in dtypes
+        for last in (False, True)
+    ]
+
+
+def listed(case: Case) -> list[dict]:
+    """The rows of a case without what they take, without compiling."""
+    with without_compiling(case.arch) as (launches, _):
+        case.launch()
+    return [case.row(launch) for launch in launches]
+
+
+def _compiled(case: Case) -> list[tuple[dict, bytes]]:
+    """The rows of a case, and their cubins."""
+    with compile_only(case.arch) as launches:
+        case.launch()
+    return [(case.row(launch), launch.kernel.asm["cubin"]) for launch in launches]
+
+
+def rows(wanted: list[Case], jobs: int) -> list[dict]:
+    """A row per launch of every case, compiled by ``jobs`` processes."""
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        found = [pair for case in pool.map(_compiled, wanted) for pair in case]
+    for arch in {row["arch"] for row, _ in found}:
+        distinct = list({cubin for row, cubin in found if row["arch"] == arch})
+        taken = dict(zip(distinct, usages(distinct, arch), strict=True))
+        for row, cubin in found:
+            if row["arch"] == arch:
+                row |= dataclasses.asdict(taken[cubin])
+    return [row for row, _ in found]
+
+
+HEAD = "op, kernel, network, shape, dtype, layout, tile, warps, sm, registers, stack, spills, load bits, store bits"
+
+
+def cells(row: dict) -> list[str]:
+    """The table's cells of a row but for the architecture's."""
+    names = ("op", "kernel", "network", "shape", "dtype", "layout", "tile", "warps")
+    return ["x".join(map(str, row[name])) if isinstance(row[name], list) else str(row[name]) for name in names]
+
+
+def _taken(of_archs: Sequence[dict]) -> list[str]:
+    """The architectures' cells of one launch: a value each, or the one that they share."""
+    columns = [[row[name] for row in of_archs] for name in ("arch", "registers", "stack", "spills")]
+    columns += [[max(row[name], default="") for row in of_archs] for name in ("loads", "stores")]
+    return [" ".join(map(str, column if len(set(column)) > 1 else column[:1])) for column in columns]
+
+
+def _markdown(table: Sequence[dict]) -> str:
+    """A line per launch, the architectures side by side."""
+    names = HEAD.split(", ")
     lines = [f"Triton {triton.__version__}, compiled without a GPU by `python -m benchmarks.triton_aot`.", ""]
-    lines += ["| " + " | ".join(head.split(", ")) + " |", "|" + "---|" * len(head.split(", "))]
+    lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    launches: dict[tuple[str, ...], list[dict]] = {}
     for row in table:
-        shape = "x".join(map(str, row["shape"]))
-        cells = [row["op"], row["kernel"], row["network"], shape, row["dtype"], row["layout"], row["arch"]]
-        cells += [row["warps"], row["registers"], row["stack"], row["spills"]]
-        cells += [max(row["loads"], default=""), max(row["stores"], default="")]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        launches.setdefault(tuple(cells(row)), []).append(row)
+    lines += ["| " + " | ".join([*known, *_taken(of_archs)]) + " |" for known, of_archs in launches.items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], help="compute capabilities, 90 for 9.0")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, 90 for 9.0")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
     parser.add_argument("--quick", action="store_true", help="a few shapes that reach every kernel")
-    parser.add_argument("--output", default=str(_RESULTS), help="where .md and .json go; - prints the JSON")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    parser.add_argument("--json", action="store_true", help="print the rows instead of writing the table")
     arguments = parser.parse_args()
 
-    table = [row for arch in arguments.arch for row in rows(arch, arguments.dtypes, arguments.quick)]
-    if arguments.output == "-":
+    table = rows(cases(arguments.arch, arguments.dtypes, arguments.quick), arguments.jobs)
+    if arguments.json:
         json.dump(table, sys.stdout)
         return
-    output = pathlib.Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(
-        json.dumps({"triton": triton.__version__, "kernels": table}, indent=1) + "\n"
-    )
-    output.with_suffix(".md").write_text(_markdown(table))
-    print(f"{len(table)} kernels, {sum(row['spills'] > 0 for row in table)} with spills: {output}.md")
+    TABLE.write_text(_markdown(table))
+    print(f"{len(table)} launches, {sum(row['spills'] > 0 for row in table)} with spills: {TABLE}")
 
 
 if __name__ == "__main__":

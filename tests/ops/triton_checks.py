@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.utils._triton
 import triton
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dd_kernels as dd
-from benchmarks.triton_aot import compile_only, group_norm, q_sample, randn, specialisations
+from benchmarks.triton_aot import cases, cells, group_norm, listed, q_sample, randn
+from benchmarks.triton_compile import compile_only, specialisations
+from dd_kernels import backend as backends
+from dd_kernels.nn import UNet
 from dd_kernels.ops.group_norm_silu import triton as gn
 from dd_kernels.ops.reverse_step import triton as step_op
 
@@ -85,6 +90,36 @@ def graph() -> list[str]:
     return found
 
 
+def training_graphs() -> dict[str, int]:
+    """The Triton kernels in the one forward and the one backward graph of a residual block's training step."""
+    torch.utils._triton.has_triton = lambda: True
+    found: dict[str, int] = {}
+
+    def keep(name: str) -> Callable:
+        def compiler(module: torch.fx.GraphModule, inputs: list) -> Callable:
+            nodes = list(module.graph.nodes)
+            found[name] = sum("triton_kernel_wrapper" in str(node.target) for node in nodes)
+            (outputs,) = nodes[-1].args
+            values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in outputs]
+
+            def unrun(arguments: list) -> list:
+                return [torch.empty_strided(v.shape, v.stride()) if isinstance(v, torch.Tensor) else v for v in values]
+
+            unrun._boxed_call = True
+            return unrun
+
+        return compiler
+
+    backends.choose = lambda *arguments: "triton"  # which would run on CPU tensors, were anything run
+    block = UNet.from_config("digits").middle.resnets[0]
+    x = torch.randn(2, block.conv1.in_channels, 4, 4, requires_grad=True)
+    embedding = torch.randn(2, block.embedding.in_features)
+    backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
+    with compile_only(90):
+        torch.compile(block, fullgraph=True, backend=backend)(x, embedding).sum().backward()
+    return found
+
+
 def huge() -> list[str]:
     """Samples of more than 2^31 elements compile with 64-bit offsets."""
     with compile_only(90) as launches:
@@ -92,6 +127,11 @@ def huge() -> list[str]:
         randn(2, 1 << 16, 1, torch.bfloat16, True)
         group_norm(32, 1 << 14, 1, torch.bfloat16, True, False)
     return [launch.name for launch in launches]
+
+
+def table() -> list[list[str]]:
+    """The table's lines as far as they are known without compiling."""
+    return [cells(row) for case in cases(archs=[90]) for row in listed(case)]
 
 
 def cubins() -> list[str]:
@@ -102,7 +142,7 @@ def cubins() -> list[str]:
     return [hashlib.sha256(launch.kernel.asm["cubin"]).hexdigest() for launch in launches]
 
 
-CHECKS = {"recompiles": recompiles, "alignments": alignments, "graph": graph, "huge": huge, "cubins": cubins}
+CHECKS = {f.__name__: f for f in (recompiles, alignments, graph, huge, table, cubins, training_graphs)}
 
 if __name__ == "__main__":
     print(triton.__version__, file=sys.stderr)

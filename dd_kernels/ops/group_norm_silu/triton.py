@@ -7,17 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import is_channels_last, power_of_2
+from ..triton_common import is_channels_last
 from .triton_backward import group_norm_silu_backward
 from .triton_tiles import (
     Plan,
     affine,
     channel_values,
+    combine_options,
     dimensions,
     group_sum,
     place,
     plan,
+    sigmoid,
     split_tile,
+    tile_options,
     whole_tile,
 )
 
@@ -28,7 +31,7 @@ _PER_CHANNEL = ["weight", "bias", "pre_shift", "scale", "shift", "mean", "rstd"]
 
 @triton.jit
 def _activate(v, SILU: tl.constexpr):
-    return v * tl.sigmoid(v) if SILU else v
+    return v * sigmoid(v, SILU) if SILU != 0 else v
 
 
 @triton.jit
@@ -210,8 +213,6 @@ def _statistics(
     _partial_moments[grid](
         x, partials, cut.splits, cut.tiles, pixels, CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **tile
     )
-    block_c = power_of_2(group)
-    block_s = max(1, min(1024 // block_c, power_of_2(cut.splits)))
     _combine_moments[(mean.numel(),)](
         partials,
         pre_shift,
@@ -221,11 +222,7 @@ def _statistics(
         cut.splits,
         cut.tiles * cut.block_p,
         pixels,
-        CHANNELS=channels,
-        GROUP=group,
-        BLOCK_S=block_s,
-        BLOCK_C=block_c,
-        num_warps=4,
+        **combine_options(channels, group, cut),
     )
 
 
@@ -248,15 +245,7 @@ def group_norm_silu(
         return
     cut = plan(x, num_groups, "forward")
     samples, channels, pixels = dimensions(x)
-    shape = {
-        "CHANNELS": channels,
-        "GROUP": channels // num_groups,
-        "CHANNELS_LAST": is_channels_last(x),
-        "SILU": silu,
-        "BLOCK_C": cut.block_c,
-        "BLOCK_P": cut.block_p,
-        "num_warps": cut.warps,
-    }
+    shape = tile_options(x, num_groups, int(silu), cut)
     blocks = samples * triton.cdiv(channels, cut.block_channels)
     if cut.one_program:
         _whole_groups[(blocks,)](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import is_channels_last
+from ...backend import interpreting_triton
 from .triton_backward_split import split_backward
 from .triton_gradients import (
     GRADIENTS,
@@ -17,7 +17,10 @@ from .triton_gradients import (
     sum_rows,
     through_activation,
 )
-from .triton_tiles import dimensions, group_sum, plan, whole_tile
+from .triton_tiles import dimensions, group_sum, plan, tile_options, whole_tile
+
+# Assembly, which the interpreter has not. It saves registers: with a division some of these kernels spill.
+_SILU = 2 if torch.version.hip is None and not interpreting_triton() else 1
 
 
 @triton.jit(do_not_specialize_on_alignment=PER_CHANNEL + GRADIENTS)
@@ -112,15 +115,7 @@ def group_norm_silu_backward(
         per_sample = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
     if samples > 0:
         cut = plan(x, num_groups, "backward")
-        shape = {
-            "CHANNELS": channels,
-            "GROUP": channels // num_groups,
-            "CHANNELS_LAST": is_channels_last(x),
-            "SILU": silu,
-            "BLOCK_C": cut.block_c,
-            "BLOCK_P": cut.block_p,
-            "num_warps": cut.warps,
-        }
+        shape = tile_options(x, num_groups, _SILU if silu else 0, cut)
         options = (weight, bias, pre_shift, scale, shift)
         gradients = (dpre_shift, dscale, dshift, per_sample)
         if cut.one_program:

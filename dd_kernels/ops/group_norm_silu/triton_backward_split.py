@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import power_of_2
 from .triton_gradients import (
     GRADIENTS,
     PER_CHANNEL,
@@ -16,7 +15,7 @@ from .triton_gradients import (
     sum_rows,
     through_activation,
 )
-from .triton_tiles import Plan, affine, dimensions, place, split_tile
+from .triton_tiles import Plan, affine, combine_options, dimensions, place, split_tile
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"], do_not_specialize_on_alignment=PER_CHANNEL)
@@ -157,21 +156,19 @@ def split_backward(
     options: tuple[Tensor | None, ...],
     dx: Tensor,
     gradients: tuple[Tensor | None, ...],
-    shape: dict[str, int | bool],
+    shape: dict[str, int],
     cut: Plan,
 ) -> None:
     """Writes dx and the gradients; ``options`` are weight, bias, pre_shift, scale and shift."""
-    (samples, channels, pixels), group = dimensions(x), shape["GROUP"]
+    samples, channels, pixels = dimensions(x)
+    combine = combine_options(channels, shape["GROUP"], cut)
     weight, bias, _, scale, shift = options
     partials = torch.empty((samples, cut.splits, 3, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((*mean.shape, 2), dtype=torch.float32, device=x.device)
     blocks = samples * triton.cdiv(channels, cut.block_c)
     _partial_sums[(blocks * cut.splits,)](dy, x, mean, rstd, *options, partials, cut.splits, cut.tiles, pixels, **shape)
-    block_c = power_of_2(group)
-    block_s = max(1, min(1024 // block_c, power_of_2(cut.splits)))
-    sizes = {"CHANNELS": channels, "GROUP": group, "BLOCK_S": block_s, "BLOCK_C": block_c, "num_warps": 4}
     _combine_sums[(mean.numel(),)](
-        partials, rstd, weight, bias, scale, shift, means, *gradients, cut.splits, pixels, **sizes
+        partials, rstd, weight, bias, scale, shift, means, *gradients, cut.splits, pixels, **combine
     )
     grid = (blocks * triton.cdiv(pixels, cut.block_p),)
     _apply_backward[grid](dy, x, mean, rstd, *options, means, dx, pixels, **shape)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import affine, channel_values
+from .triton_tiles import affine, channel_values, sigmoid
 
 PER_CHANNEL = ["mean", "rstd", "weight", "bias", "pre_shift", "scale", "shift"]
 GRADIENTS = ["dpre_shift", "dscale", "dshift", "per_sample"]
@@ -46,9 +46,9 @@ def through_activation(
     xhat = (value.to(tl.float32) + centre[:, None]) * reciprocal[:, None]
     gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
     dz = dy.to(tl.float32)
-    if SILU:
+    if SILU != 0:
         z = xhat * gain[:, None] + end[:, None]
-        s = tl.sigmoid(z)
+        s = sigmoid(z, SILU)
         dz = dz * (s + z * s * (1.0 - s))
     return xhat, dz, gain, reciprocal
 

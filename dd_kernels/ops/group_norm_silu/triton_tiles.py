@@ -101,6 +101,27 @@ def plan(x: Tensor, num_groups: int, kind: str) -> Plan:
     return Plan(one_program, held, block_c, block_p, splits, tiles, warps)
 
 
+def tile_options(x: Tensor, num_groups: int, silu: int, cut: Plan) -> dict[str, int]:
+    """What the kernels that read x are compiled for; ``silu``: 0 without, 1 by a division, 2 by NVIDIA's reciprocal."""
+    channels = x.shape[1]
+    return {
+        "CHANNELS": channels,
+        "GROUP": channels // num_groups,
+        "CHANNELS_LAST": is_channels_last(x),
+        "SILU": silu,
+        "BLOCK_C": cut.block_c,
+        "BLOCK_P": cut.block_p,
+        "num_warps": cut.warps,
+    }
+
+
+def combine_options(channels: int, group: int, cut: Plan) -> dict[str, int]:
+    """What the kernels that add up a group's partial results are compiled for; their tile is [splits, channels]."""
+    block_c = power_of_2(group)
+    block_s = max(1, min(1024 // block_c, power_of_2(cut.splits)))
+    return {"CHANNELS": channels, "GROUP": group, "BLOCK_S": block_s, "BLOCK_C": block_c, "num_warps": 4}
+
+
 @triton.jit
 def place(channel, pixel, pixels, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr):
     """Where an element lies in its sample."""
@@ -183,3 +204,16 @@ def affine(weight, bias, scale, shift, n, channel, mask, CHANNELS: tl.constexpr,
     gain = channel_values(weight, channel, mask, 1.0, BLOCK_C) * modulation
     end = channel_values(bias, channel, mask, 0.0, BLOCK_C) * modulation
     return gain, end + channel_values(shift, row, mask, 0.0, BLOCK_C)
+
+
+@triton.jit
+def sigmoid(v, SILU: tl.constexpr):
+    """1 / (1 + exp(-v)). NVIDIA's reciprocal (1 ulp) is one instruction; a division (2 ulp) minds the range as well."""
+    denominator = 1.0 + tl.exp(-v)
+    if SILU == 2:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 / denominator
+    return result

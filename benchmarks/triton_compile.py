@@ -1,0 +1,96 @@
+"""Triton with no GPU: launches compile for the architecture they are told, or only say what they would compile."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver, jit
+
+
+class CompileOnly(DriverBase):
+    """Stands for a CUDA GPU of compute capability ``arch`` (90 is 9.0) that cannot run anything."""
+
+    def __init__(self, arch: int) -> None:
+        super().__init__()
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError("nothing is launched")
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # triton keeps the kernels of each device apart
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self) -> Callable:
+        raise NotImplementedError("nothing is launched")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch that was compiled and not run."""
+
+    name: str
+    kernel: object  # triton's CompiledKernel
+    options: dict
+
+
+@contextlib.contextmanager
+def compile_only(arch: int) -> Iterator[list[Launch]]:
+    """Inside, Triton launches compile for ``arch`` and are listed instead of run."""
+    launches: list[Launch] = []
+    run, before = jit.JITFunction.run, driver._active
+
+    def compile_and_list(self: jit.JITFunction, *args: object, grid: object, warmup: bool, **options: object) -> object:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        launches.append(Launch(self.fn.__name__, kernel, options))
+        return kernel
+
+    driver.set_active(CompileOnly(arch))
+    jit.JITFunction.run = compile_and_list
+    try:
+        yield launches
+    finally:
+        jit.JITFunction.run, driver._active = run, before
+
+
+@contextlib.contextmanager
+def without_compiling(arch: int) -> Iterator[tuple[list[Launch], set[str]]]:
+    """As :func:`compile_only`, but nothing is compiled: the launches, and the kernels that they would compile."""
+    kernels: set[str] = set()
+
+    def note(*, key: str, fn: jit.JitFunctionInfo, **_: object) -> bool:
+        kernels.add(f"{fn.name} {key}")
+        return True  # as if it were done
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    try:
+        with compile_only(arch) as launches:
+            yield launches, kernels
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+def specialisations(calls: Sequence[Callable[[], None]], arch: int = 90) -> set[str]:
+    """The kernels that the calls would have compiled for ``arch``, without compiling them."""
+    with without_compiling(arch) as (_, kernels):
+        for call in calls:
+            call()
+    return kernels
