@@ -43,7 +43,9 @@ def compiling(*arguments):
 
 @functools.cache
 def checks():
-    return compiling("tests/ops/triton_checks.py", "recompiles", "alignments", "graph", "huge")
+    return compiling(
+        "tests/ops/triton_checks.py", "recompiles", "alignments", "graph", "huge", "table", "training_graphs"
+    )
 
 
 def assert_compiled_well(rows):
@@ -63,16 +65,27 @@ def assert_compiled_well(rows):
 
 
 def test_compiled_kernels_do_not_spill_and_move_whole_vectors():
-    rows = compiling("-m", "benchmarks.triton_aot", "--quick", "--arch", "90", "--dtypes", "bfloat16", "--output", "-")
+    rows = compiling("-m", "benchmarks.triton_aot", "--quick", "--arch", "90", "--dtypes", "bfloat16", "--json")
     assert {row["kernel"] for row in rows} >= {*WRITES_TILES, *READS_TILES}
     assert {row["allowed_bits"] for row in rows if row["layout"] == "NCHW"} == {128}
     assert_compiled_well(rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
-def test_every_kernel_for_every_architecture(arch):
-    assert_compiled_well(compiling("-m", "benchmarks.triton_aot", "--arch", str(arch), "--output", "-"))
+def test_every_kernel_for_every_architecture():
+    rows = compiling("-m", "benchmarks.triton_aot", "--json")
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+    assert_compiled_well(rows)
+
+
+def test_the_table_lists_the_kernels_that_are_compiled():
+    lines = (ROOT / "benchmarks" / "results" / "triton_aot.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    known = checks()["table"]
+    assert [line[: len(known[0])] for line in cells[1:]] == known, "run python -m benchmarks.triton_aot"
+    columns = dict(zip(cells[0], zip(*cells[1:], strict=True), strict=True))
+    assert set(columns["stack"]) == set(columns["spills"]) == {"0"}
+    assert set(columns["sm"]) == {"80 90 100"}
 
 
 @pytest.mark.slow
@@ -110,6 +123,11 @@ def test_more_than_2_to_the_31_elements_per_sample_compile():
 def test_one_graph_on_cuda_tensors():
     """Dynamo traces every op into one graph with its Triton kernel in it."""
     assert checks()["graph"].count("triton_kernel_wrapper_mutation") == 4
+
+
+def test_one_graph_forward_and_one_backward_in_training():
+    """Of a residual block with two norms: one kernel each forward, and one for the parameters more backward."""
+    assert checks()["training_graphs"] == {"forward": 2, "backward": 4}
 
 
 @triton.jit
