@@ -99,18 +99,20 @@ def test_use_backend_ends_with_an_exception():
     assert backends.choose("op", "auto", torch.device("cpu")) == "cpu"
 
 
-def test_environment_variable():
+def test_environment_variable(monkeypatch):
     show = "import torch, dd_kernels.backend as b; print(b.choose('op', 'auto', torch.device('cpu')))"
     assert run_python(show, DD_KERNELS_BACKEND="reference") == (0, "reference\n")
-    status, text = run_python(show, DD_KERNELS_BACKEND="fast")
-    assert status != 0
-    assert "DD_KERNELS_BACKEND must be one of" in text
+    monkeypatch.setattr(backends, "_default", "fast")
+    with pytest.raises(ValueError, match="DD_KERNELS_BACKEND must be one of"):
+        backends.choose("op", "auto", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx512"])
 def test_instruction_set_from_the_environment(isa):
     status, text = run_python(
-        "import dd_kernels as dd; print(dd.randn((1, 2), seed=0).shape)",
+        "import ctypes, pathlib, dd_kernels as dd; dd.randn((1, 2), seed=0);"
+        "library = next(pathlib.Path(dd.__file__).parent.glob('_cpu.*so'));"
+        "isa = ctypes.CDLL(str(library)).dd_kernels_cpu_isa; isa.restype = ctypes.c_char_p; print(isa(None).decode())",
         DD_KERNELS_CPU_ISA=isa,
         DD_KERNELS_BACKEND="cpu",
     )
@@ -118,7 +120,7 @@ def test_instruction_set_from_the_environment(isa):
         assert status != 0
         assert "DD_KERNELS_CPU_ISA must be baseline or avx2; got 'avx512'" in text
     else:
-        assert (status == 0) or "lacks AVX2" in text
+        assert (status, text) == (0, "baseline\n")
 
 
 def test_a_library_that_is_absent_or_broken(tmp_path, monkeypatch):

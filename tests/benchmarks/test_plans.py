@@ -29,6 +29,8 @@ from benchmarks import (
 from dd_kernels.nn import CONFIGS, UNet
 from dd_kernels.nn.blocks import GroupNormSiLU
 
+pytestmark = pytest.mark.slow
+
 TINY_IMAGES = [(2, 3, 8, 8), (1, 3, 4, 4)]
 TINY_NORMS = [(2, 32, 4), (1, 64, 2)]
 TINY_UNET = {"channels": (32, 64), "image_size": 8, "attention_resolutions": (4,), "num_res_blocks": 1}

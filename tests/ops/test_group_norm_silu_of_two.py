@@ -215,7 +215,8 @@ def test_any_shape_and_options(kernel, data):
     groups = data.draw(st.integers(1, 4))
     channels = groups * data.draw(st.integers(2, 9))
     skip_channels = data.draw(st.integers(0, channels - 1))
-    samples, spatial = data.draw(st.integers(24, 26)), data.draw(st.lists(st.integers(1, 5), max_size=3))
+    # Of a group of two values plain PyTorch is exact by luck.
+    samples, spatial = data.draw(st.integers(24, 26)), data.draw(st.lists(st.integers(2, 5), min_size=1, max_size=3))
     row = data.draw(st.tuples(*[st.integers(0, 1)] * 7))
     shape, dtype, seed = (samples, channels - skip_channels, *spatial), data.draw(st.sampled_from(DTYPES)), len(spatial)
     adds = skip_channels == 0 or data.draw(st.booleans())

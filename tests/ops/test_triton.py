@@ -64,6 +64,7 @@ def assert_compiled_well(rows):
             assert min(map(int, row["stores"])) >= min(32, row["allowed_bits"]), name
 
 
+@pytest.mark.slow
 def test_compiled_kernels_do_not_spill_and_move_whole_vectors():
     rows = compiling("-m", "benchmarks.triton_aot", "--quick", "--arch", "90", "--dtypes", "bfloat16", "--json")
     assert {row["kernel"] for row in rows} >= {*WRITES_TILES, *READS_TILES}
