@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import checks, processes, sanitize
 
+pytestmark = pytest.mark.slow
 PLAIN = """
 tests/ops/test_randn.py::test_shape[cuda-shape0] PASSED                  [ 10%]
 tests/ops/test_randn.py::test_shape[triton-(1, 3)] FAILED                [ 20%]

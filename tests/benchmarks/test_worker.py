@@ -4,9 +4,12 @@ import json
 import sys
 import types
 
+import pytest
+
 from benchmarks import measuring, parts, render, worker
 from benchmarks.timing import UnusableError
 
+pytestmark = pytest.mark.slow
 WORKER = """
 import json, sys, time
 arguments = dict(zip(sys.argv[2::2], sys.argv[3::2]))

@@ -213,6 +213,7 @@ def test_half_weights_take_float32_images():
     assert out.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph():
     model = randomise(UNet(**{**SMALL, "channels": (16,)}, num_classes=5, null_class=True, scale_shift=True))
     arguments = inputs(model)
