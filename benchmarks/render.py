@@ -45,8 +45,8 @@ def _threads(number: int | None) -> str:
 
 
 def ops_table(rows: Sequence[Row]) -> str:
-    """The digest of the ops: the median over the shapes, and the range."""
-    lines = results.digest(rows)
+    """The digest of the ops: the median over the shapes, and the range; of peers, which the reference is not."""
+    lines = [line for line in results.digest(rows) if line["peer"] != "reference"]
     if not lines:
         return ""
     threads = sorted({line["threads"] for line in lines}, key=lambda n: n or 0)
