@@ -26,7 +26,9 @@ public:
     explicit OnDevice(const torch::stable::Tensor& x) : guard_(x.get_device_index()) {
         static const auto current_stream = current_stream_function();
         void* handle = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(current_stream(x.get_device_index(), &handle));
+        // torch 2.13 has a macro for this; 2.10 and 2.11 have not.
+        STD_TORCH_CHECK(current_stream(x.get_device_index(), &handle) == AOTI_TORCH_SUCCESS,
+                        "dd_kernels: torch does not tell its current CUDA stream");
         stream = static_cast<cudaStream_t>(handle);
     }
 
