@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from . import machine
@@ -14,10 +15,11 @@ def variants(kind: str) -> list[Variant]:
     """The shapes that the main benchmark does not have."""
     done = {(v.size, v.dtype, v.layout) for v in main_variants(kind) if not v.backward}
     found = []
-    for model, batch, chosen in SELECTION[kind]:
-        for dtype in DTYPES[kind]:
+    # Every model in one dtype and layout, then in the next: where time runs out, it is not a model that is missing.
+    for dtype, layout in itertools.product(DTYPES[kind], LAYOUTS):
+        for model, batch, chosen in SELECTION[kind]:
             sizes = [(batch, *shape) for shape in (MODELS[model] if chosen is None else chosen)]
-            found += [Variant(size, dtype, layout, model) for size in sizes for layout in LAYOUTS]
+            found += [Variant(size, dtype, layout, model) for size in sizes]
     return [v for v in found if (v.size, v.dtype, v.layout) not in done]
 
 

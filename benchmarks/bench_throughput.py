@@ -230,6 +230,7 @@ def plans(target: Target) -> list[Plan]:
             lambda run=run: _whole_case(target, run) if run.whole else _step_case(target, run),
             threads,
             slow=bool(run.compile),
+            tunes="max-autotune" in run.compile,
         )
         for run in RUNS[target.kind]
     ]

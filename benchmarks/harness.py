@@ -22,8 +22,8 @@ from . import machine
 from .timing import Call, Clock, Timer, UnusableError
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
-SLOW_ROUNDS = 5  # where a round takes more than a second
-SLOWEST_ROUNDS = 3  # where it takes more than ten
+SLOW_ROUNDS = 5  # where a round takes more than twice as long as a case should take
+SLOWEST_ROUNDS = 3  # where it takes more than 16 times as long
 PATIENCE = 3  # times as long as a case should take: a neighbour may have come after the first look
 Row = dict[str, Any]
 
@@ -74,13 +74,15 @@ class Target:
 class Plan:
     """A case that is not built yet, and the number of torch's threads that it runs on (None: as it is).
 
-    ``slow``: it takes minutes to prepare (torch.compile of a whole model).
+    ``slow``: it takes minutes to prepare (torch.compile of a whole model). ``tunes``: what is compiled is
+    chosen by timing it, which wants the device for itself.
     """
 
     name: str
     build: Callable[[], Case]
     threads: int | None = None
     slow: bool = False
+    tunes: bool = False
 
     def __str__(self) -> str:
         return self.name if self.threads is None else f"{self.name} {self.threads}T"
@@ -142,7 +144,9 @@ def _timers(case: Case, clock: Clock) -> tuple[dict[str, Timer], dict[str, str]]
 def interleave(timers: dict[str, Timer], case_seconds: float) -> dict[str, list[float]]:
     """Seconds per call of each, in every round; fewer rounds where they take far longer than they should."""
     round_seconds = sum(timer.round_seconds for timer in timers.values())
-    least = MIN_ROUNDS if round_seconds < 1 else SLOW_ROUNDS if round_seconds < 10 else SLOWEST_ROUNDS
+    least = MIN_ROUNDS
+    if round_seconds > 2 * case_seconds:
+        least = SLOW_ROUNDS if round_seconds < 16 * case_seconds else SLOWEST_ROUNDS
     rounds = min(MAX_ROUNDS, max(least, round(case_seconds / max(round_seconds, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)

@@ -52,15 +52,14 @@ OPS = ("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_
 PARTS = {
     part.name: part
     for part in (
-        Part("build", {"cuda": 90, "cpu": None}, patience=2.5),
-        Part("tests", {"cuda": 75, "cpu": None}),
-        Part("sanitizer", {"cuda": 35, "cpu": None}),
-        Part("ops", {"cuda": 100, "cpu": 240}, OPS),
-        Part("end_to_end", {"cuda": 50, "cpu": 260}, ("bench_throughput",)),
-        Part("training", {"cuda": 20, "cpu": 40}, ("bench_training",)),
-        Part("growth", {"cuda": 25, "cpu": 60}, ("bench_growth",)),
-        Part("shapes", {"cuda": 35, "cpu": 160}, ("bench_model_norms",)),
-        Part("compiled", {"cuda": 50, "cpu": None}, ("bench_throughput", "bench_training"), slow=True),
+        Part("build", {"cuda": 75, "cpu": None}, patience=2.5),
+        Part("checks", {"cuda": 115, "cpu": None}),
+        Part("ops", {"cuda": 85, "cpu": 240}, OPS),
+        Part("end_to_end", {"cuda": 60, "cpu": 260}, ("bench_throughput",)),
+        Part("training", {"cuda": 25, "cpu": 40}, ("bench_training",)),
+        Part("growth", {"cuda": 30, "cpu": 60}, ("bench_growth",)),
+        Part("shapes", {"cuda": 45, "cpu": 160}, ("bench_model_norms",)),
+        Part("compiled", {"cuda": 45, "cpu": None}, ("bench_throughput", "bench_training"), slow=True),
     )
 }
 TOTAL = {device: sum(part.seconds[device] or 0 for part in PARTS.values()) for device in ("cpu", "cuda")}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LAST_WAIT = 5.0
 
 
 @dataclass
@@ -35,10 +36,11 @@ class Running:
             self.kill()
 
     def kill(self) -> None:
-        """Ends it and what it started."""
+        """Ends it and what it started; does not wait for ever, as a device that hangs may hold it."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(LAST_WAIT)
 
     def lines(self) -> list[str]:
         """What it printed."""

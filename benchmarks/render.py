@@ -187,6 +187,8 @@ def check_line(check: dict[str, Any]) -> str:
     if "errors" in check:
         found = "no summary" if check["errors"] is None else f"{check['errors']} errors"
         words.append(f"{found}, {check['ops']} groups of ops")
+    if "plans" in check:
+        words.append(f"{check['plans']} plans")
     words += [f"failed: {name}" for name in check.get("failed", [])]
     return "; ".join(words)
 

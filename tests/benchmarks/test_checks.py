@@ -1,11 +1,13 @@
 """Build, tests and sanitizer: what is read from their output, and that none of them can stop a report."""
 
 import sys
+import threading
 import time
 
 import pytest
 
-from benchmarks import checks, processes, sanitize
+from benchmarks import checks, prepare, processes, sanitize
+from benchmarks.harness import Case, Plan
 
 pytestmark = pytest.mark.slow
 PLAIN = """
@@ -59,6 +61,16 @@ def test_the_build_falls_back_to_setup_py(first, expected, tmp_path, monkeypatch
     assert found[-1]["libraries"] == sorted(path.name for path in (processes.ROOT / "dd_kernels").glob("_*.so"))
 
 
+def test_a_build_without_the_cuda_kernels_says_why_where_there_is_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "BUILDS", {"pip install": ("-c", "print('the CUDA kernels do not compile')")})
+    monkeypatch.setattr(checks, "DEVICE", "cuda")
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    (check,) = checks.build(30.0, tmp_path)
+    assert (check["outcome"], check["tail"]) == ("ok", ["the CUDA kernels do not compile"])
+    monkeypatch.setattr(checks, "DEVICE", "cpu")
+    assert "tail" not in checks.build(30.0, tmp_path)[0]
+
+
 FAKE = """#!{python}
 import sys
 tool, backend = sys.argv[2], sys.argv[-1]
@@ -95,6 +107,14 @@ def test_the_four_tools_of_the_sanitizer(tmp_path):
     assert found["synccheck"]["errors"] is None
 
 
+def test_a_sanitizer_that_cannot_use_the_device_measures_nothing(tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho '========= Error: Device not supported. Please refer to the manual.'; exit 1\n")
+    tool.chmod(0o755)
+    outcomes = {check["outcome"] for check in checks.sanitizer(10.0, tmp_path, str(tool))}
+    assert outcomes == {"not measured: Error: Device not supported. Please refer to the manual."}
+
+
 def test_no_sanitizer_is_not_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "compute_sanitizer", lambda: None)
     assert checks.sanitizer(1.0, tmp_path)[0]["outcome"].startswith("not measured: ")
@@ -107,3 +127,63 @@ def test_the_sanitized_script_runs_every_op(capsys, monkeypatch):
     steps, norms, absent = capsys.readouterr().out.splitlines()
     assert (steps, norms) == ("sanitized steps on reference: 8 cases", "sanitized norms on reference: 8 cases")
     assert absent.startswith("not available: ")
+
+
+def test_checks_run_at_once_and_one_that_breaks_stops_no_other(tmp_path, monkeypatch):
+    together = threading.Barrier(3)
+
+    def op_tests(seconds, folder):
+        together.wait(20)
+        return [{"check": "tests", "outcome": "ok"}]
+
+    def sanitizer(seconds, folder):
+        together.wait(20)
+        raise OSError("no room")
+
+    monkeypatch.setattr(checks, "op_tests", op_tests)
+    monkeypatch.setattr(checks, "sanitizer", sanitizer)
+    monkeypatch.setattr(checks, "compiled_ahead", op_tests)
+    first, second, third = checks.side_by_side(1.0, tmp_path)
+    assert first == third == {"check": "tests", "outcome": "ok"}
+    assert second == {"check": "sanitizer", "outcome": "not measured: OSError: no room"}
+
+
+def test_what_is_compiled_ahead_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "_half_the_cores", lambda: 2)
+    scripts = {"ops": "print('prepared a'); print('prepared b')", "models": "print('model: out of memory'); exit(7)"}
+    start = processes.start
+
+    def started(command, log, environment):
+        assert command[1:3] == ["-m", "benchmarks.prepare"]
+        return start([sys.executable, "-c", scripts[command[3]]], log, environment)
+
+    monkeypatch.setattr(processes, "start", started)
+    (check,) = checks.compiled_ahead(30.0, tmp_path)
+    assert check["plans"] == 4
+    assert check["outcome"] == "in part: exit status 7, ok"
+    assert check["tail"] == ["model: out of memory"]
+
+
+def test_every_implementation_is_called_once_ahead(cpu_target, capsys):
+    called = []
+    peers = {"peer": lambda x: called.append(("peer", x)), "absent": "not installed"}
+    case = Case("op", "case", (1,), lambda x: called.append(("ours", x)), [(1,), (2,)], 8, peers)
+    prepare.run([Plan("broken", lambda: 1 / 0), Plan("good", lambda: case)], cpu_target)
+    assert called == [("ours", 1), ("peer", 1)]
+    assert capsys.readouterr().out.splitlines() == ["broken: ZeroDivisionError: division by zero", "prepared good"]
+
+
+def test_a_device_that_is_lost_ends_the_compiling_ahead(cpu_target, monkeypatch, capsys):
+    monkeypatch.setattr(cpu_target.clock, "usable", lambda: False)
+    prepare.run([Plan("broken", lambda: 1 / 0), Plan("never", lambda: 1 / 0)], cpu_target)
+    assert capsys.readouterr().out == "broken: ZeroDivisionError: division by zero\n"
+
+
+def test_what_is_measured_is_compiled_ahead_but_for_what_tunes(gpu_target):
+    models, others = ({str(plan) for plan in prepare.plans(gpu_target, kind)} for kind in (True, False))
+    assert not models & others
+    assert any("reduce-overhead" in name for name in models)
+    assert not any("max-autotune" in name for name in models)
+    assert {name.split()[0] for name in others} == {
+        *("reverse_step", "randn", "q_sample", "group_norm_silu", "sample", "training", "growth")
+    }

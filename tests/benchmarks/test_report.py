@@ -235,7 +235,17 @@ def test_the_command_line(run, monkeypatch, capsys):
 
 def test_a_failed_check_is_the_exit_status(run, monkeypatch, capsys):
     bad = {"check": "compute-sanitizer memcheck", "outcome": "exit status 9", "errors": 2, "ops": 4, "tail": ["where"]}
-    monkeypatch.setitem(report.CHECKS, "sanitizer", lambda seconds, folder: [bad])
-    monkeypatch.setattr("sys.argv", ["report", "--parts", "sanitizer", "--results", str(run.folder)])
+    ahead = {"check": "compiled ahead", "outcome": "in part: stopped after 9 s", "seconds": 9.0, "plans": 7}
+
+    def checked(seconds, folder):
+        (folder / "tests.log").write_text("what pytest said")
+        return [bad, ahead]
+
+    monkeypatch.setitem(report.CHECKS, "checks", checked)
+    monkeypatch.setattr("sys.argv", ["report", "--parts", "checks", "--results", str(run.folder)])
     assert report.main() == 1
-    assert "    where" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "    where" in out
+    assert "compiled ahead: in part: stopped after 9 s; 9 s; 7 plans" in out
+    assert (run.folder / "some_cpu_r.tests.log").read_text() == "what pytest said"
+    assert not render.is_bad(ahead)
