@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dd_kernels as dd
 
@@ -20,6 +21,9 @@ from .harness import Case, Plan, Row, Target, dtype_name, reason
 from .models import Denoiser
 from .timing import UnusableError
 from .timing_gpu import captured
+
+Step = Callable[[Tensor], object]
+Peers = dict[str, Step | str]
 
 
 @dataclass(frozen=True)
@@ -145,16 +149,10 @@ def _images(target: Target, run: Run) -> Tensor:
     return torch.randn(run.batch, config["in_channels"], side, side, device=target.device)
 
 
-def _step_case(target: Target, run: Run) -> Case:
-    found = _implementations(target, run)
-    if run.compile:
-        found = _compiled(found, run.compile)
-    x = _images(target, run)
-    ours = found["dd_kernels"]
-    peers: dict[str, Denoiser | Callable[[Tensor], object] | str] = dict(list(found.items())[1:])
-    if target.kind == "cuda" and not run.compile:
-        peers["dd_kernels, CUDA graph"] = _graph(target, ours, x)
-    moved = models.parameter_bytes(ours.module) + 2 * x.nbytes
+def _case(target: Target, run: Run, x: Tensor, module: nn.Module, ours: Step, peers: Peers, **options: Any) -> Case:
+    """A call of ``ours`` with images ``x``, which runs ``module`` once, or as often as the row's steps say."""
+    steps = options.get("extra", {}).get("steps", 1)
+    moved = steps * (models.parameter_bytes(module) + 2 * x.nbytes)
     return Case(
         "sample",
         f"{run.model} {run.sampler}",
@@ -167,8 +165,21 @@ def _step_case(target: Target, run: Run) -> Case:
         "channels_last",
         target.device,
         graph=False,
-        inspect=None if run.compile else lambda: _inspect(target, run, found, x),
+        **options,
     )
+
+
+def _step_case(target: Target, run: Run) -> Case:
+    found = _implementations(target, run)
+    if run.compile:
+        found = _compiled(found, run.compile)
+    x = _images(target, run)
+    ours = found["dd_kernels"]
+    peers: Peers = dict(list(found.items())[1:])
+    if target.kind == "cuda" and not run.compile:
+        peers["dd_kernels, CUDA graph"] = _graph(target, ours, x)
+    inspect = None if run.compile else lambda: _inspect(target, run, found, x)
+    return _case(target, run, x, ours.module, ours, peers, inspect=inspect)
 
 
 def _whole_case(target: Target, run: Run) -> Case:
@@ -184,21 +195,7 @@ def _whole_case(target: Target, run: Run) -> Case:
         return dd.sample(model, x, table, seed=0, model_kwargs=kwargs)
 
     peers = {"diffusers": _pipeline(models.diffusers_unet(model, run.sampler, run.batch, target.device), run, target)}
-    moved = steps * (models.parameter_bytes(model) + 2 * x_T.nbytes)
-    return Case(
-        "sample",
-        f"{run.model} {run.sampler}",
-        x_T.shape,
-        ours,
-        [(x_T,)],
-        moved,
-        peers,
-        dtype_name(run.dtype),
-        "channels_last",
-        target.device,
-        graph=False,
-        extra={"steps": steps},
-    )
+    return _case(target, run, x_T, model, ours, peers, extra={"steps": steps})
 
 
 def _pipeline(theirs: Denoiser | str, run: Run, target: Target) -> Callable[[Tensor], Tensor] | str:

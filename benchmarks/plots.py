@@ -16,33 +16,60 @@ UNITS = {"steps": "steps of a run", "batch": "batch", "resolution": "side of the
 
 
 def ratios(found: Results) -> Any:
-    """How many times faster, by op and peer: a dot for the median over shapes, a line for the range."""
+    """How many times faster than each peer, an op a panel: a dot for the median over shapes, a line for the range.
+
+    On the largest number of threads; the tables have the others.
+    """
     from matplotlib import pyplot as plt
 
-    rows = results.rows(found, "ops") or results.ops(found)
-    lines = sorted(
-        results.digest(rows), key=lambda line: (line["op"], line["case"], line["peer"], line["threads"] or 0)
+    lines = results.digest_of_peers(results.rows(found, "ops") or results.ops(found))
+    most_threads = max((line["threads"] or 0 for line in lines), default=0)
+    lines = [line for line in lines if (line["threads"] or 0) == most_threads]
+    cases = list(dict.fromkeys(line["case"] for line in lines))
+    lines.sort(key=lambda line: cases.index(line["case"]))
+    panels: dict[str, dict[str, list[Row]]] = {}
+    for line in lines:
+        layout = "" if line["layout"] == "contiguous" else f", {line['layout']}"
+        label = f"{line['case']}, {line['dtype']}{layout}".replace("bfloat", "bf").replace("float", "fp")
+        panels.setdefault(line["op"], {}).setdefault(label, []).append(line)
+    peers = list(dict.fromkeys(line["peer"] for line in lines))
+    sizes = [len(labels) for labels in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels),
+        figsize=(9, 1.2 + 0.5 * len(panels) + 0.3 * sum(sizes)),
+        sharex=True,
+        squeeze=False,
+        height_ratios=sizes,
     )
-    figure, axis = plt.subplots(figsize=(11, 1.4 + 0.2 * len(lines)))
-    labels = []
-    for y, line in enumerate(reversed(lines)):
-        threads = line["threads"] or 1
-        axis.plot([line["least"], line["most"]], [y, y], color=f"C{threads - 1}", linewidth=2, alpha=0.5)
-        axis.plot(line["median"], y, "o", color=f"C{threads - 1}", markersize=4)
-        where = f", {line['threads']}T" if line["threads"] else ""
-        labels.append(f"{line['op']} {line['case']} {line['dtype']} {line['layout']}, {line['peer']}{where}")
-    axis.set_yticks(range(len(lines)), labels, fontsize=7)
-    axis.set_ylim(-1, len(lines))
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
+    for axis, (op, labels) in zip(axes.flat, panels.items(), strict=True):
+        _ratios_of(axis, labels, peers)
+        axis.set_title(op, fontsize=10, loc="left", fontweight="bold")
     least, most = min(line["least"] for line in lines), max(line["most"] for line in lines)
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if least / 1.5 <= t <= most * 1.5]
+    axis.set_xscale("log")
     axis.set_xticks(ticks, [f"{t:g}x" for t in ticks])
     axis.minorticks_off()
     axis.set_xlabel("time of the peer / time of dd_kernels (dot: median over shapes, line: range)")
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_title(found["machine"]["device"])
+    marks = [plt.Line2D([], [], marker="o", linestyle="", color=f"C{i}", label=name) for i, name in enumerate(peers)]
+    figure.legend(handles=marks, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(peers))
+    threads = f", {most_threads} thread{'s' if most_threads > 1 else ''}" if most_threads else ""
+    figure.suptitle(f"{found['machine']['device']}{threads}: how many times longer the peers take")
     return figure
+
+
+def _ratios_of(axis: Any, labels: dict[str, list[Row]], peers: Sequence[str]) -> None:
+    """One op: a row for each of ``labels``, in it a dot and a range for each peer."""
+    for y, lines in enumerate(labels.values()):
+        if y % 2:
+            axis.axhspan(y - 0.5, y + 0.5, color="0.95", zorder=0)
+        for i, line in enumerate(lines):
+            at, color = y + 0.26 * (i - (len(lines) - 1) / 2), f"C{peers.index(line['peer'])}"
+            axis.plot([line["least"], line["most"]], [at, at], color=color, linewidth=2, alpha=0.5)
+            axis.plot(line["median"], at, "o", color=color, markersize=5)
+    axis.set_yticks(range(len(labels)), list(labels), fontsize=9)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.grid(axis="x", alpha=0.3)
 
 
 def throughput(found: Results) -> Any:
@@ -137,7 +164,7 @@ def drawn(found: Results) -> dict[str, str]:
     return {
         suffix: title
         for suffix, (title, _, op) in PLOTS.items()
-        if (results.digest(results.ops(found)) if op is None else results.of_op(found, op))
+        if (results.digest_of_peers(results.ops(found)) if op is None else results.of_op(found, op))
     }
 
 

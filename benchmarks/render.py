@@ -45,8 +45,8 @@ def _threads(number: int | None) -> str:
 
 
 def ops_table(rows: Sequence[Row]) -> str:
-    """The digest of the ops: the median over the shapes, and the range; of peers, which the reference is not."""
-    lines = [line for line in results.digest(rows) if line["peer"] != "reference"]
+    """The digest of the ops: the median over the shapes, and the range."""
+    lines = results.digest_of_peers(rows)
     if not lines:
         return ""
     threads = sorted({line["threads"] for line in lines}, key=lambda n: n or 0)
@@ -243,8 +243,10 @@ def device_section(found: Results) -> str:
     stem = f"benchmarks/results/{results.stem_of(found['machine']['device'])}"
     rows = results.rows(found)
     texts = [f"Measured on {_machine(found)} ([everything]({stem}.md))."]
-    texts += [headline(rows), throughput(rows, every=False), training(rows), ops_table(results.rows(found, "ops"))]
-    texts += [f"![{name}]({stem}{suffix}.png)" for suffix, name in plots.drawn(found).items() if suffix]
+    texts += [headline(rows), throughput(rows, every=False), training(rows)]
+    texts += [f"![{name}]({stem}{suffix}.png)" for suffix, name in plots.drawn(found).items()]
+    table = ops_table(results.rows(found, "ops"))
+    texts += [f"<details>\n<summary>The ops as a table</summary>\n\n{table}\n\n</details>"] if table else []
     return "\n\n".join(part for part in texts if part)
 
 

@@ -89,6 +89,16 @@ def test_digest_is_the_median_and_range_over_the_shapes():
     assert "| GPU |" in render.ops_table([row(2.0, threads=None)])
 
 
+@pytest.mark.parametrize(("threads", "title"), [((1, 2), "Some CPU (R), 2 threads:"), ((None,), "Some CPU (R):")])
+def test_the_picture_of_the_ops_shows_every_peer_on_the_most_threads(threads, title):
+    rows = [row(3.0, threads=n, case=case) for n in threads for case in ("ddpm", "ddim")]
+    rows[-1]["peers"]["reference"] = {"ratio": 50.0}
+    figure = plots.ratios({"machine": full()["machine"], "parts": {"ops": {"rows": rows}}})
+    assert figure.get_suptitle().startswith(title)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["diffusers"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["ddpm, fp32", "ddim, fp32"]
+
+
 def test_slower_compares_ratios_of_the_same_case():
     before = [row(10.0), row(10.0, threads=2)]
     assert results.slower(before, [row(8.6), row(8.4, threads=2), row(1.0, shape=(9, 9))]) == [
