@@ -78,12 +78,12 @@ def throughput(found: Results) -> Any:
 
     rows = [row for row in results.of_op(found, "sample") if row["case"].endswith(" ddim") and "steps" not in row]
     panels = sorted({(row["case"].removesuffix(" ddim"), row["dtype"]) for row in rows})
-    columns = min(len(panels), 3)
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 0.5 + 3.6 * lines), squeeze=False)
+    names = list(dict.fromkeys(name for row in rows for name in results.seconds_of(row)))
+    lines = -(-len(panels) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(10, 0.5 + 3.2 * lines), squeeze=False)
     for axis, (model, dtype) in zip(axes.flat, panels, strict=False):
         mine = [row for row in rows if row["case"] == f"{model} ddim" and row["dtype"] == dtype]
-        _rates(axis, mine)
+        _rates(axis, mine, names)
         axis.set_title(f"{model}, {dtype}", fontsize=10)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
@@ -91,16 +91,20 @@ def throughput(found: Results) -> Any:
     return figure
 
 
-def _rates(axis: Any, rows: Sequence[Row]) -> None:
-    """One model's images/s against the batch, a line per implementation."""
+def _rates(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """One model's images/s against the batch, a line for each of ``names`` that was measured."""
     series: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, rate in results.images_per_second(row, DDIM_STEPS).items():
             series.setdefault(name, {}).setdefault(row["shape"][0], rate)
-    for i, (name, by_batch) in enumerate(series.items()):
+    for name, by_batch in series.items():
+        i = names.index(name)
         batches = sorted(by_batch)
         width = 2.5 if name == "dd_kernels" else 1.2
-        axis.plot(batches, [by_batch[n] for n in batches], "os^vD*P"[i % 7] + "-", label=name, linewidth=width)
+        rates = [by_batch[n] for n in batches]
+        axis.plot(batches, rates, "os^vD*P"[i % 7] + "-", color=f"C{i}", label=name, linewidth=width)
+    least, most = (end(r for by_batch in series.values() for r in by_batch.values()) for end in (min, max))
+    axis.set_ylim(least / 2, most * 2)  # else a percent would look like a cliff
     _logarithmic(axis, sorted({n for by_batch in series.values() for n in by_batch}))
     axis.set_xlabel("batch")
     axis.set_ylabel("images/s")
