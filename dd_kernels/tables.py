@@ -88,9 +88,11 @@ class StepTable:
 
     def on(self, device: torch.device) -> DeviceTable:
         """The table on ``device``, uploaded at the first call, or while torch.compile traces it."""
-        if torch.compiler.is_compiling() or device not in self._on:
+        there = None if torch.compiler.is_compiling() else self._on.get(device)
+        if there is None:
             self._upload(device)
-        return self._on[device]
+            there = self._on[device]
+        return there
 
     @torch.compiler.assume_constant_result
     def _upload(self, device: torch.device) -> None:

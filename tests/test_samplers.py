@@ -292,7 +292,7 @@ def test_bad_model_table_and_shape_are_named():
         dd.sample(model, SHAPE, SCHEDULE)
     with pytest.raises(ValueError, match="shape_or_x must be a tensor or the shape"):
         dd.sample(model, (), table)
-    with pytest.raises(ValueError, match=r"out must have the shape \[4, 3, 6, 6\].*got \[4, 1, 6, 6\]"):
+    with pytest.raises(ValueError, match=r"out must have the shape of x, \[4, 3, 6, 6\].*got \[4, 1, 6, 6\]"):
         dd.sample(lambda x, t: x[:, :1], SHAPE, table, seed=0)
     with pytest.raises(ValueError, match="t and t_prev must satisfy"):
         dd.ddim_step(torch.zeros(SHAPE), torch.zeros(SHAPE), 10, 10, SCHEDULE)

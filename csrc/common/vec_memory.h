@@ -5,12 +5,13 @@
 namespace dd::DD_ISA {
 
 DD_INLINE VecU16 load(const uint16_t* p, int64_t left) {
-    VecU16 v{};
+    VecU16 v;
     if (__builtin_expect(left >= kLanes, 1)) {
         __builtin_memcpy(&v, p, sizeof v);
-    } else {
-        __builtin_memcpy(&v, p, static_cast<size_t>(left) * sizeof *p);
+        return v;
     }
+    v = VecU16{};
+    __builtin_memcpy(&v, p, static_cast<size_t>(left) * sizeof *p);
     return v;
 }
 
@@ -22,13 +23,25 @@ DD_INLINE void store(uint16_t* p, int64_t left, VecU16 v) {
     }
 }
 
-DD_INLINE Vec from_bfloat16(VecU16 v) { return (Vec)(__builtin_convertvector(v, VecU) << 16); }
+// GCC 12 takes three instructions for the one that widens, and twice what it takes to narrow.
+#if DD_LANES == 8
+DD_INLINE VecU widened(VecU16 v) { return (VecU)_mm256_cvtepu16_epi32((__m128i)v); }
+DD_INLINE VecU16 narrowed(VecU v) {  // of values below 2^16
+    __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    return (VecU16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+}
+#else
+DD_INLINE VecU widened(VecU16 v) { return __builtin_convertvector(v, VecU); }
+DD_INLINE VecU16 narrowed(VecU v) { return __builtin_convertvector(v, VecU16); }
+#endif
+
+DD_INLINE Vec from_bfloat16(VecU16 v) { return (Vec)(widened(v) << 16); }
 
 // Rounds to nearest even; NaN becomes the quiet NaN, which the carry of rounding could turn into inf.
 DD_INLINE VecU16 to_bfloat16(Vec v) {
     VecU bits = (VecU)v;
     VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return __builtin_convertvector((v != v) ? splat_u(0x7fc0) : rounded, VecU16);
+    return narrowed((v != v) ? splat_u(0x7fc0) : rounded);
 }
 
 #if DD_LANES == 8
@@ -36,7 +49,7 @@ DD_INLINE Vec from_float16(VecU16 v) { return (Vec)_mm256_cvtph_ps((__m128i)v); 
 DD_INLINE VecU16 to_float16(Vec v) { return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else
 DD_INLINE Vec from_float16(VecU16 half) {
-    VecU h = __builtin_convertvector(half, VecU);
+    VecU h = widened(half);
     VecU exponent = h & 0x7c00u;
     VecU bits = ((h & 0x7fffu) << 13) + (112u << 23);
     bits = (exponent == 0x7c00u) ? bits + (112u << 23) : bits;
@@ -56,24 +69,24 @@ DD_INLINE VecU16 to_float16(Vec v) {
     VecU half = (bits < (113u << 23)) ? subnormal : normal;
     VecU too_large = (bits > 0x7f800000u) ? splat_u(0x7e00) : splat_u(0x7c00);
     half = (bits >= 0x47800000u) ? too_large : half;
-    return __builtin_convertvector(half | sign >> 16, VecU16);
+    return narrowed(half | sign >> 16);
 }
 #endif
 
 template <DType dtype>
 DD_INLINE void widen(const uint16_t* from, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-        VecU16 v = load(from + i, n - i);
-        store(to + i, n - i, dtype == DType::bfloat16 ? from_bfloat16(v) : from_float16(v));
-    }
+    for_vectors(n, [&](int64_t i, int64_t left) {
+        VecU16 v = load(from + i, left);
+        store(to + i, left, dtype == DType::bfloat16 ? from_bfloat16(v) : from_float16(v));
+    });
 }
 
 template <DType dtype>
 DD_INLINE void narrow(const float* from, int64_t n, uint16_t* to) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-        Vec v = load(from + i, n - i);
-        store(to + i, n - i, dtype == DType::bfloat16 ? to_bfloat16(v) : to_float16(v));
-    }
+    for_vectors(n, [&](int64_t i, int64_t left) {
+        Vec v = load(from + i, left);
+        store(to + i, left, dtype == DType::bfloat16 ? to_bfloat16(v) : to_float16(v));
+    });
 }
 
 DD_INLINE void* address(const Operand& operand, const Run& tile) {

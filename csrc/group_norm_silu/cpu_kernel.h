@@ -5,10 +5,17 @@ namespace dd::DD_ISA {
 using group_norm::Forward;
 using group_norm::Moments;
 
-// Centred on a first estimate of the mean and then corrected for it, so that neither sum cancels.
-DD_INLINE Moments centred_moments(double count, double centre, double sum, double sum_of_squares) {
-    return {count, centre + sum / count, sum_of_squares - sum * sum / count};
-}
+// Of values less a centre.
+struct Deviations {
+    double sum, squares;
+
+    // Whether the centre is so far from the mean that more than one bit of the squares is that distance.
+    DD_INLINE bool off_centre(double count) const { return 2 * sum * sum > count * squares; }
+
+    DD_INLINE Moments moments(double count, double centre) const {
+        return {count, centre + sum / count, squares - sum * sum / count};
+    }
+};
 
 // Where centre - pre_shift[c] of each channel, as rounded, really centres x + pre_shift, on average.
 DD_INLINE double rounded_centre(float centre, const float* pre_shift, int64_t channels) {
@@ -18,19 +25,22 @@ DD_INLINE double rounded_centre(float centre, const float* pre_shift, int64_t ch
     return total / static_cast<double>(channels);
 }
 
-// Of x + pre_shift over rows of one group; pre_shift is null or has one value per row.
-DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, const float* pre_shift) {
-    Vec totals[4] = {};
-    for (int64_t row = 0; row < rows; ++row) {
-        Vec shift = splat(pre_shift == nullptr ? 0.0f : pre_shift[row]);
-        for_blocks(length, [&](auto block, int64_t i, int64_t lanes) {
-            for (int j = 0; j < block.count; ++j) {
-                totals[j] += keep_first(load_some(x + row * length + i + j * kLanes, lanes) + shift, lanes);
-            }
-        });
+// Near the mean of x + pre_shift, as a rule: that of a vector from each of four places.
+DD_INLINE float rough_mean(const float* x, int64_t rows, int64_t length, const float* pre_shift) {
+    constexpr int places = 4;
+    int64_t lanes = length < kLanes ? length : kLanes, apart = length < places * kLanes ? 0 : length / places;
+    Vec total{};
+    float shifts = 0;
+    for (int64_t i = 0; i < places; ++i) {
+        int64_t row = i * rows / places;
+        total += load_some(x + row * length + i * apart, lanes);
+        if (pre_shift != nullptr) shifts += pre_shift[row];
     }
-    double count = static_cast<double>(rows * length);
-    float centre = static_cast<float>(sum((totals[0] + totals[1]) + (totals[2] + totals[3])) / count);
+    return sum(total) / static_cast<float>(places * lanes) + shifts / places;
+}
+
+DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length, const float* pre_shift,
+                                    float centre) {
     Vec sums[4] = {}, squares[4] = {};
     for (int64_t row = 0; row < rows; ++row) {
         Vec from = splat(pre_shift == nullptr ? centre : centre - pre_shift[row]);
@@ -42,9 +52,20 @@ DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, cons
             }
         });
     }
-    return centred_moments(count, rounded_centre(centre, pre_shift, rows),
-                           sum((sums[0] + sums[1]) + (sums[2] + sums[3])),
-                           sum((squares[0] + squares[1]) + (squares[2] + squares[3])));
+    return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+}
+
+// Of x + pre_shift over rows of one group; pre_shift is null or has one value per row. One pass, and a
+// second, about the mean that the first found, where a few values were a bad sample of all.
+DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, const float* pre_shift) {
+    double count = static_cast<double>(rows * length);
+    float centre = rough_mean(x, rows, length, pre_shift);
+    Deviations d = row_deviations(x, rows, length, pre_shift, centre);
+    if (d.off_centre(count)) {
+        centre += static_cast<float>(d.sum / count);
+        d = row_deviations(x, rows, length, pre_shift, centre);
+    }
+    return d.moments(count, rounded_centre(centre, pre_shift, rows));
 }
 
 DD_INLINE double sum_of(const float* values, int64_t count) {
@@ -53,19 +74,19 @@ DD_INLINE double sum_of(const float* values, int64_t count) {
     return total;
 }
 
-// sums[c] of x[pixel][c] over the pixels.
-DD_INLINE void sum_pixels(const float* x, int64_t pixels, int64_t channels, float* sums) {
-    fill(sums, channels, 0.0f);
-    for_pixels(pixels, [&](auto rows, int64_t pixel) {
-        for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
-            Vec total{};
-            for (int r = 0; r < rows.count; ++r) total += load_some(x + (pixel + r) * channels + c, lanes);
-            store_some(sums + c, lanes, load_some(sums + c, lanes) + total);
-        });
+constexpr int64_t kSomePixels = 4;
+
+// sums[c] of x[pixel][c] over a few pixels, spread over all of them.
+DD_INLINE void sum_some_pixels(const float* x, int64_t pixels, int64_t channels, float* sums) {
+    for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
+        Vec total{};
+        for (int64_t i = 0; i < kSomePixels; ++i)
+            total += load_some(x + i * pixels / kSomePixels * channels + c, lanes);
+        store_some(sums + c, lanes, total);
     });
 }
 
-// The same of d = x[pixel][c] - centres[c], and of its square.
+// sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of its square.
 DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, const float* centres, float* sums,
                               float* squares) {
     fill(sums, channels, 0.0f);
@@ -84,25 +105,39 @@ DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, 
     });
 }
 
-// Of x + pre_shift over pixels [pixels][channels], for every group; scratch holds 3 floats per channel.
+// centres[c] that take the mean, as rounded, from x + pre_shift; returns where they really centre it.
+DD_INLINE double set_centres(double mean, const float* pre_shift, int64_t channels, float* centres) {
+    float centre = static_cast<float>(mean);
+    for (int64_t c = 0; c < channels; ++c) centres[c] = pre_shift == nullptr ? centre : centre - pre_shift[c];
+    return rounded_centre(centre, pre_shift, channels);
+}
+
+// Of x + pre_shift over pixels [pixels][channels], for every group, as row_moments(); scratch holds 3 floats
+// per channel.
 DD_INLINE void pixel_moments(const float* x, int64_t pixels, int64_t channels, int64_t groups, const float* pre_shift,
                              float* scratch, Moments* out) {
     float *sums = scratch, *squares = sums + channels, *centres = squares + channels;
     int64_t width = channels / groups;
     double count = static_cast<double>(pixels * width);
-    sum_pixels(x, pixels, channels, sums);
+    auto shifts = [&](int64_t g) { return pre_shift == nullptr ? nullptr : pre_shift + g * width; };
+    sum_some_pixels(x, pixels, channels, sums);
     for (int64_t g = 0; g < groups; ++g) {
-        double total = sum_of(sums + g * width, width);
-        if (pre_shift != nullptr) total += static_cast<double>(pixels) * sum_of(pre_shift + g * width, width);
-        float centre = static_cast<float>(total / count);
-        const float* shifts = pre_shift == nullptr ? nullptr : pre_shift + g * width;
-        out[g].mean = rounded_centre(centre, shifts, width);
-        for (int64_t c = 0; c < width; ++c) centres[g * width + c] = shifts == nullptr ? centre : centre - shifts[c];
+        double total = sum_of(sums + g * width, width) / kSomePixels;
+        if (pre_shift != nullptr) total += sum_of(shifts(g), width);
+        out[g].mean = total / static_cast<double>(width);
     }
-    sum_deviations(x, pixels, channels, centres, sums, squares);
-    for (int64_t g = 0; g < groups; ++g) {
-        out[g] =
-            centred_moments(count, out[g].mean, sum_of(sums + g * width, width), sum_of(squares + g * width, width));
+    bool again = true;
+    for (int pass = 0; again && pass < 2; ++pass) {
+        for (int64_t g = 0; g < groups; ++g) {
+            out[g].mean = set_centres(out[g].mean, shifts(g), width, centres + g * width);
+        }
+        sum_deviations(x, pixels, channels, centres, sums, squares);
+        again = false;
+        for (int64_t g = 0; g < groups; ++g) {
+            Deviations d{sum_of(sums + g * width, width), sum_of(squares + g * width, width)};
+            out[g] = d.moments(count, out[g].mean);
+            again = again || d.off_centre(count);
+        }
     }
 }
 

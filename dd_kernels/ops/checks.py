@@ -36,7 +36,7 @@ def check_output(name: str, y: Tensor | None, x_name: str, x: Tensor) -> None:
     if y is None or y is x:
         return
     check_like(name, y, x_name, x)
-    if y.dtype != x.dtype:
+    if y.dtype is not x.dtype:
         raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}; got {y.dtype}")
 
 
@@ -56,8 +56,8 @@ def check_shape(name: str, y: Tensor | None, shape: tuple[int, ...], device: tor
         raise ValueError(f"{name} must be on {device}; got {y.device}")
 
 
-def timestep_index(name: str, index: int | Tensor, views: Sequence[Tensor], batch: int, device: torch.device) -> Tensor:
-    """``index`` as a dense int64 tensor [1] or [batch] on ``device``, its values in [0, len(views)).
+def timestep_index(name: str, index: int | Tensor, views: Sequence[Tensor], x: Tensor) -> Tensor:
+    """``index`` as a dense int64 tensor [1] or [N] on the device of ``x`` [N, ...], its values in [0, len(views)).
 
     ``views`` holds every index as a tensor [1] on the device, so that an int costs no upload. Values
     already on an accelerator are not read (that would stop the stream): there a kernel writes NaN
@@ -70,16 +70,16 @@ def timestep_index(name: str, index: int | Tensor, views: Sequence[Tensor], batc
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"{name} must be an int or an integer tensor; got {kind}")
-    if index.ndim > 1 or index.numel() not in (1, batch):
-        raise ValueError(f"{name} must have the shape [] or [{batch}], one per sample; got {list(index.shape)}")
+    if index.ndim > 1 or index.numel() not in (1, x.shape[0]):
+        raise ValueError(f"{name} must have the shape [] or [{x.shape[0]}], one per sample; got {list(index.shape)}")
     if index.is_cpu and index.numel() > 0 and not torch.compiler.is_compiling():
         values = index.tolist() if index.ndim == 1 else [index.item()]
         low, high = min(values), max(values)
         if low < 0 or high >= len(views):
             raise ValueError(f"{name} must be in [0, {len(views)}); got {low if low < 0 else high}")
-    if index.ndim == 1 and index.dtype == torch.int64 and index.device == device:
+    if index.ndim == 1 and index.dtype == torch.int64 and index.device == x.device:
         return index.contiguous()
-    return index.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
+    return index.reshape(-1).to(device=x.device, dtype=torch.int64).contiguous()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

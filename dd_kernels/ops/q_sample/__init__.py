@@ -34,6 +34,9 @@ def _(
     return None
 
 
+_OP = torch.ops.dd_kernels.q_sample.default  # to look it up takes as long as a check
+
+
 def q_sample(
     x_start: Tensor,
     t: int | Tensor,
@@ -76,15 +79,15 @@ def q_sample(
         raise ValueError(f"one of noise and seed must be given; got {'neither' if noise is None else 'both'}")
     if noise is not None:
         checks.check_like("noise", noise, "x_start", x_start)
-    table = schedule.on(x_start.device)
-    index = checks.timestep_index("t", t, table.steps, x_start.shape[0], x_start.device)
-    chosen = backends.choose("q_sample", backend, x_start.device, checks.kernel_obstacle(x_start, noise))
-
+    device = x_start.device
+    table = schedule.on(device)
+    index = checks.timestep_index("t", t, table.steps, x_start)
+    chosen = backends.choose("q_sample", backend, device, checks.kernel_obstacle(x_start, noise))
     checks.check_output("x_t", x_t, "x_start", x_start)
 
-    key = None if seed is None else noise_key(seed, first_sample, draw, x_start.device)
+    key = None if seed is None else noise_key(seed, first_sample, draw, device)
     if chosen == "reference":
-        rows = schedule.marginal.to(x_start.device) if x_start.dtype == torch.float64 else table.rows
+        rows = schedule.marginal.to(device) if x_start.dtype == torch.float64 else table.rows
         result, z = reference.q_sample(x_start, noise, rows, index, key)
         result = result if x_t is None else x_t.copy_(result)
         return (result, z) if return_noise else result
@@ -99,7 +102,7 @@ def q_sample(
 
         triton.q_sample(*arguments)
     else:
-        torch.ops.dd_kernels.q_sample.default(*arguments)
+        _OP(*arguments)
     if x_t is not None and result is not x_t:
         result = x_t.copy_(result)
     if not return_noise:

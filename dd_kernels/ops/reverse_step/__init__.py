@@ -42,19 +42,24 @@ def _(
     return None
 
 
+_OP = torch.ops.dd_kernels.reverse_step.default  # to look it up takes as long as a check
+
+
 def _split_out(out: Tensor, x: Tensor, learned: bool, name: str) -> tuple[Tensor, Tensor | None]:
     """(prediction, variance values): a model with learned variance gives [N, 2 C, ...]."""
+    if not learned:
+        checks.check_like(name, out, "x", x)
+        return out, None
     checks.check_float(name, out)
-    if learned or out.shape != x.shape:
-        if learned and x.ndim < 2:
-            raise ValueError(f"x must be [N, C, ...] for a table with learned variance; got {list(x.shape)}")
-        wanted = [x.shape[0], 2 * x.shape[1], *x.shape[2:]] if learned else list(x.shape)
-        if list(out.shape) != wanted:
-            why = ", [N, 2 C, ...], for a table with learned variance" if learned else ", the shape of x"
-            raise ValueError(f"{name} must have the shape {wanted}{why}; got {list(out.shape)}")
+    if x.ndim < 2:
+        raise ValueError(f"x must be [N, C, ...] for a table with learned variance; got {list(x.shape)}")
+    wanted = [x.shape[0], 2 * x.shape[1], *x.shape[2:]]
+    if list(out.shape) != wanted:
+        why = "[N, 2 C, ...], for a table with learned variance"
+        raise ValueError(f"{name} must have the shape {wanted}, {why}; got {list(out.shape)}")
     if out.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}; got {out.device}")
-    return out.chunk(2, dim=1) if learned else (out, None)
+    return out.chunk(2, dim=1)
 
 
 def _dynamic_threshold(x: Tensor, out: Tensor, row: dict[str, Tensor], rule: DynamicThreshold) -> Tensor:
@@ -124,16 +129,17 @@ def reverse_step(
         raise ValueError("only one of noise and seed may be given; got both")
     if table.stochastic and noise is None and seed is None:
         raise ValueError("noise or seed must be given for a table that adds noise; got neither")
-    on_device = table.on(x.device)
-    index = checks.timestep_index("step", step, on_device.steps, x.shape[0], x.device)
+    device = x.device
+    on_device = table.on(device)
+    index = checks.timestep_index("step", step, on_device.steps, x)
     obstacle = checks.kernel_obstacle(x, out, uncond, noise)
-    chosen = backends.choose("reverse_step", backend, x.device, obstacle)
+    chosen = backends.choose("reverse_step", backend, device, obstacle)
     checks.check_output("x_prev", x_prev, "x", x)
 
     key = None
     if noise is None and seed is not None and table.stochastic:
-        key = noise_key(seed, first_sample, 0, x.device)
-    rows = table.rows.to(x.device) if x.dtype == torch.float64 else on_device.rows
+        key = noise_key(seed, first_sample, 0, device)
+    rows = table.rows.to(device) if x.dtype == torch.float64 else on_device.rows
     threshold = None
     if table.threshold is not None:
         guided = reference.guide(out.float(), None if uncond is None else uncond.float(), guidance_scale)
@@ -170,7 +176,7 @@ def reverse_step(
 
         triton.reverse_step(*arguments)
     else:
-        torch.ops.dd_kernels.reverse_step.default(*arguments)
+        _OP(*arguments)
     if x_prev is not None and result is not x_prev:
         result = x_prev.copy_(result)
     return (result, x0) if return_x0 else result
