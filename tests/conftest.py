@@ -16,3 +16,12 @@ if not torch.cuda.is_available():
 def seeded() -> None:
     """Every test draws the same data in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def judge():
+    """What judges drawn digits: a classifier of real ones, trained once."""
+    from dd_kernels import data
+    from dd_kernels.evaluate import Judge
+
+    return Judge(data.digits("train"), data.digits("test"))

@@ -1,7 +1,7 @@
 """GroupNorm's plan for every kind of shape and chip, and each regime's kernels against the reference."""
 
+import group_norm_cases as cases
 import pytest
-import test_group_norm_silu as suite
 import test_group_norm_silu_of_two as suite_of_two
 import torch
 from budget import DTYPES
@@ -100,12 +100,12 @@ CASES = {
 def test_regime(kernel, host, case, dtype):
     shape, groups, channels_last, chip = CASES[case]
     host.set_chip(**chip)
-    x, dy, options, activation = suite.make(shape, dtype, (1, 1, 1, 1, 1, 1, channels_last))
-    suite.check(kernel, x, dy, groups, options, activation)
+    x, dy, options, activation = cases.make(shape, dtype, (1, 1, 1, 1, 1, 1, channels_last))
+    cases.check(kernel, x, dy, groups, options, activation)
     # A missing barrier shows where the last thread of a block runs first.
-    once = suite.results(x, dy, groups, options, activation, kernel.name)
+    once = cases.results(x, dy, groups, options, activation, kernel.name)
     host.set_backwards(True)
-    again = suite.results(x, dy, groups, options, activation, kernel.name)
+    again = cases.results(x, dy, groups, options, activation, kernel.name)
     assert all(again[name].equal(value) for name, value in once.items())
 
 
@@ -138,7 +138,7 @@ def test_regime_of_two_inputs(kernel, host, case, dtype):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_waves_give_the_same_bits(kernel, host, channels_last):
     """A tile's partial sums are added in their order, however many tiles the L2 cache holds."""
-    case = suite.make((3, 32, 48, 48), torch.bfloat16, (1, 1, 1, 1, 1, 1, channels_last))
+    case = cases.make((3, 32, 48, 48), torch.bfloat16, (1, 1, 1, 1, 1, 1, channels_last))
     x, dy, options, activation = case
     runs, waves = [], []
     for l2_bytes in (1 << 10, 1 << 20, 60 << 20):
@@ -148,6 +148,6 @@ def test_waves_give_the_same_bits(kernel, host, channels_last):
         tile_bytes = 2 * x.numel() // plan.tiles
         assert plan.wave_tiles == 1 or plan.wave_tiles * tile_bytes <= l2_bytes * 2 / 5
         waves.append(plan.wave_tiles)
-        runs.append(suite.results(x, dy, 2, options, activation, kernel.name))
+        runs.append(cases.results(x, dy, 2, options, activation, kernel.name))
     assert waves[0] == 1 < waves[1] < waves[2] == plan.tiles
     assert all(other[name].equal(value) for other in runs[1:] for name, value in runs[0].items())

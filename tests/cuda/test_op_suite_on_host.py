@@ -7,7 +7,8 @@ import pytest
 import test_group_norm_silu_of_two
 import torch
 
-SUITE = ("test_randn", "test_q_sample", "test_reverse_step", "test_group_norm_silu", "test_group_norm_silu_of_two")
+NORMS = ("test_group_norm_silu", "test_group_norm_silu_as_op", "test_group_norm_silu_of_two")
+SUITE = ("test_randn", "test_q_sample", "test_reverse_step", *NORMS)
 # These are about torch's tracing, which sees the host library's ops under another name.
 NOT_OF_KERNELS = ("opcheck", "compiles")
 

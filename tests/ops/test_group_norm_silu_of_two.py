@@ -3,9 +3,9 @@
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget
+from group_norm_cases import NAMES, ROWS, assert_sums_within_budget, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_group_norm_silu import NAMES, ROWS, assert_sums_within_budget, make
 
 import dd_kernels as dd
 

@@ -1,0 +1,75 @@
+"""Inputs of group_norm_silu with every option, its gradients by name, and both against float64."""
+
+import importlib
+
+import torch
+from budget import assert_within_budget
+
+import dd_kernels as dd
+
+run = importlib.import_module("dd_kernels.ops.group_norm_silu.kernels").run
+NAMES = ("weight", "bias", "pre_shift", "scale", "shift")
+# Presence of weight, bias, pre_shift, scale and shift, SiLU, channels_last: every pair of choices is in some row.
+ROWS = (
+    (1, 1, 1, 1, 1, 1, 1),
+    (0, 1, 0, 1, 0, 1, 0),
+    (1, 0, 0, 1, 1, 0, 0),
+    (0, 0, 1, 1, 0, 0, 1),
+    (1, 1, 1, 0, 0, 0, 0),
+    (0, 1, 0, 0, 1, 0, 1),
+    (1, 0, 0, 0, 0, 1, 1),
+    (0, 0, 1, 0, 1, 1, 0),
+)
+
+
+def make(shape, dtype, row, seed=0, mean=0.5, device="cpu"):
+    """x, dy, the options present in ``row`` and the activation."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator)
+
+    x, dy = (mean + 2 * draw(*shape)).to(dtype), draw(*shape).to(dtype)
+    if row[6] and x.ndim == 4:
+        x, dy = (v.contiguous(memory_format=torch.channels_last) for v in (x, dy))
+    sizes = (shape[1:2],) * 2 + (shape[:2],) * 3
+    options = {name: draw(*size) for name, size, there in zip(NAMES, sizes, row, strict=False) if there}
+    options = {name: v.to(device) for name, v in options.items()}
+    return x.to(device), dy.to(device), options, "silu" if row[5] else "none"
+
+
+def results(x, dy, groups, options, activation, backend, eps=1e-5):
+    """y and the gradients of x and of each option, by name."""
+    leaves = {name: v.detach().requires_grad_() for name, v in {"x": x, **options}.items()}
+    small = {name: leaves[name] for name in options}
+    y = dd.group_norm_silu(leaves["x"], groups, eps=eps, activation=activation, backend=backend, **small)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
+
+
+def check(kernel, x, dy, groups, options, activation):
+    """Everything against float64; y and dx keep the layout."""
+    x, dy = x.to(kernel.device), dy.to(kernel.device)
+    options = {name: v.to(kernel.device) for name, v in options.items()}
+    wide = {name: v.double() for name, v in options.items()}
+    exact = results(x.double(), dy.double(), groups, wide, activation, "reference")
+    plain = results(x, dy, groups, options, activation, "reference")
+    actual = results(x, dy, groups, options, activation, kernel.name)
+    # The interpreter has no fma: it rounds each product that the compiled kernel, and plain PyTorch, add unrounded.
+    rounds_more = kernel.truncates(x.dtype) or kernel.interpreted
+    for name in ("y", "dx"):
+        assert_within_budget(actual[name], exact[name], plain[name], truncated=rounds_more)
+        if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+            assert actual[name].stride() == x.stride()
+    assert_sums_within_budget(actual, exact, plain, [f"d{name}" for name in options])
+
+
+def assert_sums_within_budget(actual, exact, plain, names):
+    """The same budget for gradients that are sums, as one set: each alone has too few elements for a fair maximum."""
+    if not names or actual["y"].numel() == 0:
+        return
+    scale = {name: exact[name].abs().max() for name in names}
+    error, plain_error = (
+        max((r[n].double() - exact[n]).abs().max() / scale[n] for n in names) for r in (actual, plain)
+    )
+    assert error <= 2 * plain_error + 2 * torch.finfo(torch.float32).eps
