@@ -56,7 +56,8 @@ def build(seconds: float, folder: Path) -> list[Check]:
         libraries = sorted(path.name for path in (processes.ROOT / "dd_kernels").glob("_*.so"))
         found.append({"check": name, "outcome": result, "seconds": running.seconds, "libraries": libraries})
         if result != "ok" or (DEVICE == "cuda" and not any("_cuda" in name for name in libraries)):
-            found[-1]["tail"] = running.lines()[-TAIL:]
+            lines = running.lines()
+            found[-1]["tail"] = [line for line in lines if "error" in line.lower()][:TAIL] + lines[-TAIL:]
         if result == "ok":
             break
     return found

@@ -7,6 +7,7 @@ core; the plans that compile whole models take minutes, and are ``models 0 4``.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -49,6 +50,7 @@ def run(mine: list[Plan], target: Target) -> None:
 
 def main() -> None:
     """The command line."""
+    os.nice(10)  # the tests and the sanitizer beside it come first
     kind, first, every = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     # Which of several kernels is fastest shows only where nothing else runs: the code is kept, the choice is not.
     torch._inductor.config.autotune_local_cache = False

@@ -17,6 +17,7 @@ from dd_kernels import backend as backends
 from . import machine
 
 NORMS = [(2, 32, 4, 4), (2, 64, 16, 16), (3, 96, 7, 5), (1, 64, 64, 64), (1, 32, 160, 160)]
+OF_TWO = [(2, 32, 8, 8), (1, 64, 32, 32)]
 IMAGES = [(2, 3, 8, 8), (3, 3, 7, 5)]
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,6 +36,19 @@ def norms(device: str, backend: str) -> int:
         per_sample = [torch.randn(shape[:2]).to(device).requires_grad_() for _ in range(3)]
         names = dict(zip(("pre_shift", "scale", "shift"), per_sample, strict=True))
         y = dd.group_norm_silu(x, 32, weight, bias, backend=backend, **names)
+        y.backward(torch.ones_like(y))
+        done += 1
+    return done
+
+
+def norms_of_two(device: str, backend: str) -> int:
+    """group_norm_silu, forward and backward, of a sum and of two tensors side by side."""
+    done = 0
+    for shape, layout, dtype in itertools.product(OF_TWO, LAYOUTS, DTYPES):
+        x, other = (_tensor(shape, device, dtype, layout).requires_grad_() for _ in range(2))
+        y, total = dd.group_norm_silu(x, 32, residual=other, backend=backend)
+        torch.autograd.backward([y, total], [torch.ones_like(y), torch.ones_like(total)])
+        y = dd.group_norm_silu(x, 32, skip=other, backend=backend)
         y.backward(torch.ones_like(y))
         done += 1
     return done
@@ -63,7 +77,7 @@ def main(backend: str, device: str = machine.DEVICE) -> None:
         print(f"not available: {obstacle}")
         return
     torch.manual_seed(0)
-    for run in (steps, norms):
+    for run in (steps, norms, norms_of_two):
         number = run(device, backend)
         if device == "cuda":
             torch.cuda.synchronize()
