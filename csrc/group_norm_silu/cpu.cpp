@@ -26,6 +26,7 @@ struct Forward {
 
 #define DD_KERNEL "group_norm_silu/cpu_kernel.h"
 #include "common/each_isa.h"
+#include "group_norm_silu/cpu_small.h"
 
 namespace dd::group_norm {
 namespace {
@@ -35,15 +36,16 @@ struct ForwardPass : Forward {
     int64_t partials() const { return cut.pieces * cut.unit_groups; }
     int64_t coefficients() const { return 3 * cut.unit_channels; }
     int64_t scratch() const { return 3 * cut.unit_channels + cut.piece_elements(); }
+    int64_t kept() const { return 0; }
 
     void prepare(const Unit&, float*) const {}
-    void reduce(const Unit& unit, int64_t piece, const float*, Moments* moments, float* scratch) const {
+    void reduce(const Unit& unit, int64_t piece, const float*, Moments* moments, float* scratch, float*) const {
         DD_CHOOSE(group_norm_reduce)(*this, unit, piece, moments, scratch);
     }
     void finish(const Unit& unit, const Moments* moments, float* coefficients) const {
         DD_CHOOSE(group_norm_finish)(*this, unit, moments, coefficients);
     }
-    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch) const {
+    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch, float*) const {
         DD_CHOOSE(group_norm_map)(*this, unit, piece, coefficients, scratch);
     }
 };
@@ -53,7 +55,8 @@ float* statistics(const Tensor& x) { return x.numel() == 0 ? nullptr : static_ca
 void group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                      std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
                      bool silu, Tensor y, Tensor mean, Tensor rstd) {
-    Options options{floats(weight), floats(bias), floats(pre_shift), floats(scale), floats(shift), eps, silu};
+    InputFloats w(weight), b(bias), before(pre_shift), factor(scale), after(shift);
+    Options options{w, b, before, factor, after, eps, silu};
     run(ForwardPass{{cut_of(x, num_groups), operand(x), operand(y), statistics(mean), statistics(rstd), options}});
 }
 

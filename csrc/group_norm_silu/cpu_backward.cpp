@@ -26,6 +26,7 @@ struct Backward {
 
 #define DD_KERNEL "group_norm_silu/cpu_backward_kernel.h"
 #include "common/each_isa.h"
+#include "group_norm_silu/cpu_small.h"
 
 namespace dd::group_norm {
 namespace {
@@ -35,24 +36,26 @@ struct BackwardPass : Backward {
     int64_t partials() const { return cut.parts * cut.unit_channels; }
     int64_t coefficients() const { return 5 * cut.unit_channels; }
     int64_t scratch() const { return 3 * cut.unit_channels + 2 * cut.piece_elements(); }
+    // dz of a unit, where dx has no room for it and it is no large tensor of its own.
+    int64_t kept() const {
+        int64_t elements = cut.unit_channels * cut.pixels;
+        return options.silu && dx.dtype != DType::float32 && elements <= int64_t{1} << 18 ? elements : 0;
+    }
 
     void prepare(const Unit& unit, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_prepare)(*this, unit, coefficients);
     }
-    void reduce(const Unit& unit, int64_t piece, const float* coefficients, ChannelSums* sums, float* scratch) const {
-        DD_CHOOSE(group_norm_backward_reduce)(*this, unit, piece, coefficients, sums, scratch);
+    void reduce(const Unit& unit, int64_t piece, const float* coefficients, ChannelSums* sums, float* scratch,
+                float* kept) const {
+        DD_CHOOSE(group_norm_backward_reduce)(*this, unit, piece, coefficients, sums, scratch, kept);
     }
     void finish(const Unit& unit, ChannelSums* sums, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_finish)(*this, unit, sums, coefficients);
     }
-    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch) const {
-        DD_CHOOSE(group_norm_backward_map)(*this, unit, piece, coefficients, scratch);
+    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch, float* kept) const {
+        DD_CHOOSE(group_norm_backward_map)(*this, unit, piece, coefficients, scratch, kept);
     }
 };
-
-float* mutable_floats(const std::optional<Tensor>& x) {
-    return x.has_value() ? static_cast<float*>(x->mutable_data_ptr()) : nullptr;
-}
 
 // One sum over the samples per channel, in the order of the samples.
 void sum_samples(const double* parts, int64_t samples, int64_t channels, float* out) {
@@ -76,15 +79,18 @@ void group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int
                               bool silu, Tensor dx, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
                               std::optional<Tensor> dpre_shift, std::optional<Tensor> dscale,
                               std::optional<Tensor> dshift) {
-    Options options{floats(weight), floats(bias), floats(pre_shift), floats(scale), floats(shift), eps, silu};
+    InputFloats w(weight), b(bias), before(pre_shift), factor(scale), after(shift);
+    Options options{w, b, before, factor, after, eps, silu};
+    OutputFloats dw(dweight), db(dbias), dbefore(dpre_shift), dfactor(dscale), dafter(dshift);
     Cut cut = cut_of(x, num_groups);
     std::unique_ptr<double[]> parts(new double[static_cast<size_t>(2 * cut.samples * cut.channels)]);
     double *dweight_parts = parts.get(), *dbias_parts = dweight_parts + cut.samples * cut.channels;
-    run(BackwardPass{{cut, operand(dy), operand(x), operand(dx), static_cast<const float*>(mean.const_data_ptr()),
-                      static_cast<const float*>(rstd.const_data_ptr()), options, mutable_floats(dpre_shift),
-                      mutable_floats(dscale), mutable_floats(dshift), dweight_parts, dbias_parts}});
-    if (dweight.has_value()) sum_samples(dweight_parts, cut.samples, cut.channels, mutable_floats(dweight));
-    if (dbias.has_value()) sum_samples(dbias_parts, cut.samples, cut.channels, mutable_floats(dbias));
+    const float *means = static_cast<const float*>(mean.const_data_ptr()),
+                *rstds = static_cast<const float*>(rstd.const_data_ptr());
+    run(BackwardPass{{cut, operand(dy), operand(x), operand(dx), means, rstds, options, dbefore, dfactor, dafter,
+                      dweight_parts, dbias_parts}});
+    if (dw != nullptr) sum_samples(dweight_parts, cut.samples, cut.channels, dw);
+    if (db != nullptr) sum_samples(dbias_parts, cut.samples, cut.channels, db);
 }
 
 }  // namespace

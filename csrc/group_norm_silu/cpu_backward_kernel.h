@@ -14,10 +14,13 @@ void group_norm_backward_prepare(const Backward& a, const Unit& unit, float* coe
     }
 }
 
-// Where dz is kept for the map, or null: in dx, unless that would round it to 16 bits.
-DD_INLINE float* kept_dz(const Backward& a, const group_norm::Piece& piece) {
-    bool keep = a.options.silu && a.dx.dtype == DType::float32;
-    return keep ? static_cast<float*>(address(a.dx, piece)) : nullptr;
+// Where dz of a piece is kept for the map, or null: in dx, or where that would round it to 16 bits in `kept`,
+// which has room for the whole unit or is null.
+DD_INLINE float* kept_dz(const Backward& a, const Unit& unit, const group_norm::Piece& piece, float* kept) {
+    if (!a.options.silu) return nullptr;
+    if (a.dx.dtype == DType::float32) return static_cast<float*>(address(a.dx, piece));
+    int64_t unit_offset = a.cut.channels_last ? 0 : unit.first_channel * a.cut.pixels;
+    return kept == nullptr ? nullptr : kept + (piece.offset - unit_offset);
 }
 
 // Float sums of a few pixels are added to others of their own size, then these to one another, and last
@@ -104,12 +107,12 @@ DD_INLINE void reduce_pixels(const float* x, const float* dy, float* dz_out, con
 
 template <bool silu>
 void reduce_piece(const Backward& a, const Unit& unit, int64_t index, const float* coefficients, ChannelSums* sums,
-                  float* scratch) {
+                  float* scratch, float* kept) {
     int64_t channels = a.cut.unit_channels;
     group_norm::Piece piece = a.cut.piece(unit, index);
     float *x_buffer = scratch + 3 * channels, *dy_buffer = x_buffer + a.cut.piece_elements();
     const float *x = read_tile(a.x, piece, x_buffer), *dy = read_tile(a.dy, piece, dy_buffer);
-    float* dz = kept_dz(a, piece);
+    float* dz = kept_dz(a, unit, piece, kept);
     ChannelSums* out = sums + piece.part * channels + piece.first_channel;
     if (a.cut.channels_last) {
         reduce_pixels<silu>(x, dy, dz, piece, coefficients, scratch, out);
@@ -119,8 +122,8 @@ void reduce_piece(const Backward& a, const Unit& unit, int64_t index, const floa
 }
 
 void group_norm_backward_reduce(const Backward& a, const Unit& unit, int64_t index, const float* coefficients,
-                                ChannelSums* sums, float* scratch) {
-    (a.options.silu ? reduce_piece<true> : reduce_piece<false>)(a, unit, index, coefficients, sums, scratch);
+                                ChannelSums* sums, float* scratch, float* kept) {
+    (a.options.silu ? reduce_piece<true> : reduce_piece<false>)(a, unit, index, coefficients, sums, scratch, kept);
 }
 
 // The gradients of what a channel is given; sums are over all its pixels, sum_n being of dz n.
@@ -214,10 +217,11 @@ DD_INLINE void backward_pixels(const float* x, const float* dy, float* dx, const
     });
 }
 
+// dz is what the sums kept, or null.
 template <bool silu>
-void backward_piece(const Backward& a, const group_norm::Piece& piece, const float* coefficients, float* scratch) {
+void backward_piece(const Backward& a, const group_norm::Piece& piece, const float* dz, const float* coefficients,
+                    float* scratch) {
     float *x_buffer = scratch, *dy_buffer = scratch + a.cut.piece_elements();
-    const float* dz = kept_dz(a, piece);
     const float *x = read_tile(a.x, piece, x_buffer), *dy = dz != nullptr ? dz : read_tile(a.dy, piece, dy_buffer);
     float* dx = output_tile(a.dx, piece, dy_buffer);  // dy is read before dx is written, block by block
     if (a.cut.channels_last) {
@@ -229,10 +233,11 @@ void backward_piece(const Backward& a, const group_norm::Piece& piece, const flo
 }
 
 void group_norm_backward_map(const Backward& a, const Unit& unit, int64_t index, const float* coefficients,
-                             float* scratch) {
+                             float* scratch, float* kept) {
     group_norm::Piece piece = a.cut.piece(unit, index);
-    bool from_dy = a.options.silu && kept_dz(a, piece) == nullptr;
-    (from_dy ? backward_piece<true> : backward_piece<false>)(a, piece, coefficients, scratch);
+    const float* dz = kept_dz(a, unit, piece, kept);
+    bool from_dy = a.options.silu && dz == nullptr;
+    (from_dy ? backward_piece<true> : backward_piece<false>)(a, piece, dz, coefficients, scratch);
 }
 
 }  // namespace dd::DD_ISA

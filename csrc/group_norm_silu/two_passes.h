@@ -29,15 +29,16 @@ void run_by_units(const Pass& pass, int64_t grain) {
     int64_t pieces = pass.cut.pieces;
     torch::stable::parallel_for(0, pass.cut.units(), grain, [&](int64_t first, int64_t last) {
         Workspace<Pass> work(pass, 1);
-        std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(pass.scratch())]);
+        std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(pass.scratch() + pass.kept())]);
+        float* kept = pass.kept() == 0 ? nullptr : scratch.get() + pass.scratch();
         for (int64_t index = first; index < last; ++index) {
             Unit unit = pass.cut.unit(index);
             pass.prepare(unit, work.coefficient(0));
             for (int64_t i = 0; i < pieces; ++i) {
-                pass.reduce(unit, i, work.coefficient(0), work.partial(0), scratch.get());
+                pass.reduce(unit, i, work.coefficient(0), work.partial(0), scratch.get(), kept);
             }
             pass.finish(unit, work.partial(0), work.coefficient(0));
-            for (int64_t i = 0; i < pieces; ++i) pass.map(unit, i, work.coefficient(0), scratch.get());
+            for (int64_t i = 0; i < pieces; ++i) pass.map(unit, i, work.coefficient(0), scratch.get(), kept);
         }
     });
 }
@@ -55,11 +56,11 @@ void run_by_pieces(const Pass& pass, int64_t grain) {
     };
     for (int64_t i = 0; i < units; ++i) pass.prepare(pass.cut.unit(i), work.coefficient(i));
     for_pieces([&](int64_t i, int64_t piece, float* scratch) {
-        pass.reduce(pass.cut.unit(i), piece, work.coefficient(i), work.partial(i), scratch);
+        pass.reduce(pass.cut.unit(i), piece, work.coefficient(i), work.partial(i), scratch, nullptr);
     });
     for (int64_t i = 0; i < units; ++i) pass.finish(pass.cut.unit(i), work.partial(i), work.coefficient(i));
     for_pieces([&](int64_t i, int64_t piece, float* scratch) {
-        pass.map(pass.cut.unit(i), piece, work.coefficient(i), scratch);
+        pass.map(pass.cut.unit(i), piece, work.coefficient(i), scratch, nullptr);
     });
 }
 
@@ -85,10 +86,6 @@ inline Cut cut_of(const Tensor& x, int64_t groups) {
     STD_TORCH_CHECK(contiguous || is_channels_last(x), "dd_kernels: x must be contiguous or channels_last");
     // One pixel is the same memory in both layouts, and channels are what there are many of.
     return cut(samples, channels, pixels, groups, !contiguous || pixels == 1);
-}
-
-inline const float* floats(const std::optional<Tensor>& x) {
-    return x.has_value() ? static_cast<const float*>(x->const_data_ptr()) : nullptr;
 }
 
 }  // namespace dd::group_norm

@@ -60,6 +60,30 @@ def test_a_first_value_far_from_the_rest(kernel):
         check(kernel, x, dy, 4, options, activation)
 
 
+@pytest.mark.parametrize("pre_shift", [0, 1])
+@pytest.mark.parametrize("channels_last", [0, 1])
+def test_a_sample_of_the_values_far_from_the_rest(kernel, channels_last, pre_shift):
+    """Nor on one taken here and there, as the CPU's kernels do: every place that they look at is an outlier."""
+    if kernel.interpreted:
+        pytest.skip("Triton's kernels take no sample")
+    x, _, options, _ = make((32, 8, 16, 16), torch.float32, (0, 0, pre_shift, 0, 0, 0, channels_last))
+    if channels_last:
+        x.flatten(2)[..., ::32] = 1e4
+    elif pre_shift:
+        for place in range(4):
+            x.view(32, 8, 4, 64)[:, 2 * place, place, :8] = 1e4
+    else:
+        x.view(32, 4, 512)[..., :8] = 1e4
+    x, shift = x.to(kernel.device), options["pre_shift"].to(kernel.device) if pre_shift else None
+    mean, rstd = torch.empty(32, 1, device=kernel.device), torch.empty(32, 1, device=kernel.device)
+    arguments = (x, 1, None, None, 1e-5, shift, None, None, False, torch.empty_like(x), mean, rstd)
+    run(kernel.name, "group_norm_silu", arguments)
+    h = (x.double() if shift is None else x.double() + shift.double()[:, :, None, None]).flatten(1)
+    exact = h.mean(1, keepdim=True), (h.var(1, correction=0, keepdim=True) + 1e-5).rsqrt()
+    for statistic, true in zip((mean, rstd), exact, strict=True):
+        assert (statistic.double() / true - 1).square().mean().sqrt() <= torch.finfo(torch.float32).eps
+
+
 def test_large_groups_keep_their_accuracy(kernel):
     if kernel.name != "cpu":
         pytest.skip("too slow for an interpreter; each kernel's long sums are tested where it runs")

@@ -24,12 +24,13 @@ def test_only_the_gradients_that_are_wanted(kernel, channels_last):
 
 @pytest.mark.parametrize("channels_last", [0, 1])
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_same_bits_on_any_number_of_threads(kernel, samples, channels_last):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_on_any_number_of_threads(kernel, dtype, samples, channels_last):
     """Both ways of dividing the work: by samples or groups, and by pieces of them."""
     size = 50 if kernel.name == "cpu" else 6
     for groups in (1, 4):
         shape, row = (samples, 12, size, size), (1, 1, 1, 1, 1, 1, channels_last)
-        x, dy, options, activation = make(shape, torch.float32, row, device=kernel.device)
+        x, dy, options, activation = make(shape, dtype, row, device=kernel.device)
         before = torch.get_num_threads()
         runs = []
         try:

@@ -164,8 +164,8 @@ def group_norm_silu(
         return reference.group_norm_silu(x, num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
 
     x = checks.dense(x)
-    if not as_they_are:  # autograd casts their gradients back
-        small = tuple(v if v is None else v.to(torch.float32).contiguous() for v in small)
+    if not as_they_are:  # the CPU's kernels widen them; for the others autograd casts their gradients back
+        small = tuple(v if v is None else (v if chosen == "cpu" else v.to(torch.float32)).contiguous() for v in small)
     if checks.needs_grad(x, *small):
         return kernels.GroupNormSiLU.apply(x, *small, num_groups, eps, silu, chosen)
     weight, bias, pre_shift, scale, shift = small

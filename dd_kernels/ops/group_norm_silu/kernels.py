@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from .. import checks
 
@@ -114,6 +116,17 @@ def _backward(ctx: Any, dy: Tensor, saved: tuple, needed: tuple[bool, ...]) -> t
     return dx, gradients
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's own, whose block of ``no_grad`` takes as long as a small kernel, where gradients are recorded at all."""
+    checked = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def either(ctx: Any, *gradients: Tensor) -> Any:
+        return (checked if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return either
+
+
 class GroupNormSiLU(torch.autograd.Function):
     """Keeps x and the statistics, and recomputes the rest: 2 reads and 1 write in the backward pass."""
 
@@ -137,7 +150,7 @@ class GroupNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx, gradients = _backward(ctx, dy, ctx.saved_tensors, ctx.needs_input_grad[1:6])
         return (dx if ctx.needs_input_grad[0] else None, *gradients, None, None, None, None)
@@ -167,7 +180,7 @@ class AddGroupNormSiLU(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, gradients = _backward(ctx, dy, ctx.saved_tensors, ctx.needs_input_grad[2:7])
         dx = dx + dtotal
@@ -198,7 +211,7 @@ class CatGroupNormSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, skip, *saved = ctx.saved_tensors
         both = torch.cat([x, skip], 1).contiguous(memory_format=checks.memory_format(x))
