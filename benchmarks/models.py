@@ -141,7 +141,9 @@ def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device |
         from dd_kernels.integrations.diffusers_unet import to_diffusers
     except ImportError:
         return "diffusers is not installed"
-    theirs = to_diffusers(model).to(device=device).to(memory_format=torch.channels_last).eval()
+    with torch.device(device):  # else its first weights are drawn on the host, for seconds
+        theirs = to_diffusers(model)
+    theirs = theirs.to(memory_format=torch.channels_last).eval()
     scheduler = scheduler_of(sampler, device)
     t = scheduler.timesteps[len(scheduler.timesteps) // 2]
     y, dtype = labels(model, batch, device), next(theirs.parameters()).dtype
