@@ -11,7 +11,7 @@
 namespace dd::cuda {
 namespace {
 
-constexpr int kPortableCluster = 8, kFirstWithClusters = 9;
+constexpr int kFirstWithClusters = 9;          // compute capability
 constexpr size_t kMostSharedBytes = 48 << 10;  // of a block that has not asked for more
 
 void check(cudaError_t error) {
@@ -31,6 +31,14 @@ int current_device() {
     int device = 0;
     check(cudaGetDevice(&device));
     return device;
+}
+
+// Whether the kernel that runs here was compiled for clusters: one for an older chip, which the driver has compiled
+// again from its PTX, has no instruction to reach another block.
+bool knows_clusters(const void* kernel) {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 10 * kFirstWithClusters;
 }
 
 // Whether any cluster of this size finds its multiprocessors: parts of a chip (MIG) may be too small for it.
@@ -60,6 +68,7 @@ int largest_cluster(const void* kernel, int threads) {
     std::lock_guard<std::mutex> lock(mutex);
     auto [entry, is_new] = found.emplace(std::make_pair(current_device(), kernel), most);
     int& cluster = entry->second;
+    if (is_new && !knows_clusters(kernel)) cluster = 1;
     while (is_new && cluster > 1 && !runs_in(cluster, kernel, threads)) cluster /= 2;
     return cluster;
 }

@@ -5,6 +5,8 @@
 
 namespace dd::cuda {
 
+constexpr int kPortableCluster = 8;  // blocks that every chip with clusters lets share their memory
+
 struct Chip {
     int sm_count, max_cluster;  // max_cluster: blocks that can share their memory; 1 before Hopper
     int64_t l2_bytes;

@@ -47,6 +47,13 @@ DD_DEVICE float fast_reciprocal(float v) {
     return result;
 }
 
+// v itself, unknown to the compiler: what follows from it is worked out again where it would be kept in registers.
+DD_DEVICE unsigned again(unsigned v) {
+    unsigned same;
+    asm volatile("mov.u32 %0, %1;" : "=r"(same) : "r"(v));
+    return same;
+}
+
 // The block's shared memory, as long as its launch asked for.
 DD_DEVICE float* shared_memory() {
     extern __shared__ float4 memory[];
@@ -72,6 +79,11 @@ DD_DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// A barrier in two halves that orders no memory: none passes the second before all have passed the first. A block
+// that others have read may end then; a release would wait for whatever it has stored.
+DD_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DD_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
 // The value at the same place in the shared memory of the cluster's block `rank`.
 DD_DEVICE float load_from_rank(const float* here, unsigned rank) {
     uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
@@ -90,6 +102,8 @@ DD_DEVICE float load_from_rank(const float* here, unsigned rank) {
 DD_DEVICE unsigned cluster_rank() { return 0; }
 DD_DEVICE unsigned cluster_size() { return 1; }
 DD_DEVICE void cluster_sync() { __syncthreads(); }
+DD_DEVICE void cluster_arrive() {}
+DD_DEVICE void cluster_wait() {}
 DD_DEVICE float load_from_rank(const float* here, unsigned) { return *here; }
 
 #endif

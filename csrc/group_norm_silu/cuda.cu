@@ -4,9 +4,9 @@
 
 namespace dd::cuda {
 
-NormPlan plan_forward(const NormForward& a) {
-    auto largest_cluster = [&](const NormPlan& plan) { return held_largest_cluster(a, plan); };
-    return plan_to_run(a.shape, Direction::forward, current_chip(), largest_cluster);
+NormPlan plan_forward(const NormShape& shape) {
+    auto largest_cluster = [&](const NormPlan& plan) { return held_largest_cluster(shape, plan); };
+    return plan_to_run(shape, Direction::forward, current_chip(), largest_cluster);
 }
 
 void group_norm_silu(const NormForward& arguments, cudaStream_t stream) {

@@ -25,8 +25,6 @@ struct NormForward {
     float *mean, *rstd;  // [N, G]
     float* partials;     // as many as forward_partials() says
     int64_t first_tile;  // of a wave
-
-    bool of_two() const { return residual != nullptr || skip != nullptr; }
 };
 
 // Floats that the blocks of a split tile leave for one another.
@@ -34,8 +32,8 @@ inline int64_t forward_partials(const NormShape& shape, const NormPlan& plan) {
     return plan.regime == Regime::split ? 2 * shape.samples * shape.groups * plan.splits : 0;
 }
 
-// For the current device; all but the plan is set.
-NormPlan plan_forward(const NormForward& arguments);
+// For the current device.
+NormPlan plan_forward(const NormShape& shape);
 
 void group_norm_silu(const NormForward& arguments, cudaStream_t stream);
 

@@ -116,7 +116,13 @@ DD_DEVICE void finish_row(const Place& place, const NormBackward& a, typename Pl
         const Element e = element<dtype>(v[k], g[k], maps[k], a.options.silu);
         v[k] = fma(e.dz, maps[k].gain, fma(e.d, lines[k].slope, lines[k].level));
     }
-    Place::Packed::of(v).template store<last>(a.dx, place.element(row));
+    const Part part = place.part(row);
+    if (a.dsum && !part.in_skip) {
+        Place::Packed::template load<true>(a.dsum, part.element).floats(g);
+#pragma unroll
+        for (int k = 0; k < Place::kLength; ++k) v[k] += g[k];
+    }
+    Place::Packed::of(v).template store<last>(part.of(a.dx, a.dskip), part.element);
 }
 
 // Sums over a block's rows where channels are last: sums[k] of every thread to those of the tile's

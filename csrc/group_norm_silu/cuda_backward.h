@@ -11,8 +11,9 @@ struct NormBackward {
     NormPlan plan;
     NormOptions options;
     const void *dy, *x;
+    const void *skip, *dsum;   // the channels after x's, and what is added to dx; or null
     const float *mean, *rstd;  // [N, G]
-    void* dx;
+    void *dx, *dskip;
     float *dweight, *dbias, *dpre_shift, *dscale, *dshift;  // null where not asked for
     float* sums;                                            // [N C][sum_parts][3], of a split tile's channels
     float* per_sample;   // [2][N][C], what every sample adds to dweight and dbias; null if neither is asked for

@@ -114,15 +114,22 @@ DD_DEVICE void share_sums(const Place& place, const Shared& shared) {
     else
         __syncthreads();
     for (int i = threadIdx.x; i < kSums * place.plan.tile_channels; i += kNormThreads) {
-        float sum = blocks > 1 ? load_from_rank(&shared.share[i], 0) : shared.share[i];
-        for (int rank = 1; rank < blocks; ++rank) sum += load_from_rank(&shared.share[i], rank);
+        float shares[kPortableCluster] = {shared.share[i]};
+        if (blocks > 1) {
+#pragma unroll
+            for (int rank = 0; rank < kPortableCluster; ++rank) {  // all are on their way before one is needed
+                shares[rank] = load_from_rank(&shared.share[i], rank < blocks ? rank : 0);
+            }
+        }
+        float sum = shares[0];
+#pragma unroll
+        for (int rank = 1; rank < kPortableCluster; ++rank) {
+            if (rank < blocks) sum += shares[rank];
+        }
         shared.total[i] = sum;
     }
-    // No block may end while another reads its memory.
-    if (blocks > 1)
-        cluster_sync();
-    else
-        __syncthreads();
+    if (blocks > 1) cluster_arrive();  // no block may end while another reads its memory
+    __syncthreads();
 }
 
 template <DType dtype, Access access, int K>
@@ -130,7 +137,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) held_backward_kernel(const No
     const unsigned cluster = static_cast<unsigned>(a.plan.cluster);
     const Place<dtype, access> place(a.shape, a.plan, blockIdx.x / cluster, static_cast<int>(blockIdx.x % cluster));
     const Shared shared(place);
-    const Held<Place<dtype, access>, K> x(place, a.x, place.first_row()), dy(place, a.dy, place.first_row());
+    const Held<Place<dtype, access>, K> x(place, a.x, a.skip, place.first_row()), dy(place, a.dy, place.first_row());
     Affine maps[place.kLength];
     GroupLine lines[place.kLength];
     if constexpr (place.kSameChannels) {
@@ -148,17 +155,18 @@ __global__ void __launch_bounds__(kNormThreads, 2) held_backward_kernel(const No
     __syncthreads();
     if (blockIdx.x % cluster == 0) small_gradients(place, a, total, shared.lines);
     auto line = [&](int channel) { return shared.lines[place.group(channel)]; };
-    if (place.kSameChannels) place.per_channel(place.first_row(), lines, line);
+    // Kept from the loads on, a thread's place would be spilled.
+    const Place<dtype, access> out(a.shape, a.plan, again(blockIdx.x) / cluster,
+                                   static_cast<int>(blockIdx.x % cluster));
 #pragma unroll
     for (int i = 0; i < K; ++i) {
-        const auto row = x.row(place, i);
-        if (!place.has(row)) continue;
-        if (!place.kSameChannels) {
-            load_maps(place, a, row, maps);
-            place.per_channel(row, lines, line);
-        }
-        finish_row<dtype>(place, a, row, x.packs[i], dy.packs[i], maps, lines);
+        const auto row = x.row(out, i);
+        if (!out.has(row)) continue;
+        if (!out.kSameChannels) load_maps(out, a, row, maps);
+        out.per_channel(row, lines, line);
+        finish_row<dtype>(out, a, row, x.packs[i], dy.packs[i], maps, lines);
     }
+    if (cluster > 1) cluster_wait();
 }
 
 using Kernel = void (*)(NormBackward);

@@ -14,6 +14,7 @@ DD_DEVICE float* part_of(const NormBackward& a, int64_t sample, int64_t channel,
 // The sums of a whole channel, over its parts in their order.
 DD_DEVICE Sums load_sums(const NormBackward& a, int64_t sample, int64_t channel) {
     Sums sums{};
+#pragma unroll 8  // so many are on their way at once
     for (int part = 0; part < a.sum_parts; ++part) {
         const float* p = part_of(a, sample, channel, part);
         sums.dz += p[0];
@@ -33,7 +34,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) column_sums_kernel(const Norm
     load_maps(place, a, place.first_row(), maps);
     Sums sums[place.kLength] = {};
     for (auto first = place.first_row(); place.has(first); first += kAtOnce * place.step) {
-        const Held<Place<dtype, Access::channels_last>, kAtOnce> x(place, a.x, first), dy(place, a.dy, first);
+        const Held<Place<dtype, Access::channels_last>, kAtOnce> x(place, a.x, a.skip, first), dy(place, a.dy, first);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             if (!place.has(x.row(place, i))) continue;
@@ -68,13 +69,15 @@ __global__ void __launch_bounds__(kNormThreads, 4) channel_sums_kernel(const Nor
     const int64_t vectors = a.shape.pixels / length, each = (vectors + a.sum_parts - 1) / a.sum_parts;
     const int64_t end = vectors - part * each < each ? vectors : (part + 1) * each;
     const bool last = a.shape.channels_last;
-    const int64_t start = sample * a.shape.channels * a.shape.pixels + channel * (last ? 1 : a.shape.pixels);
+    const int64_t outer = last ? sample * a.shape.pixels : sample, inner = last ? 1 : a.shape.pixels;
+    const Part place(a.shape, channel >= a.shape.x_channels, outer, channel, inner);
+    const void* x = place.of(a.x, a.skip);
+    const int64_t start = (outer * a.shape.channels + channel) * inner;
     Sums sums{};
     for (int64_t i = part * each + threadIdx.x; i < end; i += kNormThreads) {
-        const int64_t at = start + i * (last ? a.shape.channels : length);
         float v[length], g[length];
-        Packed::load(a.x, at).floats(v);
-        Packed::load(a.dy, at).floats(g);
+        Packed::load(x, place.element + i * (last ? place.channels : length)).floats(v);
+        Packed::load(a.dy, start + i * (last ? a.shape.channels : length)).floats(g);
 #pragma unroll
         for (int k = 0; k < length; ++k) add(sums, element<dtype>(v[k], g[k], map, a.options.silu));
     }
@@ -110,7 +113,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_backward_kernel(const N
         place.per_channel(place.first_row(), lines, line);
     }
     for (auto first = place.first_row(); place.has(first); first += kAtOnce * place.step) {
-        const Held<Place<dtype, access>, kAtOnce, true> x(place, a.x, first), dy(place, a.dy, first);
+        const Held<Place<dtype, access>, kAtOnce, true> x(place, a.x, a.skip, first), dy(place, a.dy, first);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const auto row = x.row(place, i);

@@ -8,9 +8,14 @@
 namespace dd::cuda {
 namespace {
 
-bool is_aligned(std::initializer_list<Tensor> tensors) {
+const void* input(const std::optional<Tensor>& x) { return x.has_value() ? x->const_data_ptr() : nullptr; }
+
+void* output(const std::optional<Tensor>& x) { return x.has_value() ? x->mutable_data_ptr() : nullptr; }
+
+// Those that are there.
+bool is_aligned(std::initializer_list<std::optional<Tensor>> tensors) {
     return std::all_of(tensors.begin(), tensors.end(),
-                       [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; });
+                       [](const std::optional<Tensor>& x) { return reinterpret_cast<uintptr_t>(input(x)) % 16 == 0; });
 }
 
 // x_channels: those that are not a second tensor's.
@@ -18,7 +23,7 @@ NormShape norm_shape(const Tensor& x, int64_t groups, bool aligned, int64_t x_ch
     const Layout layout = layout_of(x);
     const int64_t channels = x.size(1);
     bool last = layout.channels != 1 || channels == 1;
-    int64_t pixels = last ? layout.pixels : layout.pixels / channels;
+    int64_t pixels = last ? layout.pixels : layout.pixels / std::max<int64_t>(channels, 1);
     return {x.size(0), channels, pixels, groups, last, aligned, dtype_of(x), x_channels};
 }
 
@@ -39,7 +44,7 @@ Tensor scratch(const Tensor& like, int64_t floats) {
     return torch::stable::new_empty(like, {std::max<int64_t>(floats, 1)}, ScalarType::Float);
 }
 
-float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+float* floats(const std::optional<Tensor>& x) { return static_cast<float*>(output(x)); }
 
 // With all that is not common to the forward ops set in a.
 void run_forward(NormForward& a, const NormOptions& options, const Tensor& y, const Tensor& mean, const Tensor& rstd,
@@ -48,7 +53,7 @@ void run_forward(NormForward& a, const NormOptions& options, const Tensor& y, co
     a.y = y.mutable_data_ptr();
     a.mean = floats(mean);
     a.rstd = floats(rstd);
-    a.plan = plan_forward(a);
+    a.plan = plan_forward(a.shape);
     std::optional<Tensor> partials;
     if (int64_t count = forward_partials(a.shape, a.plan)) a.partials = floats(partials.emplace(scratch(y, count)));
     group_norm_silu(a, stream);
@@ -65,34 +70,47 @@ void group_norm_silu_op(Tensor x, int64_t num_groups, std::optional<Tensor> weig
     run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
 }
 
-void add_group_norm_silu_op(Tensor x, Tensor residual, int64_t num_groups, std::optional<Tensor> weight,
-                            std::optional<Tensor> bias, double eps, std::optional<Tensor> pre_shift,
-                            std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu, Tensor y, Tensor sum,
-                            Tensor mean, Tensor rstd) {
+void join_group_norm_silu_op(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> skip, int64_t num_groups,
+                             std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
+                             std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                             bool silu, Tensor y, std::optional<Tensor> sum, Tensor mean, Tensor rstd) {
     if (y.numel() == 0) return;
     OnDevice device(x);
     NormForward a{};
-    a.shape = norm_shape(y, num_groups, is_aligned({x, residual, sum, y}), x.size(1));
+    a.shape = norm_shape(y, num_groups, is_aligned({x, residual, skip, sum, y}), x.size(1));
     a.x = x.const_data_ptr();
-    a.residual = residual.const_data_ptr();
-    a.sum = sum.mutable_data_ptr();
+    a.residual = input(residual);
+    a.skip = input(skip);
+    a.sum = output(sum);
     run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
 }
 
-void cat_group_norm_silu_op(Tensor x, Tensor skip, int64_t num_groups, std::optional<Tensor> weight,
-                            std::optional<Tensor> bias, double eps, std::optional<Tensor> pre_shift,
-                            std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean,
-                            Tensor rstd) {
-    if (y.numel() == 0) return;
-    OnDevice device(x);
-    NormForward a{};
-    a.shape = norm_shape(y, num_groups, is_aligned({x, skip, y}), x.size(1));
-    a.x = x.const_data_ptr();
-    a.skip = skip.const_data_ptr();
-    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
-}
+// What is written for the parameters, where it is asked for.
+struct ParameterGradients {
+    const std::optional<Tensor>&weight, &bias, &pre_shift, &scale, &shift;
+};
 
-float* floats(const std::optional<Tensor>& x) { return x.has_value() ? floats(*x) : nullptr; }
+// With the shape and all tensors as large as x set in a.
+void run_backward(NormBackward& a, const NormOptions& options, const Tensor& mean, const Tensor& rstd,
+                  const ParameterGradients& gradients, cudaStream_t stream) {
+    a.options = options;
+    a.mean = data<float>(mean);
+    a.rstd = data<float>(rstd);
+    a.dweight = floats(gradients.weight);
+    a.dbias = floats(gradients.bias);
+    a.dpre_shift = floats(gradients.pre_shift);
+    a.dscale = floats(gradients.scale);
+    a.dshift = floats(gradients.shift);
+    const int64_t rows = a.shape.samples * a.shape.channels;
+    std::optional<Tensor> sums, per_sample;
+    if (a.dweight || a.dbias) a.per_sample = floats(per_sample.emplace(scratch(mean, 2 * rows)));
+    if (rows > 0) {
+        a.plan = plan_backward(a.shape);
+        a.sum_parts = backward_sum_parts(a.shape, a.plan);
+        if (a.plan.regime == Regime::split) a.sums = floats(sums.emplace(scratch(mean, 3 * rows * a.sum_parts)));
+    }
+    group_norm_silu_backward(a, stream);
+}
 
 void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
                                  std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
@@ -102,27 +120,32 @@ void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, 
                                  std::optional<Tensor> dscale, std::optional<Tensor> dshift) {
     OnDevice device(x);
     NormBackward a{};
-    a.shape = norm_shape(x, num_groups, is_aligned({dy, x, dx}), x.size(1));
-    a.options = norm_options(weight, bias, pre_shift, scale, shift, eps, silu);
+    a.shape = norm_shape(dy, num_groups, is_aligned({dy, x, dx}), x.size(1));
     a.dy = dy.const_data_ptr();
     a.x = x.const_data_ptr();
-    a.mean = data<float>(mean);
-    a.rstd = data<float>(rstd);
     a.dx = dx.mutable_data_ptr();
-    a.dweight = floats(dweight);
-    a.dbias = floats(dbias);
-    a.dpre_shift = floats(dpre_shift);
-    a.dscale = floats(dscale);
-    a.dshift = floats(dshift);
-    const int64_t rows = a.shape.samples * a.shape.channels;
-    std::optional<Tensor> sums, per_sample;
-    if (a.dweight || a.dbias) a.per_sample = floats(per_sample.emplace(scratch(x, 2 * rows)));
-    if (rows > 0) {
-        a.plan = plan_backward(a.shape);
-        a.sum_parts = backward_sum_parts(a.shape, a.plan);
-        if (a.plan.regime == Regime::split) a.sums = floats(sums.emplace(scratch(x, 3 * rows * a.sum_parts)));
-    }
-    group_norm_silu_backward(a, device.stream);
+    run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), mean, rstd,
+                 {dweight, dbias, dpre_shift, dscale, dshift}, device.stream);
+}
+
+void join_group_norm_silu_backward_op(Tensor dy, std::optional<Tensor> dsum, Tensor x, std::optional<Tensor> skip,
+                                      Tensor mean, Tensor rstd, int64_t num_groups, std::optional<Tensor> weight,
+                                      std::optional<Tensor> bias, double eps, std::optional<Tensor> pre_shift,
+                                      std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu, Tensor dx,
+                                      std::optional<Tensor> dskip, std::optional<Tensor> dweight,
+                                      std::optional<Tensor> dbias, std::optional<Tensor> dpre_shift,
+                                      std::optional<Tensor> dscale, std::optional<Tensor> dshift) {
+    OnDevice device(x);
+    NormBackward a{};
+    a.shape = norm_shape(dy, num_groups, is_aligned({dy, dsum, x, skip, dx, dskip}), x.size(1));
+    a.dy = dy.const_data_ptr();
+    a.dsum = input(dsum);
+    a.x = x.const_data_ptr();
+    a.skip = input(skip);
+    a.dx = dx.mutable_data_ptr();
+    a.dskip = output(dskip);
+    run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), mean, rstd,
+                 {dweight, dbias, dpre_shift, dscale, dshift}, device.stream);
 }
 
 }  // namespace
@@ -130,7 +153,7 @@ void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, 
 
 DD_CUDA_OPS(m) {
     m.impl("group_norm_silu", TORCH_BOX(&dd::cuda::group_norm_silu_op));
-    m.impl("add_group_norm_silu", TORCH_BOX(&dd::cuda::add_group_norm_silu_op));
-    m.impl("cat_group_norm_silu", TORCH_BOX(&dd::cuda::cat_group_norm_silu_op));
     m.impl("group_norm_silu_backward", TORCH_BOX(&dd::cuda::group_norm_silu_backward_op));
+    m.impl("join_group_norm_silu", TORCH_BOX(&dd::cuda::join_group_norm_silu_op));
+    m.impl("join_group_norm_silu_backward", TORCH_BOX(&dd::cuda::join_group_norm_silu_backward_op));
 }

@@ -91,18 +91,21 @@ DD_DEVICE Packed operator+(const Packed& a, const Packed& b) {
     return Packed::of(v);
 }
 
-// The tensor that a channel of cat([x, skip], 1) lies in, and where in it.
-struct Source {
-    const void* data;
+// Where something of cat([x, skip], 1), which is never made, lies: in which of the two, and where there.
+struct Part {
+    bool in_skip;
+    int channels;  // of the one it lies in
     int64_t element;
 
-    // element: in the concatenation, which lies as [outer][channels][inner].
-    DD_DEVICE Source(const NormForward& a, int64_t element, int64_t outer, int64_t channel, int64_t inner) {
-        const bool in_skip = channel >= a.shape.x_channels;
-        const int64_t before = in_skip ? a.shape.x_channels : 0;
-        const int64_t others = in_skip ? a.shape.x_channels : a.shape.channels - a.shape.x_channels;
-        data = in_skip ? a.skip : a.x;
-        this->element = element - (outer * others + before) * inner;
+    // Each of the two lies as [outer][its channels][inner].
+    DD_DEVICE Part(const NormShape& s, bool in_skip, int64_t outer, int64_t channel, int64_t inner) : in_skip(in_skip) {
+        channels = static_cast<int>(in_skip ? s.channels - s.x_channels : s.x_channels);
+        element = (outer * channels + channel - (in_skip ? s.x_channels : 0)) * inner;
+    }
+
+    template <class Data>
+    DD_DEVICE Data* of(Data* x, Data* skip) const {
+        return in_skip ? skip : x;
     }
 };
 
@@ -125,6 +128,7 @@ struct Place {
     int column, step;
     int pitch;         // odd, so that columns of entries meet no bank conflicts
     Index begin, end;  // of the block's rows
+    Index seam;        // rows from here on are skip's, unless channels are last
     bool active;       // threads beyond the last whole row of the block do nothing
     bool whole;        // whether all of a vector is in one group
 
@@ -140,6 +144,8 @@ struct Place {
         active = static_cast<int>(threadIdx.x) < step * p.columns;
         begin = static_cast<Index>(part * p.rows_each);
         end = static_cast<Index>(p.rows - begin < p.rows_each ? p.rows : begin + p.rows_each);
+        const int64_t rows_of_x = (s.x_channels - first_channel) * s.pixels / kLength;
+        seam = static_cast<Index>(rows_of_x < p.rows ? rows_of_x : p.rows);
         whole = access != Access::channels_last || p.group_channels % kLength == 0;
     }
 
@@ -150,7 +156,7 @@ struct Place {
     // Where a row's vector lies in the whole tensor.
     DD_DEVICE int64_t element(Index row) const {
         if constexpr (access == Access::channels_last) {
-            return first_element + row * shape.channels + column * kLength;
+            return first_element + static_cast<int64_t>(row) * static_cast<int>(shape.channels) + column * kLength;
         } else if constexpr (access == Access::contiguous) {
             return first_element + static_cast<int64_t>(row) * kLength;
         } else {
@@ -175,14 +181,23 @@ struct Place {
         return access == Access::channels_last ? channel / plan.group_channels : 0;
     }
 
-    // Where the vector at element(row) of cat([x, skip], 1) comes from.
-    DD_DEVICE Source source(const NormForward& a, Index row) const {
-        const int64_t in_sample = first_channel + channel(row), in_tensor = element(row);
-        if (access == Access::contiguous || (access == Access::scalar && !shape.channels_last)) {
-            return {a, in_tensor, sample, in_sample, shape.pixels};
+    // Where it lies in x and skip, whose concatenation that tensor is.
+    DD_DEVICE Part part(Index row) const {
+        if constexpr (access == Access::channels_last) {
+            const int64_t channel = first_channel + column * kLength;
+            Part part(shape, channel >= shape.x_channels, sample * shape.pixels, channel, 1);
+            part.element += static_cast<int64_t>(row) * part.channels;
+            return part;
+        } else {
+            if (access == Access::scalar && shape.channels_last) {
+                const int64_t channel = first_channel + row % plan.group_channels;
+                const int64_t pixel = row / plan.group_channels;
+                return {shape, channel >= shape.x_channels, sample * shape.pixels + pixel, channel, 1};
+            }
+            Part part(shape, row >= seam, sample, first_channel, shape.pixels);
+            part.element += static_cast<int64_t>(row) * kLength;
+            return part;
         }
-        const int64_t pixel = access == Access::channels_last ? row : row / plan.group_channels;
-        return {a, in_tensor, sample * shape.pixels + pixel, in_sample, 1};
     }
 
     // A group of the tile, counted over all samples.

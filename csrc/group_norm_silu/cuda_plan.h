@@ -41,7 +41,7 @@ struct NormShape {
 struct NormPlan {
     Regime regime;
     Access access;
-    int held;     // vectors in a thread's registers: 2, 4 or 8, or the most that fit
+    int held;     // vectors in a thread's registers: 2, 4 or the most that fit
     int cluster;  // blocks that share a tile
     int splits;   // blocks that a tile is split over
     int tile_channels, tile_groups, group_channels;
@@ -71,11 +71,14 @@ inline int64_t vectors_per_thread(int64_t rows, int64_t columns) {
     return rows_at_once == 0 ? 0 : ceil_div(rows, rows_at_once);
 }
 
+// Whether each of so many blocks has rows, where all but the last have the same number: an empty one has no mean.
+inline bool none_is_empty(int64_t rows, int64_t blocks) { return (blocks - 1) * ceil_div(rows, blocks) < rows; }
+
 // The smallest cluster that holds a tile in registers, or 0.
 inline int fitting_cluster(int64_t rows, int64_t columns, int most_held, const Chip& chip) {
     for (int cluster = 1; cluster <= chip.max_cluster; cluster *= 2) {
         int64_t vectors = vectors_per_thread(ceil_div(rows, cluster), columns);
-        if (vectors > 0 && vectors <= most_held) return cluster;
+        if (vectors > 0 && vectors <= most_held && none_is_empty(rows, cluster)) return cluster;
     }
     return 0;
 }
@@ -121,13 +124,13 @@ inline NormPlan tiled(const NormShape& shape, Regime regime, Access access, int6
 inline void choose_cluster(NormPlan& plan, int most_held, const Chip& chip) {
     plan.cluster = fitting_cluster(plan.rows, plan.columns, most_held, chip);
     while (2 * plan.cluster <= chip.max_cluster && plan.tiles * plan.cluster < chip.sm_count &&
-           vectors_per_thread(ceil_div(plan.rows, 2 * plan.cluster), plan.columns) >= 2) {
+           vectors_per_thread(ceil_div(plan.rows, 2 * plan.cluster), plan.columns) >= 2 &&
+           none_is_empty(plan.rows, 2 * plan.cluster)) {
         plan.cluster *= 2;
     }
     plan.rows_each = ceil_div(plan.rows, plan.cluster);
     int64_t needed = vectors_per_thread(plan.rows_each, plan.columns);
-    for (plan.held = 2; plan.held < needed;) plan.held *= 2;
-    plan.held = std::min(plan.held, most_held);
+    plan.held = needed <= 2 ? 2 : needed <= 4 ? 4 : most_held;
 }
 
 inline NormPlan split_plan(const NormShape& shape, Access access, int64_t tile_channels, const Chip& chip) {

@@ -15,47 +15,45 @@ DD_DEVICE float* partial(const Place& place, const NormForward& a, int group, in
     return a.partials + 2 * (place.group_in_tensor(group) * a.plan.splits + part);
 }
 
-template <DType dtype, Access access, bool of_two>
+template <DType dtype, Access access>
 __global__ void __launch_bounds__(kNormThreads, 3) statistics_kernel(const NormForward a) {
     const auto place = split_place<dtype, access>(a);
     const NormShared shared(place);
     Moments<place.kLength> moments;
     for (auto row = place.first_row(); place.has(row); row += kAtOnce * place.step) {
-        const Held<Place<dtype, access>, kAtOnce> held(place, a, row, std::bool_constant<of_two>{});
-        if (of_two && a.sum) held.store(place, a.sum);
+        Held<Place<dtype, access>, kAtOnce> held(place, a.x, a.skip, row);
+        if (a.residual) held.add(place, a.residual, a.sum);
         moments.merge(held.moments(place, a.options.pre_shift));
     }
-    reduce_block(place, moments, shared);
-    __syncthreads();
-    for (int group = threadIdx.x; group < a.plan.tile_groups; group += kNormThreads) {
+    reduce_block(place, moments, shared, [&](int group, float mean, float m2) {
         float* share = partial(place, a, group, static_cast<int>(blockIdx.x % a.plan.splits));
-        share[0] = shared.group_mean[group];
-        share[1] = shared.group_m2[group];
-    }
+        share[0] = mean;
+        share[1] = m2;
+    });
 }
 
-template <DType dtype, Access access, bool of_two>
+template <DType dtype, Access access>
 __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const NormForward a) {
     const auto place = split_place<dtype, access>(a);
     const NormShared shared(place);
-    for (int group = threadIdx.x; group < a.plan.tile_groups; group += kNormThreads) {
-        auto load = [&](int part, float& mean, float& m2) {
-            const float* share = partial(place, a, group, part);
-            mean = share[0];
-            m2 = share[1];
-        };
-        combine_parts(place, a.plan.splits, a.options.eps, load, shared.mean[group], shared.rstd[group]);
-        if (blockIdx.x % a.plan.splits == 0) {
-            const int64_t at = place.group_in_tensor(group);
-            a.mean[at] = shared.mean[group];
-            a.rstd[at] = shared.rstd[group];
-        }
-    }
+    auto load = [&](int group, int part, float& mean, float& m2) {
+        const float* share = partial(place, a, group, part);
+        mean = share[0];
+        m2 = share[1];
+    };
+    combine_parts(place, a.plan.splits, a.options.eps, load, [&](int group, float mean, float rstd) {
+        shared.mean[group] = mean;
+        shared.rstd[group] = rstd;
+        if (blockIdx.x % a.plan.splits != 0) return;
+        const int64_t at = place.group_in_tensor(group);
+        a.mean[at] = mean;
+        a.rstd[at] = rstd;
+    });
     __syncthreads();
     Affine affines[place.kLength];
     if (place.kSameChannels && place.active) load_affines(place, a.options, shared, place.first_row(), affines);
     for (auto first = place.first_row(); place.has(first); first += kAtOnce * place.step) {
-        const Held<Place<dtype, access>, kAtOnce, true> held(place, a, first, std::bool_constant<of_two>{});
+        const Held<Place<dtype, access>, kAtOnce, true> held(place, a.x, a.skip, first);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const auto row = held.row(place, i);
@@ -68,9 +66,7 @@ __global__ void __launch_bounds__(kNormThreads, 2) apply_kernel(const NormForwar
 
 // The second pass over x + residual reads the sum that the first has written.
 NormForward second_pass(NormForward a) {
-    if (a.sum) a.x = a.sum;
-    a.residual = nullptr;
-    a.sum = nullptr;
+    if (a.residual) a.x = a.sum;
     return a;
 }
 
@@ -81,11 +77,8 @@ void group_norm_silu_split(const NormForward& arguments, cudaStream_t stream) {
         constexpr DType dtype = dtype_.value;
         constexpr Access access = access_.value;
         const Grid grid{tiles * a.plan.splits, 1, kNormThreads, NormShared::bytes(a.shape, a.plan)};
-        auto statistics =
-            a.of_two() ? &statistics_kernel<dtype, access, true> : &statistics_kernel<dtype, access, false>;
-        auto apply = a.skip ? &apply_kernel<dtype, access, true> : &apply_kernel<dtype, access, false>;
-        launch("group_norm_silu", statistics, grid, stream, a);
-        launch("group_norm_silu", apply, grid, stream, second_pass(a));
+        launch("group_norm_silu", statistics_kernel<dtype, access>, grid, stream, a);
+        launch("group_norm_silu", apply_kernel<dtype, access>, grid, stream, second_pass(a));
     });
 }
 

@@ -54,27 +54,21 @@ struct Held {
         load(place, [&](Index row) { return Packed::template load<last>(data, place.element(row)); });
     }
 
-    // The norm's input: x or, of two, x + residual or cat([x, skip], 1).
-    template <bool of_two>
-    DD_DEVICE Held(const Place& place, const NormForward& a, Index first_row, std::bool_constant<of_two>)
-        : first(first_row) {
+    // Of cat([x, skip], 1); skip may be null.
+    DD_DEVICE Held(const Place& place, const void* x, const void* skip, Index first_row) : first(first_row) {
         load(place, [&](Index row) {
-            if constexpr (!of_two) return Packed::template load<last>(a.x, place.element(row));
-            const Source source = place.source(a, row);
-            return Packed::template load<last>(source.data, source.element);
+            const Part part = place.part(row);
+            return Packed::template load<last>(part.of(x, skip), part.element);
         });
-        if constexpr (of_two) {
-            if (a.residual) add(place, a.residual);
-        }
     }
 
     DD_DEVICE Index row(const Place& place, int i) const { return first + i * place.step; }
 
-    DD_DEVICE void store(const Place& place, void* data) const {
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-            if (place.has(row(place, i))) packs[i].store(data, place.element(row(place, i)));
-        }
+    // To what is x's; the sum is written too.
+    DD_DEVICE void add(const Place& place, const void* residual, void* sum) {
+        visit_x(place,
+                [&](int i, int64_t element) { packs[i] = packs[i] + Packed::template load<true>(residual, element); });
+        visit_x(place, [&](int i, int64_t element) { packs[i].store(sum, element); });
     }
 
     // Element by element of the vector, first the means, then the deviations from them.
@@ -100,11 +94,14 @@ private:
         }
     }
 
-    DD_DEVICE void add(const Place& place, const void* residual) {
+    // visit(i, element) of every vector that lies in x.
+    template <class Visit>
+    DD_DEVICE void visit_x(const Place& place, const Visit& visit) const {
 #pragma unroll
         for (int i = 0; i < K; ++i) {
             if (!place.has(row(place, i))) continue;
-            packs[i] = packs[i] + Packed::template load<true>(residual, place.element(row(place, i)));
+            const Part part = place.part(row(place, i));
+            if (!part.in_skip) visit(i, part.element);
         }
     }
 
@@ -164,10 +161,11 @@ DD_DEVICE void store_entries(const Place& place, Moments<Place::kLength> m, cons
     }
 }
 
-// The moments of the block's share of each group, from those of its threads: a warp to a group, always
-// summed in the same order.
-template <class Place>
-DD_DEVICE void reduce_block(const Place& place, const Moments<Place::kLength>& m, const NormShared& shared) {
+// leave(group, mean, m2) for each group: the moments of the block's share of it, from those of its threads, a warp
+// to a group, always summed in the same order.
+template <class Place, class Leave>
+DD_DEVICE void reduce_block(const Place& place, const Moments<Place::kLength>& m, const NormShared& shared,
+                            const Leave& leave) {
     store_entries(place, m, shared);
     __syncthreads();
     // Members: the vectors, or the elements of vectors, that make up a group's channels.
@@ -191,35 +189,47 @@ DD_DEVICE void reduce_block(const Place& place, const Moments<Place::kLength>& m
             if (count != 0.0f) squares += fma(delta * delta, count, shared.entry_m2[entry(i)]);
         }
         squares = warp_sum(squares);
-        if (lane == 0) {
-            shared.group_mean[group] = mean;
-            shared.group_m2[group] = squares;
-        }
+        if (lane == 0) leave(group, mean, squares);
     }
 }
 
-// mean and rstd of a tile's group from the shares of `parts` blocks, the last of which may be smaller.
-// load(part, &mean, &m2) reads a share.
-template <class Place, class Load>
-DD_DEVICE void combine_parts(const Place& place, int parts, float eps, const Load& load, float& mean, float& rstd) {
+// Elements that a row of a tile has in each of its groups.
+template <class Place>
+DD_DEVICE float elements_per_row(const Place& place) {
+    return static_cast<float>(place.kSameChannels ? place.plan.group_channels : place.kLength);
+}
+
+template <class Place>
+DD_DEVICE float rstd_of(const Place& place, float m2, float eps) {
+    return reciprocal_sqrt(m2 / (static_cast<float>(place.plan.rows) * elements_per_row(place)) + eps);
+}
+
+// keep(group, mean, rstd) for each of a tile's groups, from the shares of `parts` blocks, the last of which may be
+// smaller: a warp to a group, a lane to a share, so that all shares are on their way at once.
+// load(group, part, mean, m2) reads one.
+template <class Place, class Load, class Keep>
+DD_DEVICE void combine_parts(const Place& place, int parts, float eps, const Load& load, const Keep& keep) {
     const NormPlan& plan = place.plan;
     const float total = static_cast<float>(plan.rows);
     auto rows = [&](int part) {
         const int64_t left = plan.rows - part * plan.rows_each;
         return static_cast<float>(left < plan.rows_each ? left : plan.rows_each);
     };
-    float sum = 0.0f, squares = 0.0f, part_mean, part_m2;
-    for (int part = 0; part < parts; ++part) {
-        load(part, part_mean, part_m2);
-        sum = fma(part_mean, rows(part) / total, sum);
+    const int lane = threadIdx.x % kWarp;
+    for (int group = threadIdx.x / kWarp; group < plan.tile_groups; group += kNormThreads / kWarp) {
+        float mean = 0.0f, squares = 0.0f, part_mean, part_m2;
+        for (int part = lane; part < parts; part += kWarp) {
+            load(group, part, part_mean, part_m2);
+            mean = fma(part_mean, rows(part) / total, mean);
+        }
+        mean = warp_sum(mean);
+        for (int part = lane; part < parts; part += kWarp) {
+            load(group, part, part_mean, part_m2);
+            squares += fma((part_mean - mean) * (part_mean - mean), rows(part) * elements_per_row(place), part_m2);
+        }
+        squares = warp_sum(squares);
+        if (lane == 0) keep(group, mean, rstd_of(place, squares, eps));
     }
-    const float elements_per_row = static_cast<float>(place.kSameChannels ? plan.group_channels : place.kLength);
-    for (int part = 0; part < parts; ++part) {
-        load(part, part_mean, part_m2);
-        squares += fma((part_mean - sum) * (part_mean - sum), rows(part) * elements_per_row, part_m2);
-    }
-    mean = sum;
-    rstd = reciprocal_sqrt(squares / (total * elements_per_row) + eps);
 }
 
 // The affine maps of the channels of one row's vector.

@@ -5,7 +5,7 @@
 namespace dd::cuda {
 namespace {
 
-template <DType dtype, int K, bool of_two>
+template <DType dtype, int K>
 __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormForward a) {
     constexpr int length = vector_length(dtype);
     using Packed = Pack<dtype, false>;
@@ -21,18 +21,26 @@ __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormFo
     };
     auto options = [&](int vector) { return channel_options(a.options, a.shape, sample, channel(vector)); };
 
+    const int64_t seam = (a.shape.x_channels - first_channel) * a.shape.pixels;  // elements from here on are skip's
+    auto part = [&](int vector) {
+        Part part(a.shape, vector * length >= seam, sample, first_channel, a.shape.pixels);
+        part.element += vector * length;
+        return part;
+    };
+
     Packed held[K];
 #pragma unroll
     for (int i = 0; i < K; ++i) {
         const int vector = lane + i * kWarp;
-        if (vector >= vectors) continue;
-        const int64_t element = first_element + vector * length;
-        if constexpr (of_two) {
-            const Source source(a, element, sample, channel(vector), a.shape.pixels);
-            held[i] = Packed::load(source.data, source.element);
-            if (a.residual) held[i] = held[i] + Packed::template load<true>(a.residual, element);
-        } else {
-            held[i] = Packed::load(a.x, element);
+        if (vector < vectors) held[i] = Packed::load(part(vector).of(a.x, a.skip), part(vector).element);
+    }
+    if (a.residual) {
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            const int vector = lane + i * kWarp;
+            if (vector >= vectors || part(vector).in_skip) continue;
+            held[i] = held[i] + Packed::template load<true>(a.residual, part(vector).element);
+            held[i].store(a.sum, part(vector).element);
         }
     }
     auto each = [&](const auto& visit) {
@@ -67,7 +75,6 @@ __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormFo
 #pragma unroll
         for (int k = 0; k < length; ++k) v[k] = normalise<dtype>(v[k], map, a.options.silu);
         Packed::of(v).store(a.y, first_element + vector * length);
-        if (of_two && a.sum) held[i].store(a.sum, first_element + vector * length);
     }
 }
 
@@ -75,9 +82,7 @@ __global__ void __launch_bounds__(kNormWarps* kWarp, 8) warp_kernel(const NormFo
 
 void group_norm_silu_warp(const NormForward& a, cudaStream_t stream) {
     for_dtype(a.shape.dtype, [&](auto dtype) {
-        auto kernel = a.of_two()         ? &warp_kernel<dtype.value, kMostHeldByWarp, true>
-                      : a.plan.held == 2 ? &warp_kernel<dtype.value, 2, false>
-                                         : &warp_kernel<dtype.value, kMostHeldByWarp, false>;
+        auto kernel = a.plan.held == 2 ? &warp_kernel<dtype.value, 2> : &warp_kernel<dtype.value, kMostHeldByWarp>;
         launch("group_norm_silu", kernel, {ceil_div(a.plan.tiles, kNormWarps), 1, kNormWarps * kWarp}, stream, a);
     });
 }

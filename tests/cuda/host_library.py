@@ -26,9 +26,9 @@ OPS = (
     "q_sample",
     "reverse_step",
     "group_norm_silu",
-    "add_group_norm_silu",
-    "cat_group_norm_silu",
     "group_norm_silu_backward",
+    "join_group_norm_silu",
+    "join_group_norm_silu_backward",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REGIMES, ACCESSES = ("warp", "held", "split"), ("contiguous", "channels_last", "scalar")
@@ -118,6 +118,8 @@ class Plan(NamedTuple):
     tile_channels: int
     tiles: int
     wave_tiles: int
+    rows: int
+    rows_each: int
 
 
 class HostLibrary:
@@ -127,10 +129,17 @@ class HostLibrary:
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
 
-    def set_chip(self, sm_count: int = 132, major: int = 9, l2_bytes: int = 60 << 20, largest_cluster: int = 8) -> None:
-        """The chip that kernels are planned for; an H200 unless told otherwise."""
-        sizes = (ctypes.c_int(sm_count), ctypes.c_int(major), ctypes.c_int64(l2_bytes), ctypes.c_int(largest_cluster))
-        self._library.dd_host_chip(*sizes)
+    def set_chip(
+        self,
+        sm_count: int = 132,
+        major: int = 9,
+        l2_bytes: int = 60 << 20,
+        largest_cluster: int = 8,
+        ptx_version: int = 90,
+    ) -> None:
+        """The chip that kernels are planned for, and what they are compiled for; an H200 unless told otherwise."""
+        last = (ctypes.c_int(largest_cluster), ctypes.c_int(ptx_version))
+        self._library.dd_host_chip(ctypes.c_int(sm_count), ctypes.c_int(major), ctypes.c_int64(l2_bytes), *last)
 
     def plan(
         self,

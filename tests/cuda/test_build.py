@@ -23,7 +23,8 @@ PLANNED = {
     r"reverse_step_kernel.*OrderE0E": (128, 6),
     r"reverse_step_kernel.*OrderE4E": (128, 8),
     r"(randn|q_sample|reverse_step)_kernel.*OrderE[123]E": (128, 3),
-    r"held_kernel.*AccessE0ELi[24]E": (256, 3),
+    r"held_kernel.*AccessE0ELi2E": (256, 4),
+    r"held_kernel.*AccessE0ELi4E": (256, 3),
     r"held_kernel.*(AccessE1|ELi(8|12)E)": (256, 2),
     r"warp_kernel": (128, 8),
     r"statistics_kernel": (256, 3),
@@ -33,7 +34,7 @@ PLANNED = {
 }
 ELEMENT_BY_ELEMENT = re.compile(r"OrderE4E|AccessE2E|parameter_kernel")
 READS_LAST = re.compile(r"apply(_backward)?_kernel")
-WRITES_ONLY_SUMS = re.compile(r"(statistics|column_sums|channel_sums)_kernel")
+WRITES_ONLY_SUMS = re.compile(r"(column|channel)_sums_kernel")
 
 
 def cuda_tool(name: str) -> str | None:
@@ -92,7 +93,7 @@ def test_no_spills_and_planned_registers(library):
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", inspect(library, "-res-usage")
     )
-    assert len(usage) > 3 * 100
+    assert len(usage) > 3 * 80
     for kernel, registers, stack, local in usage:
         assert int(stack) == 0, kernel
         assert int(local) == 0, kernel
@@ -104,7 +105,7 @@ def test_no_spills_and_planned_registers(library):
 @needs_cuobjdump
 def test_accesses_of_16_bytes_and_none_of_local_memory(library):
     kernels = disassembly(library)
-    assert len(kernels) > 100
+    assert len(kernels) > 80
     for kernel, instructions in kernels.items():
         text = "\n".join(instructions)
         assert not re.search(r"\b(LDL|STL)\b", text), kernel
@@ -120,7 +121,7 @@ def test_accesses_of_16_bytes_and_none_of_local_memory(library):
 def test_what_is_read_and_written_last_leaves_the_cache_first(library):
     kernels = {name: "\n".join(text) for name, text in disassembly(library).items() if READS_LAST.search(name)}
     kernels = {name: text for name, text in kernels.items() if not ELEMENT_BY_ELEMENT.search(name)}
-    assert len(kernels) >= 12
+    assert len(kernels) == 12
     for kernel, text in kernels.items():
         for access in ("LDG", "STG"):
             assert re.search(rf"\b{access}\.E\.EF(\.\w+)*\.128\b", text), (kernel, access)

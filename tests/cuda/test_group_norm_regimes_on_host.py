@@ -14,6 +14,7 @@ TINY = {"sm_count": 4, "major": 8, "l2_bytes": 1 << 17}  # everything of any siz
 TINY_HOPPER = {"sm_count": 16, "major": 9, "l2_bytes": 1 << 17}
 SLICE = {"sm_count": 16, "major": 9, "l2_bytes": 10 << 20, "largest_cluster": 2}  # of a Hopper chip
 NO_CLUSTERS = {**SLICE, "largest_cluster": 0}
+FROM_OLDER_PTX = {**H200, "ptx_version": 80}  # compiled for Ampere, and again by the driver
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ NO_CLUSTERS = {**SLICE, "largest_cluster": 0}
         (H200, (256, 256, 16, 16), 32, {}, {"regime": "warp", "held": 8}),
         (H200, (256, 128, 32, 32), 32, {}, {"regime": "held", "cluster": 1, "held": 2}),
         (H200, (16, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 2, "held": 12}),
-        (H200, (2, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 4, "held": 8}),
+        (H200, (2, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 4, "held": 12}),
         (A100, (16, 320, 64, 64), 32, {}, {"regime": "split", "splits": 2}),
         (H200, (8, 128, 512, 512), 32, {}, {"regime": "split", "splits": 32, "wave_tiles": 12}),
         (H200, (256, 128, 32, 32), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 4, "held": 8}),
@@ -37,6 +38,11 @@ NO_CLUSTERS = {**SLICE, "largest_cluster": 0}
         (SLICE, (1, 64, 64, 72), 8, {}, {"regime": "held", "cluster": 2, "held": 12}),
         (SLICE, (2, 640, 64, 64), 32, {}, {"regime": "split"}),
         (NO_CLUSTERS, (2, 320, 64, 64), 32, {}, {"regime": "split"}),
+        (FROM_OLDER_PTX, (2, 320, 64, 64), 32, {}, {"regime": "split"}),
+        (FROM_OLDER_PTX, (2, 64, 64, 64), 8, {"backward": True}, {"regime": "split"}),
+        # 33 rows in clusters of eight would leave the last block none.
+        (H200, (1, 1024, 3, 11), 1, {"channels_last": True}, {"regime": "held", "cluster": 4, "held": 8}),
+        (H200, (1, 1024, 2, 7), 1, {"channels_last": True}, {"regime": "held", "cluster": 4, "held": 2}),
         (SLICE, (2, 64, 32, 64), 8, {"backward": True}, {"regime": "held", "cluster": 2}),
         (NO_CLUSTERS, (2, 64, 32, 64), 8, {"backward": True}, {"regime": "split"}),
         (H200, (2, 64, 8, 8), 8, {"x_channels": 36}, {"regime": "warp"}),
@@ -59,18 +65,20 @@ def test_plan(host, chip, shape, groups, options, expected):
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_plan_covers_the_tensor(host, chip, channels_last, backward):
     host.set_chip(**chip)
-    for channels in (3, 8, 10, 32, 60, 64, 320, 512, 1280, 2048, 4096):
-        for side in (1, 2, 3, 4, 7, 8, 16, 32, 64, 256):
+    for channels in (3, 8, 10, 32, 60, 64, 320, 512, 1024, 1280, 4096):
+        for pixels in (1, 4, 9, 14, 16, 35, 49, 64, 256, 1024, 4096, 65536):
             for groups in (g for g in (1, 2, 3, 10, 32) if channels % g == 0):
                 for dtype in DTYPES:
-                    shape = (2, channels, side, side)
+                    shape = (2, channels, pixels)
                     plan = host.plan(shape, groups, dtype, channels_last, backward=backward)
                     assert plan.tiles * plan.tile_channels == 2 * channels
                     assert plan.tile_channels % (channels // groups) == 0
                     assert 1 <= plan.cluster <= (8 if chip["major"] >= 9 else 1)
                     assert 1 <= plan.wave_tiles <= plan.tiles
                     assert plan.tile_channels <= 1024 or plan.access != "channels_last"
-                    assert plan.regime == "split" or plan.held in (2, 3, 4, 8, 12)
+                    assert plan.regime == "split" or plan.held in (2, 4, 8, 12)
+                    blocks = plan.splits * plan.cluster
+                    assert (blocks - 1) * plan.rows_each < plan.rows <= blocks * plan.rows_each  # none is empty
 
 
 # shape, groups, channels_last, chip: one for every regime, number of vectors held, and kind of access.
@@ -87,6 +95,7 @@ CASES = {
     "last_straddling": ((2, 60, 6, 6), 5, True, TINY),
     "last_straddling_wide": ((1, 40, 12, 12), 4, True, TINY_HOPPER),
     "last_cluster": ((1, 64, 40, 40), 8, True, H200),
+    "last_cluster_of_one_group": ((1, 1024, 5, 7), 1, True, H200),
     "last_split": ((2, 32, 64, 64), 4, True, TINY),
     "last_split_straddling": ((1, 40, 72, 72), 4, True, TINY),
     "pixel": ((5, 64, 1, 1), 8, False, H200),
@@ -119,14 +128,15 @@ X_CHANNELS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_regime_of_two_inputs(kernel, host, case, dtype):
-    """A sum's second reader sees what the first has written; a concatenation is never made."""
+    """A sum's second reader sees what the first has written; a concatenation is never made, backward neither."""
     shape, groups, channels_last, chip = CASES[case]
     host.set_chip(**chip)
     row = (1, 1, 1, 1, 1, 1, channels_last)
     x_channels = X_CHANNELS[case]
     divided = (shape[0], x_channels, *shape[2:])
-    x, _, skip, dy, dsum, options, activation = suite_of_two.parts(divided, shape[1] - x_channels, dtype, row)
+    x, residual, skip, dy, dsum, options, activation = suite_of_two.parts(divided, shape[1] - x_channels, dtype, row)
     suite_of_two.check(kernel, x, None, skip, dy, dsum, groups, options, activation)
+    suite_of_two.check(kernel, x, residual, skip, dy, dsum, groups, options, activation)
     x, residual, _, dy, dsum, options, activation = suite_of_two.parts(shape, 0, dtype, row)
     suite_of_two.check(kernel, x, residual, None, dy, dsum, groups, options, activation)
     # The same bits as of one tensor: only where the vectors come from differs.

@@ -161,11 +161,14 @@ def test_compiles_in_one_graph(kernel):
 
 def operators(device):
     """The operators of two inputs by name, and arguments for each."""
-    x, residual, skip, _, _, options, _ = parts((2, 8, 4, 6), 8, torch.float32, ROWS[0])
-    for op, one, second in (("add_group_norm_silu", x, residual), ("cat_group_norm_silu", x, skip)):
-        small = [options[name] if op[0] == "c" else options[name][..., :8].contiguous() for name in NAMES]
-        outputs = [torch.empty_like(x), torch.empty_like(x)] if op[0] == "a" else [torch.empty(2, 16, 4, 6)]
-        arguments = (one, second, 4, *small[:2], 1e-5, *small[2:], True, *outputs, torch.empty(2, 4), torch.empty(2, 4))
+    x, residual, skip, dy, dsum, options, _ = parts((2, 8, 4, 6), 8, torch.float32, ROWS[0])
+    small = [options[name] for name in NAMES]
+    norm = (4, *small[:2], 1e-5, *small[2:], True)
+    mean, rstd = torch.zeros(2, 4), torch.ones(2, 4)
+    forward = (x, residual, skip, *norm, torch.empty_like(dy), torch.empty_like(x), mean.clone(), rstd.clone())
+    gradients = (torch.empty_like(v) for v in (x, skip, *small))
+    backward = (dy, dsum, x, skip, mean, rstd, *norm, *gradients)
+    for op, arguments in (("join_group_norm_silu", forward), ("join_group_norm_silu_backward", backward)):
         yield op, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in arguments)
 
 

@@ -80,21 +80,19 @@ def _of_two(
     chosen = backends.choose("group_norm_silu", backend, x.device, obstacle)
     weight, bias, *per_sample = small
     plain = {"activation": activation, "backend": chosen, **dict(zip(_SMALL[2:], per_sample, strict=True))}
-    if residual is not None and (skip is not None or chosen not in _READ_TWO):
+    if residual is not None and chosen not in _READ_TWO:
         total = x + residual
         return group_norm_silu(total, num_groups, weight, bias, eps, skip=skip, **plain), total
     if chosen not in _READ_TWO:
         return group_norm_silu(torch.cat([x, skip], 1), num_groups, weight, bias, eps, **plain)
 
-    x, second = checks.dense(x), skip if residual is None else residual
+    x = checks.dense(x)
     small = tuple(v if v is None else v.to(torch.float32).contiguous() for v in small)
     silu = activation == "silu"
-    if checks.needs_grad(x, second, *small):
-        function = kernels.CatGroupNormSiLU if residual is None else kernels.AddGroupNormSiLU
-        return function.apply(x, second, *small, num_groups, eps, silu)
-    forward = kernels.cat_forward if residual is None else kernels.add_forward
-    y, *rest = forward(x, second, (num_groups, *small[:2], eps, *small[2:], silu))
-    return y if residual is None else (y, rest[0])
+    if checks.needs_grad(x, residual, skip, *small):
+        return kernels.JoinGroupNormSiLU.apply(x, residual, skip, *small, num_groups, eps, silu)
+    y, total, _, _ = kernels.join_forward(x, residual, skip, (num_groups, *small[:2], eps, *small[2:], silu))
+    return y if total is None else (y, total)
 
 
 def group_norm_silu(
@@ -127,10 +125,10 @@ def group_norm_silu(
     ``residual`` is added first, ``sum = x + residual`` rounded to x's dtype, and ``sum`` takes x's place
     above. It is the second result: what a residual stream carries on, without ``pre_shift``, which is
     the norm's alone. ``skip`` follows x along the channels, as in a U-Net's decoder: the norm is that of
-    ``torch.cat([x, skip], 1)``, whose groups may straddle the two. The CUDA kernels read both tensors
-    in their one pass and write ``sum`` in it, and make no concatenation; other backends add and
-    concatenate first, and so do the CUDA kernels where both are given (add) and in the backward pass
-    (concatenate).
+    ``torch.cat([x, skip], 1)``, or of ``torch.cat([sum, skip], 1)``, and groups may straddle the two. The
+    CUDA kernels read the tensors in their one pass and write ``sum`` in it, make no concatenation, and
+    write the gradients of x and skip apart in the backward pass, that of ``sum`` added; other backends
+    add and concatenate first.
 
     Args:
         x: [N, C, ...], float32, bfloat16 or float16 (float64 on the reference); contiguous and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,16 @@ _SCHEMAS = {
         f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, Tensor(a!) dx, Tensor(b!)? dweight, "
         "Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift) -> ()"
     ),
-    # Of x + residual, which is written to sum, and of cat([x, skip], 1), which nobody writes: the CUDA library's alone.
-    "add_group_norm_silu": (
-        f"(Tensor x, Tensor residual, {_OPTIONS}, bool silu, "
-        "Tensor(a!) y, Tensor(b!) sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()"
+    # Of x + residual, which is written to sum, followed by skip along the channels, which nobody joins: the CUDA
+    # library's alone. dsum is added to dx.
+    "join_group_norm_silu": (
+        f"(Tensor x, Tensor? residual, Tensor? skip, {_OPTIONS}, bool silu, "
+        "Tensor(a!) y, Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()"
     ),
-    "cat_group_norm_silu": (
-        f"(Tensor x, Tensor skip, {_OPTIONS}, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()"
+    "join_group_norm_silu_backward": (
+        f"(Tensor dy, Tensor? dsum, Tensor x, Tensor? skip, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, "
+        "Tensor(a!) dx, Tensor(b!)? dskip, Tensor(c!)? dweight, Tensor(d!)? dbias, Tensor(e!)? dpre_shift, "
+        "Tensor(f!)? dscale, Tensor(g!)? dshift) -> ()"
     ),
 }
 
@@ -80,22 +83,21 @@ def forward(chosen: str, x: Tensor, options: tuple) -> tuple[Tensor, Tensor, Ten
     return y, mean, rstd
 
 
-def add_forward(x: Tensor, residual: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum, mean and rstd."""
-    y, total = torch.empty_like(x), torch.empty_like(x)
+def join_forward(
+    x: Tensor, residual: Tensor | None, skip: Tensor | None, options: tuple
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """y of x + residual and then skip, the sum, mean and rstd."""
+    total = None if residual is None else torch.empty_like(x)
+    y = torch.empty_like(x)
+    if skip is not None:
+        layout = checks.memory_format(x)
+        skip = skip.contiguous(memory_format=layout)
+        shape = (x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:])
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     mean, rstd = _statistics(x, options[0])
-    run("cuda", "add_group_norm_silu", (x, _as_laid_out(residual, x), *options, y, total, mean, rstd))
+    residual = None if residual is None else _as_laid_out(residual, x)
+    run("cuda", "join_group_norm_silu", (x, residual, skip, *options, y, total, mean, rstd))
     return y, total, mean, rstd
-
-
-def cat_forward(x: Tensor, skip: Tensor, options: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and rstd."""
-    layout = checks.memory_format(x)
-    shape = (x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:])
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    mean, rstd = _statistics(x, options[0])
-    run("cuda", "cat_group_norm_silu", (x, skip.contiguous(memory_format=layout), *options, y, mean, rstd))
-    return y, mean, rstd
 
 
 def _as_laid_out(v: Tensor, x: Tensor) -> Tensor:
@@ -103,13 +105,16 @@ def _as_laid_out(v: Tensor, x: Tensor) -> Tensor:
     return v if v.stride() == x.stride() else v.contiguous(memory_format=checks.memory_format(x))
 
 
+def _room_for_gradients(small: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Of those that are there and needed."""
+    return [torch.empty_like(v) if wanted and v is not None else None for v, wanted in zip(small, needed, strict=True)]
+
+
 def _backward(ctx: Any, dy: Tensor, saved: tuple, needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
     """dx, and the gradients of weight, bias, pre_shift, scale and shift that are needed."""
     x, mean, rstd, weight, bias, pre_shift, scale, shift = saved
     num_groups, eps, silu, chosen = ctx.options
-    gradients = [
-        torch.empty_like(v) if wanted and v is not None else None for v, wanted in zip(saved[3:], needed, strict=True)
-    ]
+    gradients = _room_for_gradients(saved[3:], needed)
     dx = torch.empty_like(x)
     options = (num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
     run(chosen, "group_norm_silu_backward", (_as_laid_out(dy, x), x, mean, rstd, *options, dx, *gradients))
@@ -156,14 +161,15 @@ class GroupNormSiLU(torch.autograd.Function):
         return (dx if ctx.needs_input_grad[0] else None, *gradients, None, None, None, None)
 
 
-class AddGroupNormSiLU(torch.autograd.Function):
-    """y and the sum; keeps the sum, whose gradient is that of both its terms."""
+class JoinGroupNormSiLU(torch.autograd.Function):
+    """y of x + residual and then skip, and the sum. Keeps what the norm has read; dx is both results'."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        residual: Tensor,
+        residual: Tensor | None,
+        skip: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         pre_shift: Tensor | None,
@@ -172,50 +178,28 @@ class AddGroupNormSiLU(torch.autograd.Function):
         num_groups: int,
         eps: float,
         silu: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         options = (num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
-        y, total, mean, rstd = add_forward(x, residual, options)
-        ctx.save_for_backward(total, mean, rstd, weight, bias, pre_shift, scale, shift)
-        ctx.options = (num_groups, eps, silu, "cuda")
-        return y, total
+        y, total, mean, rstd = join_forward(x, residual, skip, options)
+        ctx.save_for_backward(x if total is None else total, skip, mean, rstd, weight, bias, pre_shift, scale, shift)
+        ctx.options = (num_groups, eps, silu)
+        return y if total is None else (y, total)
 
     @staticmethod
     @_once_differentiable
-    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        dx, gradients = _backward(ctx, dy, ctx.saved_tensors, ctx.needs_input_grad[2:7])
-        dx = dx + dtotal
-        terms = (dx if needed else None for needed in ctx.needs_input_grad[:2])
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, skip, mean, rstd, *small = ctx.saved_tensors
+        num_groups, eps, silu = ctx.options
+        needed = ctx.needs_input_grad
+        gradients = _room_for_gradients(small, needed[3:8])
+        dx, dskip, layout = torch.empty_like(x), None, checks.memory_format(x)
+        if skip is not None:
+            skip = skip.contiguous(memory_format=layout)
+            dskip = torch.empty_like(skip)
+        if dtotal is not None:
+            dtotal = _as_laid_out(dtotal, x)
+        options = (num_groups, *small[:2], eps, *small[2:], silu)
+        read = (dy.contiguous(memory_format=layout), dtotal, x, skip, mean, rstd)
+        run("cuda", "join_group_norm_silu_backward", (*read, *options, dx, dskip, *gradients))
+        terms = (v if wanted else None for v, wanted in zip((dx, dx, dskip), needed, strict=False))
         return (*terms, *gradients, None, None, None)
-
-
-class CatGroupNormSiLU(torch.autograd.Function):
-    """Keeps both inputs; only the backward pass makes their concatenation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        skip: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        pre_shift: Tensor | None,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        num_groups: int,
-        eps: float,
-        silu: bool,
-    ) -> Tensor:
-        y, mean, rstd = cat_forward(x, skip, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))
-        ctx.save_for_backward(x, skip, mean, rstd, weight, bias, pre_shift, scale, shift)
-        ctx.options = (num_groups, eps, silu, "cuda")
-        return y
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, skip, *saved = ctx.saved_tensors
-        both = torch.cat([x, skip], 1).contiguous(memory_format=checks.memory_format(x))
-        d_both, gradients = _backward(ctx, dy, (both, *saved), ctx.needs_input_grad[2:7])
-        parts = d_both.split([x.shape[1], skip.shape[1]], 1)
-        parts = (part if needed else None for part, needed in zip(parts, ctx.needs_input_grad, strict=False))
-        return (*parts, *gradients, None, None, None)

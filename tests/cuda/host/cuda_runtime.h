@@ -80,6 +80,7 @@ struct Chip {
     int sm_count = 132, major = 9;
     int64_t l2_bytes = int64_t{60} << 20;
     int largest_cluster = 8;  // that its occupancy allows
+    int ptx_version = 90;     // that its kernels were compiled for
 };
 
 // One grid runs at a time, cluster by cluster.
@@ -111,7 +112,8 @@ inline bool valid(const cudaLaunchConfig_t& config, unsigned cluster) {
     return config.gridDim.x > 0 && config.gridDim.y > 0 && config.gridDim.y <= kMaxGridY && config.gridDim.z == 1 &&
            config.blockDim.x > 0 && config.blockDim.x % kWarp == 0 && config.blockDim.x <= kMaxThreads &&
            config.dynamicSmemBytes <= kMaxSharedBytes && cluster > 0 &&
-           cluster <= static_cast<unsigned>(device.chip.largest_cluster) && (cluster == 1 || device.chip.major >= 9) &&
+           cluster <= static_cast<unsigned>(device.chip.largest_cluster) &&
+           (cluster == 1 || (device.chip.major >= 9 && device.chip.ptx_version >= 90)) &&
            config.gridDim.x % cluster == 0;
 }
 
@@ -154,6 +156,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
 inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
     *clusters = config->attrs->val.clusterDim.x <= static_cast<unsigned>(host_cuda::device.chip.largest_cluster);
     return host_cuda::device.chip.largest_cluster > 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+struct cudaFuncAttributes {
+    int ptxVersion;
+};
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    attributes->ptxVersion = host_cuda::device.chip.ptx_version;
+    return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -223,6 +234,9 @@ inline float* shared_memory() { return reinterpret_cast<float*>(host_cuda::devic
 
 inline unsigned cluster_rank() { return host_cuda::device.rank(); }
 inline unsigned cluster_size() { return static_cast<unsigned>(host_cuda::device.cluster.size()); }
+inline unsigned again(unsigned v) { return v; }
+inline void cluster_arrive() {}
+inline void cluster_wait() { host_cuda::device.scheduler.wait(host_cuda::device.cluster_barrier); }
 inline void cluster_sync() { host_cuda::device.scheduler.wait(host_cuda::device.cluster_barrier); }
 
 inline float load_from_rank(const float* here, unsigned rank) {

@@ -9,8 +9,8 @@
 extern "C" {
 
 // The chip that kernels are planned for.
-void dd_host_chip(int sm_count, int major, int64_t l2_bytes, int largest_cluster) {
-    host_cuda::device.chip = {sm_count, major, l2_bytes, largest_cluster};
+void dd_host_chip(int sm_count, int major, int64_t l2_bytes, int largest_cluster, int ptx_version) {
+    host_cuda::device.chip = {sm_count, major, l2_bytes, largest_cluster, ptx_version};
     ++host_cuda::device.ordinal;
 }
 
@@ -18,13 +18,13 @@ void dd_host_chip(int sm_count, int major, int64_t l2_bytes, int largest_cluster
 void dd_host_backwards(bool backwards) { host_cuda::device.backwards = backwards; }
 
 // shape: samples, channels, pixels, groups, channels_last, aligned, dtype, backward, x_channels. plan: regime, access,
-// held, cluster, splits, tile_channels, tiles, wave_tiles.
+// held, cluster, splits, tile_channels, tiles, wave_tiles, rows, rows_each.
 void dd_host_plan(const int64_t* shape, int64_t* plan) {
     using namespace dd::cuda;
-    NormForward a{};
-    a.shape = {shape[0], shape[1], shape[2], shape[3], shape[4] != 0, shape[5] != 0, static_cast<dd::DType>(shape[6]),
-               shape[8]};
-    const NormPlan p = shape[7] ? plan_backward(a.shape) : plan_forward(a);
+    const NormShape s = {
+        shape[0], shape[1], shape[2], shape[3], shape[4] != 0, shape[5] != 0, static_cast<dd::DType>(shape[6]),
+        shape[8]};
+    const NormPlan p = shape[7] ? plan_backward(s) : plan_forward(s);
     const int64_t values[] = {static_cast<int64_t>(p.regime),
                               static_cast<int64_t>(p.access),
                               p.held,
@@ -32,7 +32,9 @@ void dd_host_plan(const int64_t* shape, int64_t* plan) {
                               p.splits,
                               p.tile_channels,
                               p.tiles,
-                              p.wave_tiles};
+                              p.wave_tiles,
+                              p.rows,
+                              p.rows_each};
     std::copy(std::begin(values), std::end(values), plan);
 }
 }
