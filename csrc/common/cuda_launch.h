@@ -20,7 +20,7 @@ struct Grid {
     int cluster = 1;  // blocks that share their memory
 };
 
-constexpr int64_t kMaxGridRows = 65535;
+constexpr int64_t kMaxGridBlocks = 0x7fffffff, kMaxGridRows = 65535;
 
 // Throws std::runtime_error with the kernel's name where it cannot start. An empty grid is no launch.
 template <class Arguments>
@@ -40,7 +40,8 @@ void launch(const char* name, void (*kernel)(Arguments), const Grid& grid, cudaS
         config.attrs = &cluster;
         config.numAttrs = 1;
     }
-    cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+    const bool fits = grid.blocks <= kMaxGridBlocks && grid.rows <= kMaxGridRows;
+    cudaError_t error = fits ? cudaLaunchKernelEx(&config, kernel, arguments) : cudaErrorInvalidValue;
     if (error != cudaSuccess) {
         throw std::runtime_error("dd_kernels: the CUDA kernel of " + std::string(name) +
                                  " cannot be launched: " + cudaGetErrorString(error));

@@ -17,9 +17,12 @@ __global__ void __launch_bounds__(kSegments* kWarp) parameter_kernel(const NormB
     const float* dbias = a.per_sample + a.shape.samples * a.shape.channels;
     float* sums = shared_memory();  // [2][kSegments][kWarp]
     float weight = 0.0f, bias = 0.0f;
-    for (int64_t n = segment * each; channel < a.shape.channels && n < end; ++n) {
-        weight += a.per_sample[n * a.shape.channels + channel];
-        bias += dbias[n * a.shape.channels + channel];
+    if (channel < a.shape.channels) {
+#pragma unroll 8  // so many are on their way at once
+        for (int64_t n = segment * each; n < end; ++n) {
+            weight += a.per_sample[n * a.shape.channels + channel];
+            bias += dbias[n * a.shape.channels + channel];
+        }
     }
     sums[threadIdx.x] = weight;
     sums[kSegments * kWarp + threadIdx.x] = bias;

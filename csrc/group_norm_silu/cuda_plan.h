@@ -133,8 +133,11 @@ inline void choose_cluster(NormPlan& plan, int most_held, const Chip& chip) {
     plan.held = needed <= 2 ? 2 : needed <= 4 ? 4 : most_held;
 }
 
-inline NormPlan split_plan(const NormShape& shape, Access access, int64_t tile_channels, const Chip& chip) {
-    constexpr int64_t bytes_per_block = 64 << 10, most_splits = 128;
+inline NormPlan split_plan(const NormShape& shape, Access access, int64_t tile_channels, Direction direction,
+                           const Chip& chip) {
+    constexpr int64_t bytes_per_block = 64 << 10;
+    // Enough for a tile of the size of L2 to fill the chip; backward, a thread adds up what all of them leave.
+    const int64_t most_splits = direction == Direction::forward ? 512 : 128;
     NormPlan plan = tiled(shape, Regime::split, access, tile_channels);
     int64_t tile_bytes = tile_channels * shape.pixels * shape.element_bytes();
     int64_t splits = std::min({ceil_div(tile_bytes, bytes_per_block), most_splits, plan.rows});
@@ -167,10 +170,11 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
     int64_t row = last ? shape.channels : shape.pixels;  // a vector is in one channel, or has one of each
     bool vectorised = shape.aligned && row % shape.vector() == 0 && vectors < most_rows && shape.pixels < most_rows &&
                       (!last || shape.x_channels % shape.vector() == 0);
-    if (!vectorised || (last && split_channels(shape) == 0)) return split_plan(shape, Access::scalar, group, chip);
+    if (!vectorised || (last && split_channels(shape) == 0))
+        return split_plan(shape, Access::scalar, group, direction, chip);
 
     int64_t tile_channels = last ? block_channels(shape, held, chip) : group;
-    if (tile_channels == 0) return split_plan(shape, access, split_channels(shape), chip);
+    if (tile_channels == 0) return split_plan(shape, access, split_channels(shape), direction, chip);
     NormPlan plan = tiled(shape, Regime::held, access, tile_channels);
     if (!last && direction == Direction::forward && vectors <= kWarpLanes * kMostHeldByWarp) {
         plan.regime = Regime::warp;
@@ -179,7 +183,7 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
     }
     bool too_many_channels = direction == Direction::backward && tile_channels > kMostTileChannels;
     if (too_many_channels || fitting_cluster(plan.rows, plan.columns, held, chip) == 0)
-        return split_plan(shape, access, tile_channels, chip);
+        return split_plan(shape, access, tile_channels, direction, chip);
     choose_cluster(plan, held, chip);
     return plan;
 }

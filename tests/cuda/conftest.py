@@ -45,6 +45,7 @@ def host(library: HostLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host
     monkeypatch.setattr(backends, "_devices", lambda name: ("cpu",))
     library.set_chip()
     library.set_backwards(False)
+    library.set_refuses(False)
     yield library
     override._destroy()
 

@@ -163,6 +163,15 @@ class HostLibrary:
         """Whether a block's last thread runs first, which a missing barrier does not survive."""
         self._library.dd_host_backwards(ctypes.c_bool(backwards))
 
+    def set_refuses(self, refuses: bool) -> None:
+        """Whether no kernel can be launched."""
+        self._library.dd_host_refuse(ctypes.c_bool(refuses))
+
+    def launches(self, blocks: int) -> bool:
+        """Whether a grid of so many blocks is launched."""
+        self._library.dd_host_launches.restype = ctypes.c_bool
+        return self._library.dd_host_launches(ctypes.c_int64(blocks))
+
 
 def define_ops() -> None:
     """Schemas of ``dd_kernels_host``: those of ``dd_kernels``."""

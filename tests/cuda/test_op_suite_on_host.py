@@ -7,6 +7,8 @@ import pytest
 import test_group_norm_silu_of_two
 import torch
 
+import dd_kernels as dd
+
 NORMS = ("test_group_norm_silu", "test_group_norm_silu_as_op", "test_group_norm_silu_of_two")
 SUITE = ("test_randn", "test_q_sample", "test_reverse_step", *NORMS)
 # These are about torch's tracing, which sees the host library's ops under another name.
@@ -28,3 +30,27 @@ def test_opcheck_of_two(host, which):
     """Of the operators that only the CUDA library has, under their name on the host."""
     op, arguments = list(test_group_norm_silu_of_two.operators("cpu"))[which]
     torch.library.opcheck(getattr(torch.ops.dd_kernels_host, op).default, arguments)
+
+
+def test_a_kernel_that_cannot_start_is_named(host):
+    """And the op raises, whichever of its kernels it was."""
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    norm = dd.group_norm_silu(x, 2, backend="cuda")
+    schedule = dd.linear_schedule(10)
+    calls = {
+        "randn": lambda: dd.randn((2, 3), seed=0, backend="cuda"),
+        "q_sample": lambda: dd.q_sample(x.detach(), 3, schedule, seed=0, backend="cuda"),
+        "reverse_step": lambda: dd.reverse_step(x.detach(), x.detach(), dd.ddim(schedule, steps=5), 2, backend="cuda"),
+        "group_norm_silu": lambda: dd.group_norm_silu(x, 2, backend="cuda"),
+        "group_norm_silu_backward": lambda: norm.sum().backward(),
+    }
+    host.set_refuses(True)
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"the CUDA kernel of {name} cannot be launched: invalid argument"):
+            call()
+
+
+def test_no_grid_is_cut_short(host):
+    """CUDA's sizes have 32 bits."""
+    assert host.launches(1)
+    assert not any(host.launches(blocks) for blocks in (1 << 31, (1 << 32) + 1))

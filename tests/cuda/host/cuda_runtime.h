@@ -89,7 +89,7 @@ struct Device {
     std::vector<Block> cluster;
     fibers::Barrier cluster_barrier;
     std::vector<unsigned> shuffles;  // how many each thread has made, for double buffering
-    bool backwards = false;
+    bool backwards = false, refuses = false;
     Chip chip;
     int ordinal = 0;  // every chip is a device of its own
 
@@ -120,7 +120,7 @@ inline bool valid(const cudaLaunchConfig_t& config, unsigned cluster) {
 inline cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
     unsigned cluster = 1;
     for (unsigned i = 0; i < config.numAttrs; ++i) cluster = config.attrs[i].val.clusterDim.x;
-    if (!valid(config, cluster)) return cudaErrorInvalidValue;
+    if (device.refuses || !valid(config, cluster)) return cudaErrorInvalidValue;
     gridDim = config.gridDim;
     blockDim = config.blockDim;
     device.cluster.resize(cluster);

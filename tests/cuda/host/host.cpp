@@ -3,7 +3,10 @@
 
 #include <iterator>
 
+#include "common/cuda_launch.h"
 #include "group_norm_silu/cuda_backward.h"
+
+static void nothing(int) {}
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -16,6 +19,17 @@ void dd_host_chip(int sm_count, int major, int64_t l2_bytes, int largest_cluster
 
 // Whether a block's last thread runs first.
 void dd_host_backwards(bool backwards) { host_cuda::device.backwards = backwards; }
+
+// Whether no kernel can be launched.
+void dd_host_refuse(bool refuses) { host_cuda::device.refuses = refuses; }
+
+// Whether a grid of so many blocks is launched.
+bool dd_host_launches(int64_t blocks) try {
+    dd::cuda::launch("nothing", &nothing, {blocks, 1, static_cast<int>(host_cuda::kWarp)}, nullptr, 0);
+    return true;
+} catch (const std::runtime_error&) {
+    return false;
+}
 
 // shape: samples, channels, pixels, groups, channels_last, aligned, dtype, backward, x_channels. plan: regime, access,
 // held, cluster, splits, tile_channels, tiles, wave_tiles, rows, rows_each.
