@@ -69,7 +69,8 @@ class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
         self._check_listed(timestep)
         value = self._value(timestep)
         model_output, learned, source = self._ancestral_noise(value, sample, model_output, generator)
-        key = ("ddpm", self.config.prediction_type, self._clip(), self.variance_type, learned, bool(source))
+        given = len(source) > 0  # torch 2.11 does not trace bool(source)
+        key = ("ddpm", self.config.prediction_type, self._clip(), self.variance_type, learned, given)
         result = self._advance(key, timestep, value, sample, model_output, source)
         return scheduling_ddpm.DDPMSchedulerOutput(*result) if return_dict else result
 
@@ -126,8 +127,9 @@ class UnCLIPScheduler(FusedScheduler, diffusers.UnCLIPScheduler):
         """
         value = self._value(timestep)
         model_output, learned, source = self._ancestral_noise(value, sample, model_output, generator)
-        self._check_options(bool(source))
-        options = (self.config.prediction_type, self._clip(), self.variance_type, learned, bool(source))
+        given = len(source) > 0  # torch 2.11 does not trace bool(source)
+        self._check_options(given)
+        options = (self.config.prediction_type, self._clip(), self.variance_type, learned, given)
         pairs = self._pairs(value, prev_timestep)
         if pairs is not None:
             result = self._advance(("unclip", pairs, *options), timestep, value, sample, model_output, source)

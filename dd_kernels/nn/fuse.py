@@ -95,7 +95,8 @@ class FusedSequential(FusedModule, nn.Sequential):
 
 def is_silu(layers: list[nn.Module]) -> bool:
     """Whether the first of ``layers`` is a SiLU: PyTorch's, or improved-diffusion's class of that name."""
-    return bool(layers) and type(layers[0]).__name__ == "SiLU"
+    # Not bool(layers): torch 2.11 does not trace it.
+    return len(layers) > 0 and type(layers[0]).__name__ == "SiLU"
 
 
 def _is_group_norm(module: nn.Module) -> bool:
