@@ -7,6 +7,7 @@ core; the plans that compile whole models take minutes, and are ``models 0 4``.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -16,6 +17,8 @@ import torch._inductor.config
 from . import machine, timing
 from .harness import Plan, Target, reason
 from .parts import PARTS
+
+MEMORY = 0.4  # of the device's, for all processes of a kind
 
 
 def plans(target: Target, models: bool) -> list[Plan]:
@@ -29,8 +32,8 @@ def prepare(plan: Plan, target: Target) -> None:
     with target.clock.running(), torch.no_grad():
         try:
             case = plan.build()
-            for call in (case.ours, *case.peers.values()):
-                if callable(call):
+            for call in filter(callable, (case.ours, *case.peers.values())):
+                with contextlib.suppress(torch.OutOfMemoryError):  # what it was to run is compiled by then
                     call(*case.inputs[0])
         finally:
             target.clock.release()
@@ -50,8 +53,11 @@ def run(mine: list[Plan], target: Target) -> None:
 
 def main() -> None:
     """The command line."""
-    os.nice(10)  # the tests and the sanitizer beside it come first
     kind, first, every = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    # The tests and the sanitizer beside it come first, and must find memory.
+    os.nice(10)
+    if machine.DEVICE == "cuda":
+        torch.cuda.set_per_process_memory_fraction(MEMORY / every)
     # Which of several kernels is fastest shows only where nothing else runs: the code is kept, the choice is not.
     torch._inductor.config.autotune_local_cache = False
     clock = timing.clock_of(machine.DEVICE, graphs=False)

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from benchmarks import checks, prepare, processes, sanitize
 from benchmarks.harness import Case, Plan
@@ -168,11 +169,30 @@ def test_what_is_compiled_ahead_is_counted(tmp_path, monkeypatch):
 
 def test_every_implementation_is_called_once_ahead(cpu_target, capsys):
     called = []
-    peers = {"peer": lambda x: called.append(("peer", x)), "absent": "not installed"}
+
+    def large(x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    peers = {"large": large, "peer": lambda x: called.append(("peer", x)), "absent": "not installed"}
     case = Case("op", "case", (1,), lambda x: called.append(("ours", x)), [(1,), (2,)], 8, peers)
     prepare.run([Plan("broken", lambda: 1 / 0), Plan("good", lambda: case)], cpu_target)
     assert called == [("ours", 1), ("peer", 1)]
     assert capsys.readouterr().out.splitlines() == ["broken: ZeroDivisionError: division by zero", "prepared good"]
+
+
+def test_the_compiling_ahead_leaves_cores_and_memory_to_others(gpu_target, monkeypatch):
+    taken, ran = {}, []
+    monkeypatch.setattr("sys.argv", ["prepare", "models", "1", "2"])
+    monkeypatch.setattr(prepare.os, "nice", lambda n: taken.update(nice=n))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f: taken.update(memory=f))
+    monkeypatch.setattr(prepare.machine, "DEVICE", "cuda")
+    monkeypatch.setattr(prepare.timing, "clock_of", lambda device, graphs: gpu_target.clock)
+    monkeypatch.setattr(prepare, "run", lambda mine, target: ran.append((mine, target.clock.copies(1), target.kind)))
+    monkeypatch.setattr(torch._inductor.config, "autotune_local_cache", True)
+    prepare.main()
+    ((mine, copies, kind),) = ran
+    assert [str(plan) for plan in mine] == [str(plan) for plan in prepare.plans(gpu_target, True)[1::2]]
+    assert (copies, kind, taken) == (1, "cuda", {"nice": 10, "memory": prepare.MEMORY / 2})
 
 
 def test_a_device_that_is_lost_ends_the_compiling_ahead(cpu_target, monkeypatch, capsys):
