@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 theirs = pytest.importorskip("diffusers")
 
+from cuda_graphs import NEEDS_CUDA, capture  # noqa: E402
 from scheduler_cases import NAMES, denoise  # noqa: E402
 
 from dd_kernels import backend as backends  # noqa: E402
@@ -132,6 +133,24 @@ def test_unclip_steps_between_timesteps_that_only_the_device_knows(variance_type
         mixed = step(torch.tensor([500, 700, 0]), torch.tensor([499, 100, -1]))
         assert step(torch.tensor(1001), torch.tensor(5)).isnan().all(), "out of range"
     torch.testing.assert_close(mixed, torch.stack([expected[i][n] for n, i in enumerate((0, 2, 4))]))
+
+
+@NEEDS_CUDA
+@EVERY_OPTION
+@pytest.mark.parametrize("noise", ["generator", "philox"])
+def test_a_whole_loop_captures(name: str, config: dict, options: dict, noise: str) -> None:
+    """Replayed from another x, with the noise that the generator's seed gives where it is drawn at all."""
+    one = getattr(ours, name)(**config, noise=noise)
+    one.set_timesteps(5, device="cuda")
+    x, z = torch.randn(2, 2, 3, 4, 4, device="cuda").unbind()
+    options = {key: z if value is ... else value for key, value in options.items()}
+    options["learned"] = config.get("variance_type", "").startswith("learned")
+    graph, result = capture(lambda: denoise(one, x, **options))
+    x.copy_(torch.randn_like(x))
+    torch.cuda.manual_seed(0)
+    graph.replay()
+    torch.cuda.manual_seed(0)
+    assert result.equal(denoise(one, x, **options))
 
 
 @EVERY_OPTION
