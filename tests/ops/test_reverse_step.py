@@ -1,5 +1,6 @@
 """The reverse step against float64, for every sampler, option, layout and dtype."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -319,6 +320,23 @@ def test_opcheck(kernel):
     torch.library.opcheck(op, (x, out, None, out.clone(), 2.0, None, None, *shared, key, x.clone(), x.clone()))
     threshold = torch.ones(2, device=x.device)
     torch.library.opcheck(op, (x, out, out.clone(), None, 1.0, x.clone(), threshold, *shared, None, x.clone(), None))
+
+
+@pytest.mark.parametrize("elements", [1, 2, 3, 192, 4097])
+def test_quantile_is_that_of_torch(elements):
+    quantile = importlib.import_module("dd_kernels.ops.reverse_step")._quantile
+    values = torch.randn(3, elements)
+    for ratio in (0.0, 0.3, 0.5, 0.8, 0.995, 1.0):
+        assert quantile(values, ratio).equal(torch.quantile(values, ratio, dim=1))
+    values[1, 0] = float("nan")
+    torch.testing.assert_close(
+        quantile(values, 0.8), torch.quantile(values, 0.8, dim=1), equal_nan=True, rtol=0, atol=0
+    )
+
+
+def test_threshold_of_more_elements_than_torch_quantile_takes():
+    quantile = importlib.import_module("dd_kernels.ops.reverse_step")._quantile
+    assert quantile(torch.ones(1, 2**24 + 1), 0.995).equal(torch.ones(1))
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddpm, learned_range", "ddim", "ddpm, dynamic threshold"])

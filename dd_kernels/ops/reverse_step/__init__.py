@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,10 +64,19 @@ def _split_out(out: Tensor, x: Tensor, learned: bool, name: str) -> tuple[Tensor
     return out.chunk(2, dim=1)
 
 
+def _quantile(values: Tensor, ratio: float) -> Tensor:
+    """torch.quantile of each row, to the bit: that refuses 2^24 elements, and torch 2.11 does not trace it."""
+    # torch's rank is a float32 too.
+    rank = float(np.float32(ratio) * np.float32(values.shape[1] - 1))
+    ordered, below = values.sort(dim=1).values, math.floor(rank)
+    quantile = torch.lerp(ordered[:, below], ordered[:, math.ceil(rank)], rank - below)
+    return torch.where(ordered[:, -1].isnan(), torch.nan, quantile)
+
+
 def _dynamic_threshold(x: Tensor, out: Tensor, row: dict[str, Tensor], rule: DynamicThreshold) -> Tensor:
     """s [N] of Imagen's dynamic thresholding (Saharia et al., 2022, section 2.3)."""
     x0 = reference.predict_x0(x.to(torch.float32), out, row).abs().flatten(1)
-    return torch.quantile(x0, rule.ratio, dim=1).clamp(min=1.0, max=rule.max_value)
+    return _quantile(x0, rule.ratio).clamp(min=1.0, max=rule.max_value)
 
 
 def reverse_step(
