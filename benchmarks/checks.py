@@ -82,8 +82,15 @@ def counts(lines: Sequence[str]) -> tuple[dict[str, dict[str, int]], list[str]]:
     return {kernel: dict(counter) for kernel, counter in sorted(by_kernel.items())}, failed
 
 
-def op_tests(seconds: float, folder: Path, paths: Sequence[str] = ("tests/ops",)) -> list[Check]:
-    """The suite of the ops, on every kernel that runs here; cut off when its time is over."""
+def _tests() -> list[str]:
+    """The suite of the ops, and what else nothing but a GPU shows: that the drop-in schedulers' loops are captured."""
+    captures = "tests/integrations/test_diffusers_capture.py::test_a_whole_loop_captures"
+    return ["tests/ops", captures] if importlib.util.find_spec("diffusers") is not None else ["tests/ops"]
+
+
+def op_tests(seconds: float, folder: Path, paths: Sequence[str] | None = None) -> list[Check]:
+    """The tests on every kernel that runs here; cut off when their time is over."""
+    paths = _tests() if paths is None else paths
     command = [sys.executable, "-m", "pytest", *paths, "-v", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=", "-m", "not slow"]  # those of pyproject.toml want pytest-benchmark
     if importlib.util.find_spec("xdist") is not None and _half_the_cores() > 1:
