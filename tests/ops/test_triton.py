@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 from budget import assert_within_budget
+from group_norm_cases import ROWS, check, make
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -233,6 +234,35 @@ def test_split_groups(case, memory_format, monkeypatch):
     for a, e, p in zip(run(torch.float32, "triton"), exact, plain, strict=True):
         # A few elements can be lucky in plain PyTorch: a rounding of what was summed is allowed as well.
         assert_within_budget(a, e, p + 2 * (e.abs().max() * torch.finfo(torch.float32).eps).float())
+
+
+@triton.jit
+def _inverse_down(v):
+    """1 / v rounded down and subnormal results to 0: less than an ulp off, and always to the same side."""
+    nearest = 1.0 / v
+    bits = nearest.to(tl.int32, bitcast=True) - (nearest.to(tl.float64) > 1.0 / v.to(tl.float64)).to(tl.int32)
+    return tl.where(bits >= 0x00800000, bits, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse_up(v):
+    """1 / v rounded up, but subnormal results to 0."""
+    nearest = 1.0 / v
+    bits = nearest.to(tl.int32, bitcast=True) + (nearest.to(tl.float64) < 1.0 / v.to(tl.float64)).to(tl.int32)
+    return tl.where(bits >= 0x00800000, bits, 0).to(tl.float32, bitcast=True)
+
+
+@interpreted
+@pytest.mark.parametrize("inverse", [_inverse_down, _inverse_up])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_budget_has_room_for_the_reciprocal_of_a_gpu(kernel, dtype, inverse, monkeypatch):
+    """Compiled kernels take rcp.approx, at most an ulp off (PTX ISA); the interpreter, which has no assembly, divides."""
+    if kernel.name != "triton":
+        pytest.skip("of Triton's kernels")
+    monkeypatch.setattr(triton_tiles, "inverse", inverse)
+    for seed, row in enumerate(row for row in ROWS if row[5]):
+        x, dy, options, activation = make((3, 40, 4, 4), dtype, row, seed)
+        check(kernel, x, dy, 4, options, activation)
 
 
 @interpreted

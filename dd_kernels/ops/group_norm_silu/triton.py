@@ -31,7 +31,7 @@ _PER_CHANNEL = ["weight", "bias", "pre_shift", "scale", "shift", "mean", "rstd"]
 
 @triton.jit
 def _activate(v, SILU: tl.constexpr):
-    return v * sigmoid(v, SILU) if SILU != 0 else v
+    return v * sigmoid(v) if SILU else v
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def group_norm_silu(
         return
     cut = plan(x, num_groups, "forward")
     samples, channels, pixels = dimensions(x)
-    shape = tile_options(x, num_groups, int(silu), cut)
+    shape = tile_options(x, num_groups, silu, cut)
     blocks = samples * triton.cdiv(channels, cut.block_channels)
     if cut.one_program:
         _whole_groups[(blocks,)](

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backend import interpreting_triton
 from .triton_backward_split import split_backward
 from .triton_gradients import (
     GRADIENTS,
@@ -17,10 +16,7 @@ from .triton_gradients import (
     sum_rows,
     through_activation,
 )
-from .triton_tiles import dimensions, group_sum, plan, tile_options, whole_tile
-
-# Assembly, which the interpreter has not. It saves registers: with a division some of these kernels spill.
-_SILU = 2 if torch.version.hip is None and not interpreting_triton() else 1
+from .triton_tiles import dimensions, group_sum, group_values, plan, tile_options, whole_tile
 
 
 @triton.jit(do_not_specialize_on_alignment=PER_CHANNEL + GRADIENTS)
@@ -54,9 +50,15 @@ def _whole_groups_backward(
     )
     value = tl.load(x + base + offset, mask=mask, other=0.0)
     upstream = tl.load(dy + base + offset, mask=mask, other=0.0)  # 0 where masked, and so is dz
-    xhat, dz, gain, reciprocal = through_activation(
-        upstream, value, mean, rstd, weight, bias, pre_shift, scale, shift,
-        n, channel, inside, CHANNELS, GROUP, SILU, BLOCK_C,
+    if BLOCK_CHANNELS == GROUP:  # program i has group i: one register each, and not one per channel
+        mu = tl.full((BLOCK_C,), tl.load(mean + tl.program_id(0)), tl.float32)
+        reciprocal = tl.full((BLOCK_C,), tl.load(rstd + tl.program_id(0)), tl.float32)
+    else:
+        mu = group_values(mean, n, channel, inside, CHANNELS, GROUP)
+        reciprocal = group_values(rstd, n, channel, inside, CHANNELS, GROUP)
+    xhat, dz, gain = through_activation(
+        upstream, value, mu, reciprocal, weight, bias, pre_shift, scale, shift,
+        n, channel, inside, CHANNELS, SILU, BLOCK_C,
     )  # fmt: skip
     by_dz = tl.sum(dz, 1)
     by_product = tl.sum(dz * xhat, 1)
@@ -115,7 +117,7 @@ def group_norm_silu_backward(
         per_sample = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
     if samples > 0:
         cut = plan(x, num_groups, "backward")
-        shape = tile_options(x, num_groups, _SILU if silu else 0, cut)
+        shape = tile_options(x, num_groups, silu, cut)
         options = (weight, bias, pre_shift, scale, shift)
         gradients = (dpre_shift, dscale, dshift, per_sample)
         if cut.one_program:

@@ -15,7 +15,7 @@ from .triton_gradients import (
     sum_rows,
     through_activation,
 )
-from .triton_tiles import Plan, affine, combine_options, dimensions, place, split_tile
+from .triton_tiles import Plan, affine, combine_options, dimensions, group_values, place, split_tile
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"], do_not_specialize_on_alignment=PER_CHANNEL)
@@ -44,6 +44,8 @@ def _partial_sums(
     n, part, channel, inside, base, offset, left = split_tile(
         splits, tiles * BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
     )
+    mu = group_values(mean, n, channel, inside, CHANNELS, GROUP)
+    reciprocal = group_values(rstd, n, channel, inside, CHANNELS, GROUP)
     by_dz = tl.zeros((BLOCK_C,), tl.float32)
     by_product = tl.zeros((BLOCK_C,), tl.float32)
     by_xhat = tl.zeros((BLOCK_C,), tl.float32)
@@ -52,9 +54,9 @@ def _partial_sums(
         here = base + place(0, start, pixels, CHANNELS, CHANNELS_LAST)
         value = tl.load(x + here + offset, mask=mask, other=0.0)
         upstream = tl.load(dy + here + offset, mask=mask, other=0.0)  # 0 where masked, and so is dz
-        xhat, dz, _, _ = through_activation(
-            upstream, value, mean, rstd, weight, bias, pre_shift, scale, shift,
-            n, channel, inside, CHANNELS, GROUP, SILU, BLOCK_C,
+        xhat, dz, _ = through_activation(
+            upstream, value, mu, reciprocal, weight, bias, pre_shift, scale, shift,
+            n, channel, inside, CHANNELS, SILU, BLOCK_C,
         )  # fmt: skip
         by_dz += tl.sum(dz, 1)
         by_product += tl.sum(dz * xhat, 1)
@@ -137,9 +139,11 @@ def _apply_backward(
     mask = inside[:, None] & (tl.arange(0, BLOCK_P) < left)[None, :]
     value = tl.load(x + base + offset, mask=mask, other=0.0)
     upstream = tl.load(dy + base + offset, mask=mask, other=0.0)
-    xhat, dz, gain, reciprocal = through_activation(
-        upstream, value, mean, rstd, weight, bias, pre_shift, scale, shift,
-        n, channel, inside, CHANNELS, GROUP, SILU, BLOCK_C,
+    mu = group_values(mean, n, channel, inside, CHANNELS, GROUP)
+    reciprocal = group_values(rstd, n, channel, inside, CHANNELS, GROUP)
+    xhat, dz, gain = through_activation(
+        upstream, value, mu, reciprocal, weight, bias, pre_shift, scale, shift,
+        n, channel, inside, CHANNELS, SILU, BLOCK_C,
     )  # fmt: skip
     at = means + 2 * (n * (CHANNELS // GROUP) + channel // GROUP)
     m1 = tl.load(at, mask=inside, other=0.0)

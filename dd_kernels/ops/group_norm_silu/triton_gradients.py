@@ -23,8 +23,8 @@ GRADIENTS = ["dpre_shift", "dscale", "dshift", "per_sample"]
 def through_activation(
     dy,
     value,
-    mean,
-    rstd,
+    mu,
+    reciprocal,
     weight,
     bias,
     pre_shift,
@@ -34,23 +34,19 @@ def through_activation(
     channel,
     inside,
     CHANNELS: tl.constexpr,
-    GROUP: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(xhat, dz) of a tile, gain and rstd [BLOCK_C]."""
-    group = n * (CHANNELS // GROUP) + channel // GROUP
-    reciprocal = tl.load(rstd + group, mask=inside, other=0.0)
-    centre = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
-    centre -= tl.load(mean + group, mask=inside, other=0.0)
+    """(xhat, dz) of a tile and gain [BLOCK_C]; mu and reciprocal [BLOCK_C] are the mean and rstd of each channel."""
+    centre = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C) - mu
     xhat = (value.to(tl.float32) + centre[:, None]) * reciprocal[:, None]
     gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
     dz = dy.to(tl.float32)
-    if SILU != 0:
+    if SILU:
         z = xhat * gain[:, None] + end[:, None]
-        s = sigmoid(z, SILU)
+        s = sigmoid(z)
         dz = dz * (s + z * s * (1.0 - s))
-    return xhat, dz, gain, reciprocal
+    return xhat, dz, gain
 
 
 @triton.jit

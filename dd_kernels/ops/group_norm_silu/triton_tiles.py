@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...backend import interpreting_triton
 from ..triton_common import is_channels_last, power_of_2
 
 
@@ -37,6 +39,10 @@ SIZES = {
 }
 _MAX_WARPS = 16
 _MOST_SHARING = 32  # channels of a tile that holds several groups
+
+# NVIDIA's reciprocal (1 ulp) is one instruction. A division (2 ulp) minds the range as well, and with it some kernels
+# spill; the interpreter, which has no assembly, divides.
+ASSEMBLY = tl.constexpr(torch.version.hip is None and not interpreting_triton())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +107,8 @@ def plan(x: Tensor, num_groups: int, kind: str) -> Plan:
     return Plan(one_program, held, block_c, block_p, splits, tiles, warps)
 
 
-def tile_options(x: Tensor, num_groups: int, silu: int, cut: Plan) -> dict[str, int]:
-    """What the kernels that read x are compiled for; ``silu``: 0 without, 1 by a division, 2 by NVIDIA's reciprocal."""
+def tile_options(x: Tensor, num_groups: int, silu: bool, cut: Plan) -> dict[str, int]:
+    """What the kernels that read x are compiled for."""
     channels = x.shape[1]
     return {
         "CHANNELS": channels,
@@ -197,6 +203,12 @@ def channel_values(v, at, mask, default: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def group_values(v, n, channel, inside, CHANNELS: tl.constexpr, GROUP: tl.constexpr):
+    """v [N, G] of each channel's group [BLOCK_C]."""
+    return tl.load(v + n * (CHANNELS // GROUP) + channel // GROUP, mask=inside, other=0.0)
+
+
+@triton.jit
 def affine(weight, bias, scale, shift, n, channel, mask, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
     """(gain, end) [BLOCK_C] of y = act(gain * normalised + end)."""
     row = n * CHANNELS + channel
@@ -207,13 +219,16 @@ def affine(weight, bias, scale, shift, n, channel, mask, CHANNELS: tl.constexpr,
 
 
 @triton.jit
-def sigmoid(v, SILU: tl.constexpr):
-    """1 / (1 + exp(-v)). NVIDIA's reciprocal (1 ulp) is one instruction; a division (2 ulp) minds the range as well."""
-    denominator = 1.0 + tl.exp(-v)
-    if SILU == 2:
-        result = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [denominator], dtype=tl.float32, is_pure=True, pack=1
-        )
+def inverse(v):
+    """1 / v for v >= 1."""
+    if ASSEMBLY:
+        result = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, is_pure=True, pack=1)
     else:
-        result = 1.0 / denominator
+        result = 1.0 / v
     return result
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v))."""
+    return inverse(1.0 + tl.exp2(v * -1.4426950408889634))
