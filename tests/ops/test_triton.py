@@ -256,7 +256,7 @@ def _inverse_up(v):
 @pytest.mark.parametrize("inverse", [_inverse_down, _inverse_up])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_budget_has_room_for_the_reciprocal_of_a_gpu(kernel, dtype, inverse, monkeypatch):
-    """Compiled kernels take rcp.approx, at most an ulp off (PTX ISA); the interpreter, which has no assembly, divides."""
+    """Compiled kernels take rcp.approx, at most an ulp off (PTX ISA); the interpreter, having no assembly, divides."""
     if kernel.name != "triton":
         pytest.skip("of Triton's kernels")
     monkeypatch.setattr(triton_tiles, "inverse", inverse)
