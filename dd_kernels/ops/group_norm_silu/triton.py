@@ -18,7 +18,6 @@ from .triton_tiles import (
     group_sum,
     place,
     plan,
-    sigmoid,
     split_tile,
     tile_options,
     whole_tile,
@@ -31,7 +30,7 @@ _PER_CHANNEL = ["weight", "bias", "pre_shift", "scale", "shift", "mean", "rstd"]
 
 @triton.jit
 def _activate(v, SILU: tl.constexpr):
-    return v * sigmoid(v) if SILU else v
+    return v * (1.0 / (1.0 + tl.exp(-v))) if SILU else v
 
 
 @triton.jit

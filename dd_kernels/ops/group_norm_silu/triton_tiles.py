@@ -231,4 +231,4 @@ def inverse(v):
 @triton.jit
 def sigmoid(v):
     """1 / (1 + exp(-v))."""
-    return inverse(1.0 + tl.exp2(v * -1.4426950408889634))
+    return inverse(1.0 + tl.exp(-v))
