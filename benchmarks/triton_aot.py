@@ -30,23 +30,28 @@ TABLE = pathlib.Path(__file__).parent / "results" / "triton_aot.md"
 ARCHS = (80, 90, 100)
 DTYPES = ("bfloat16", "float32")
 
-# (network, C, side, batch); every GroupNorm has 32 groups.
-SHAPES = (
-    ("cifar10", 128, 32, 256),
-    ("cifar10", 384, 32, 256),
-    ("cifar10", 512, 16, 256),
-    ("cifar10", 256, 8, 256),
-    ("cifar10", 512, 4, 256),
-    ("sd unet", 320, 64, 2),
-    ("sd unet", 640, 32, 2),
-    ("sd unet", 1920, 32, 2),
-    ("sd unet", 1280, 16, 2),
-    ("sd unet", 2560, 8, 2),
-    ("sd vae", 512, 64, 1),
-    ("sd vae", 256, 256, 1),
-    ("sd vae", 128, 512, 1),
+# network: batch, and the channels of its GroupNorms, each of 32 groups, by the side of the map.
+NETWORKS = {
+    "cifar10": (256, {32: (128, 256, 384), 16: (128, 256, 384, 512), 8: (256, 512), 4: (256, 512)}),
+    "sd unet": (
+        2,
+        {
+            64: (320, 640, 960),
+            32: (320, 640, 960, 1280, 1920),
+            16: (640, 1280, 1920, 2560),
+            8: (1280, 2560),
+        },
+    ),
+    "sd vae": (1, {64: (512,), 128: (512,), 256: (512, 256), 512: (256, 128)}),
+}
+# (network, C, side, batch)
+SHAPES = tuple(
+    (network, channels, side, batch)
+    for network, (batch, sides) in NETWORKS.items()
+    for side, widths in sides.items()
+    for channels in widths
 )
-QUICK = (SHAPES[0], SHAPES[5])
+QUICK = (("cifar10", 128, 32, 256), ("sd unet", 320, 64, 2))
 STATES = (("cifar10", 3, 32, 256), ("sd unet", 4, 64, 2))  # what is denoised
 
 

@@ -193,7 +193,7 @@ def test_plans_cover_the_image(image, kind):
     if cut.one_program:
         assert cut.block_channels % (channels // groups) == 0
         assert cut.block_p >= pixels
-        assert cut.block_c * cut.block_p <= sizes.one_program
+        assert cut.block_channels * cut.block_p <= sizes.one_program
     else:
         assert cut.splits <= sizes.splits
         covered = cut.splits * cut.tiles * cut.block_p
@@ -214,7 +214,7 @@ SPLIT_CASES = {
 @pytest.mark.parametrize("case", SPLIT_CASES)
 def test_split_groups(case, memory_format, monkeypatch):
     """What large groups run, at small sizes: forward and every gradient."""
-    small = triton_tiles.Sizes(1, 1, 64, 3, 16, 64)
+    small = triton_tiles.Sizes(1, 1, 1, 64, 3, 16, 64)
     monkeypatch.setattr(triton_tiles, "SIZES", {"forward": small, "backward": small})
     shape, groups = SPLIT_CASES[case]
     n, c = shape[:2]

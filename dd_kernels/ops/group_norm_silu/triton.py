@@ -21,6 +21,7 @@ from .triton_tiles import (
     split_tile,
     tile_options,
     whole_tile,
+    whole_tile_options,
 )
 
 __all__ = ["group_norm_silu", "group_norm_silu_backward"]
@@ -58,10 +59,11 @@ def _whole_groups(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Everything for the groups of one tile: one read, statistics in registers, one write."""
     n, channel, inside, base, offset, mask = whole_tile(
-        pixels, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_C, BLOCK_P
+        pixels, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_C, BLOCK_P, FULL
     )
     value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
     before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
@@ -74,8 +76,8 @@ def _whole_groups(
     reciprocal = _reciprocal_deviation(variance, eps)
 
     gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
-    normalised = (centred - rest[:, None]) * reciprocal[:, None]
-    result = _activate(normalised * gain[:, None] + end[:, None], SILU)
+    gain *= reciprocal
+    result = _activate(centred * gain[:, None] + (end - rest * gain)[:, None], SILU)
     tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
     group = n * (CHANNELS // GROUP) + channel // GROUP
     tl.store(mean + group, mu + rest, mask=inside & (channel % GROUP == 0))
@@ -259,8 +261,8 @@ def group_norm_silu(
             mean,
             rstd,
             pixels,
-            BLOCK_CHANNELS=cut.block_channels,
             **shape,
+            **whole_tile_options(x, cut),
         )
     else:
         _statistics(x, channels // num_groups, float(eps), pre_shift, mean, rstd, cut)

@@ -16,7 +16,7 @@ from .triton_gradients import (
     sum_rows,
     through_activation,
 )
-from .triton_tiles import dimensions, group_sum, group_values, plan, tile_options, whole_tile
+from .triton_tiles import dimensions, group_sum, group_values, plan, tile_options, whole_tile, whole_tile_options
 
 
 @triton.jit(do_not_specialize_on_alignment=PER_CHANNEL + GRADIENTS)
@@ -43,10 +43,11 @@ def _whole_groups_backward(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Everything for the groups of one tile: dy and x are read once, dx is written once."""
     n, channel, inside, base, offset, mask = whole_tile(
-        pixels, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_C, BLOCK_P
+        pixels, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_C, BLOCK_P, FULL
     )
     value = tl.load(x + base + offset, mask=mask, other=0.0)
     upstream = tl.load(dy + base + offset, mask=mask, other=0.0)  # 0 where masked, and so is dz
@@ -62,7 +63,7 @@ def _whole_groups_backward(
     )  # fmt: skip
     by_dz = tl.sum(dz, 1)
     by_product = tl.sum(dz * xhat, 1)
-    by_xhat = tl.sum(tl.where(mask, xhat, 0.0), 1)
+    by_xhat = tl.sum(xhat if FULL else tl.where(mask, xhat, 0.0), 1)  # a channel that is not there is not stored
     count = (pixels * GROUP).to(tl.float32)
     m1 = group_sum(gain * by_dz, GROUP, BLOCK_C) / count
     m2 = group_sum(gain * by_product, GROUP, BLOCK_C) / count
@@ -122,7 +123,7 @@ def group_norm_silu_backward(
         gradients = (dpre_shift, dscale, dshift, per_sample)
         if cut.one_program:
             _whole_groups_backward[(samples * triton.cdiv(channels, cut.block_channels),)](
-                dy, x, mean, rstd, *options, dx, *gradients, pixels, BLOCK_CHANNELS=cut.block_channels, **shape
+                dy, x, mean, rstd, *options, dx, *gradients, pixels, **shape, **whole_tile_options(x, cut)
             )
         else:
             split_backward(dy, x, mean, rstd, options, dx, gradients, shape, cut)

@@ -45,7 +45,7 @@ def through_activation(
     if SILU:
         z = xhat * gain[:, None] + end[:, None]
         s = sigmoid(z)
-        dz = dz * (s + z * s * (1.0 - s))
+        dz = dz * s * (1.0 + z * (1.0 - s))
     return xhat, dz, gain
 
 

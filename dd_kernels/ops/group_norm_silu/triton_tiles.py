@@ -24,7 +24,8 @@ from ..triton_common import is_channels_last, power_of_2
 class Sizes:
     """The limits of a plan; tile sizes in elements, powers of 2."""
 
-    one_program: int  # the largest tile that one program holds
+    one_program: int  # the largest group that one program holds
+    shared: int  # the largest tile of several groups: sums over each take registers of their own
     least: int  # groups smaller than this share a program
     split_tile: int  # what a program of the split reads at a time
     splits: int  # at most so many programs per channel and sample
@@ -34,8 +35,8 @@ class Sizes:
 
 # Replace an entry to tune for a device.
 SIZES = {
-    "forward": Sizes(32768, 2048, 8192, 256, 64, 1024),
-    "backward": Sizes(16384, 1024, 4096, 256, 64, 512),
+    "forward": Sizes(28672, 16384, 2048, 8192, 256, 64, 1024),
+    "backward": Sizes(14336, 8192, 1024, 4096, 256, 64, 512),
 }
 _MAX_WARPS = 16
 _MOST_SHARING = 32  # channels of a tile that holds several groups
@@ -76,8 +77,7 @@ def _block_of_groups(
     block_c = power_of_2(group)
     while block_c <= max(_MOST_SHARING, power_of_2(group)):
         held = min(block_c // group * group, channels)
-        # Sums over each of several groups take registers of their own.
-        if block_c * block_p > (sizes.one_program if held == group else sizes.one_program // 2):
+        if held * block_p > sizes.one_program or (held > group and block_c * block_p > sizes.shared):
             break
         row = held * itemsize
         aligned = not last or row % 16 == 0 or held == channels
@@ -121,6 +121,11 @@ def tile_options(x: Tensor, num_groups: int, silu: bool, cut: Plan) -> dict[str,
     }
 
 
+def whole_tile_options(x: Tensor, cut: Plan) -> dict[str, int]:
+    """What the kernels of one program per tile are compiled for beside that."""
+    return {"BLOCK_CHANNELS": cut.block_channels, "FULL": dimensions(x)[2] == cut.block_p}
+
+
 def combine_options(channels: int, group: int, cut: Plan) -> dict[str, int]:
     """What the kernels that add up a group's partial results are compiled for; their tile is [splits, channels]."""
     block_c = power_of_2(group)
@@ -142,10 +147,12 @@ def whole_tile(
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """(n, channel, inside, base, offset, mask) of this program's groups, all their pixels.
 
     channel and inside are [BLOCK_C]; the elements [BLOCK_C, BLOCK_P] lie at base, a 64-bit scalar, + offset.
+    FULL says that there are BLOCK_P pixels: the mask is then [BLOCK_C, 1], and costs no registers.
     """
     blocks: tl.constexpr = tl.cdiv(CHANNELS, BLOCK_CHANNELS)
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -155,7 +162,8 @@ def whole_tile(
     inside = (c < BLOCK_CHANNELS) & (first + c < CHANNELS)
     base = n * CHANNELS * pixels + place(first, 0, pixels, CHANNELS, CHANNELS_LAST)
     offset = place(c[:, None], p[None, :], pixels, CHANNELS, CHANNELS_LAST)
-    return n, first + c, inside, base, offset, inside[:, None] & (p < pixels)[None, :]
+    mask = inside[:, None] if FULL else inside[:, None] & (p < pixels)[None, :]
+    return n, first + c, inside, base, offset, mask
 
 
 @triton.jit
