@@ -88,8 +88,9 @@ def join_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """y of x + residual and then skip, the sum, mean and rstd."""
     total = None if residual is None else torch.empty_like(x)
-    y = torch.empty_like(x)
-    if skip is not None:
+    if skip is None:
+        y = torch.empty_like(x)
+    else:
         layout = checks.memory_format(x)
         skip = skip.contiguous(memory_format=layout)
         shape = (x.shape[0], x.shape[1] + skip.shape[1], *x.shape[2:])
