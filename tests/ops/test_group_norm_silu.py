@@ -1,10 +1,12 @@
 """group_norm_silu and its gradients against float64, for every layout, dtype and option."""
 
+import math
+
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget
 from group_norm_cases import ROWS, check, make, results, run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import dd_kernels as dd
@@ -204,6 +206,7 @@ def test_any_shape_and_options(kernel, data):
     width, groups = data.draw(st.integers(1, 13)), data.draw(st.integers(1, 5))
     # Samples enough that plain PyTorch's largest error is not small by luck.
     samples, spatial = data.draw(st.integers(24, 26)), data.draw(st.lists(st.integers(1, 5), max_size=3))
+    assume(width * math.prod(spatial) != 2)  # of a group of two values plain PyTorch is exact by luck
     row = data.draw(st.tuples(*[st.integers(0, 1)] * 7))
     dtype = data.draw(st.sampled_from(DTYPES))
     shape, seed = (samples, width * groups, *spatial), data.draw(st.integers(0, 99))
