@@ -188,8 +188,8 @@ def test_the_compiling_ahead_leaves_cores_and_memory_to_others(gpu_target, monke
     monkeypatch.setattr(prepare.machine, "DEVICE", "cuda")
     monkeypatch.setattr(prepare.timing, "clock_of", lambda device, graphs: gpu_target.clock)
     monkeypatch.setattr(prepare, "run", lambda mine, target: ran.append((mine, target.clock.copies(1), target.kind)))
-    monkeypatch.setattr(torch._inductor.config, "autotune_local_cache", True)
-    prepare.main()
+    with torch._inductor.config.patch(autotune_local_cache=True):  # puts it back, where monkeypatch would delete it
+        prepare.main()
     ((mine, copies, kind),) = ran
     assert [str(plan) for plan in mine] == [str(plan) for plan in prepare.plans(gpu_target, True)[1::2]]
     assert (copies, kind, taken) == (1, "cuda", {"nice": 10, "memory": prepare.MEMORY / 2})
