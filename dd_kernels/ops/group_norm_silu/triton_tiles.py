@@ -22,7 +22,7 @@ from ..triton_common import is_channels_last, power_of_2
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """The limits of a plan; tile sizes in elements, powers of 2."""
+    """The limits of a plan, in elements; those of tiles are powers of 2, a group may leave some registers free."""
 
     one_program: int  # the largest group that one program holds
     shared: int  # the largest tile of several groups: sums over each take registers of their own
