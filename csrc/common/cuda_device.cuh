@@ -63,18 +63,6 @@ DD_DEVICE float* shared_memory() {
 // A thread-block cluster; outside one, a cluster is a single block.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-DD_DEVICE unsigned cluster_rank() {
-    unsigned rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-DD_DEVICE unsigned cluster_size() {
-    unsigned size;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-
 DD_DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -99,8 +87,6 @@ DD_DEVICE float load_from_rank(const float* here, unsigned rank) {
 
 #else
 
-DD_DEVICE unsigned cluster_rank() { return 0; }
-DD_DEVICE unsigned cluster_size() { return 1; }
 DD_DEVICE void cluster_sync() { __syncthreads(); }
 DD_DEVICE void cluster_arrive() {}
 DD_DEVICE void cluster_wait() {}

@@ -232,8 +232,6 @@ inline float fast_reciprocal(float v) { return 1.0f / v; }
 
 inline float* shared_memory() { return reinterpret_cast<float*>(host_cuda::device.here().shared.data()); }
 
-inline unsigned cluster_rank() { return host_cuda::device.rank(); }
-inline unsigned cluster_size() { return static_cast<unsigned>(host_cuda::device.cluster.size()); }
 inline unsigned again(unsigned v) { return v; }
 inline void cluster_arrive() {}
 inline void cluster_wait() { host_cuda::device.scheduler.wait(host_cuda::device.cluster_barrier); }
