@@ -78,7 +78,7 @@ void group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int
                               std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
                               bool silu, Tensor dx, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
                               std::optional<Tensor> dpre_shift, std::optional<Tensor> dscale,
-                              std::optional<Tensor> dshift) {
+                              std::optional<Tensor> dshift, std::optional<Tensor> /*partials*/) {
     InputFloats w(weight), b(bias), before(pre_shift), factor(scale), after(shift);
     Options options{w, b, before, factor, after, eps, silu};
     OutputFloats dw(dweight), db(dbias), dbefore(dpre_shift), dfactor(dscale), dafter(dshift);

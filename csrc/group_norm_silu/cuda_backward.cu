@@ -49,7 +49,7 @@ void group_norm_silu_backward(const NormBackward& a, cudaStream_t stream) {
     } else {
         group_norm_silu_backward_split(a, stream);
     }
-    if (a.per_sample) {
+    if (a.dweight || a.dbias) {
         const Grid grid{ceil_div(a.shape.channels, kWarp), 1, kSegments * kWarp, 8 * kSegments * kWarp};
         launch("group_norm_silu_backward", parameter_kernel, grid, stream, a);
     }

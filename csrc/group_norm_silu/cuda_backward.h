@@ -24,7 +24,19 @@ struct NormBackward {
 NormPlan plan_backward(const NormShape& shape);
 
 // Blocks that a channel of a split tile is summed by.
-int backward_sum_parts(const NormShape& shape, const NormPlan& plan);
+inline int backward_sum_parts(const NormShape& shape, const NormPlan& plan) {
+    constexpr int64_t bytes_per_block = 64 << 10, most_parts = 64;
+    if (plan.access == Access::channels_last) return plan.splits;
+    const int64_t parts = ceil_div(shape.pixels * shape.element_bytes(), bytes_per_block);
+    return static_cast<int>(std::min(parts, most_parts));
+}
+
+// Floats of per_sample and of sums.
+inline int64_t per_sample_floats(const NormShape& shape) { return 2 * shape.samples * shape.channels; }
+inline int64_t sum_floats(const NormShape& shape, const NormPlan& plan) {
+    if (plan.regime != Regime::split) return 0;
+    return 3 * shape.samples * shape.channels * backward_sum_parts(shape, plan);
+}
 
 void group_norm_silu_backward(const NormBackward& arguments, cudaStream_t stream);
 

@@ -142,13 +142,6 @@ void run_sums(const NormBackward& a, int64_t tiles, cudaStream_t stream) {
 
 }  // namespace
 
-int backward_sum_parts(const NormShape& shape, const NormPlan& plan) {
-    constexpr int64_t bytes_per_block = 64 << 10, most_parts = 64;
-    if (plan.access == Access::channels_last) return plan.splits;
-    int64_t parts = std::min(ceil_div(shape.pixels * shape.element_bytes(), bytes_per_block), most_parts);
-    return static_cast<int>(parts);
-}
-
 void group_norm_silu_backward_split(const NormBackward& arguments, cudaStream_t stream) {
     const int64_t wave = std::max<int64_t>(1, arguments.plan.wave_tiles / 2);  // x and dy
     for_waves(arguments, wave, [&](const auto& a, int64_t tiles, auto dtype, auto access) {

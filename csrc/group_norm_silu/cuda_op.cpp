@@ -39,41 +39,46 @@ NormOptions norm_options(const std::optional<Tensor>& weight, const std::optiona
             silu};
 }
 
-// At least one float, so that there is an address even where there is nothing to add up.
-Tensor scratch(const Tensor& like, int64_t floats) {
-    return torch::stable::new_empty(like, {std::max<int64_t>(floats, 1)}, ScalarType::Float);
-}
-
 float* floats(const std::optional<Tensor>& x) { return static_cast<float*>(output(x)); }
+
+// partials, where the plan needs so many floats there.
+float* room(const std::optional<Tensor>& partials, int64_t needed) {
+    if (needed == 0) return nullptr;
+    const int64_t given = partials.has_value() ? partials->numel() : 0;
+    STD_TORCH_CHECK(given >= needed, "group_norm_silu: partials must have ", needed, " floats; got ", given);
+    return floats(partials);
+}
 
 // With all that is not common to the forward ops set in a.
 void run_forward(NormForward& a, const NormOptions& options, const Tensor& y, const Tensor& mean, const Tensor& rstd,
-                 cudaStream_t stream) {
+                 const std::optional<Tensor>& partials, cudaStream_t stream) {
     a.options = options;
     a.y = y.mutable_data_ptr();
     a.mean = floats(mean);
     a.rstd = floats(rstd);
     a.plan = plan_forward(a.shape);
-    std::optional<Tensor> partials;
-    if (int64_t count = forward_partials(a.shape, a.plan)) a.partials = floats(partials.emplace(scratch(y, count)));
+    a.partials = room(partials, forward_partials(a.shape, a.plan));
     group_norm_silu(a, stream);
 }
 
 void group_norm_silu_op(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
                         double eps, std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
-                        std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean, Tensor rstd) {
+                        std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean, Tensor rstd,
+                        std::optional<Tensor> partials) {
     if (y.numel() == 0) return;
     OnDevice device(x);
     NormForward a{};
     a.shape = norm_shape(y, num_groups, is_aligned({x, y}), x.size(1));
     a.x = x.const_data_ptr();
-    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
+    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, partials,
+                device.stream);
 }
 
 void join_group_norm_silu_op(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> skip, int64_t num_groups,
                              std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                              std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                             bool silu, Tensor y, std::optional<Tensor> sum, Tensor mean, Tensor rstd) {
+                             bool silu, Tensor y, std::optional<Tensor> sum, Tensor mean, Tensor rstd,
+                             std::optional<Tensor> partials) {
     if (y.numel() == 0) return;
     OnDevice device(x);
     NormForward a{};
@@ -82,7 +87,8 @@ void join_group_norm_silu_op(Tensor x, std::optional<Tensor> residual, std::opti
     a.residual = input(residual);
     a.skip = input(skip);
     a.sum = output(sum);
-    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, device.stream);
+    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, partials,
+                device.stream);
 }
 
 // What is written for the parameters, where it is asked for.
@@ -92,7 +98,7 @@ struct ParameterGradients {
 
 // With the shape and all tensors as large as x set in a.
 void run_backward(NormBackward& a, const NormOptions& options, const Tensor& mean, const Tensor& rstd,
-                  const ParameterGradients& gradients, cudaStream_t stream) {
+                  const ParameterGradients& gradients, const std::optional<Tensor>& partials, cudaStream_t stream) {
     a.options = options;
     a.mean = data<float>(mean);
     a.rstd = data<float>(rstd);
@@ -101,14 +107,14 @@ void run_backward(NormBackward& a, const NormOptions& options, const Tensor& mea
     a.dpre_shift = floats(gradients.pre_shift);
     a.dscale = floats(gradients.scale);
     a.dshift = floats(gradients.shift);
-    const int64_t rows = a.shape.samples * a.shape.channels;
-    std::optional<Tensor> sums, per_sample;
-    if (a.dweight || a.dbias) a.per_sample = floats(per_sample.emplace(scratch(mean, 2 * rows)));
-    if (rows > 0) {
+    if (a.shape.samples > 0) {
         a.plan = plan_backward(a.shape);
         a.sum_parts = backward_sum_parts(a.shape, a.plan);
-        if (a.plan.regime == Regime::split) a.sums = floats(sums.emplace(scratch(mean, 3 * rows * a.sum_parts)));
     }
+    const int64_t of_samples = a.dweight || a.dbias ? per_sample_floats(a.shape) : 0;
+    float* partial = room(partials, of_samples + sum_floats(a.shape, a.plan));
+    a.per_sample = of_samples > 0 ? partial : nullptr;
+    a.sums = partial + of_samples;
     group_norm_silu_backward(a, stream);
 }
 
@@ -117,7 +123,8 @@ void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, 
                                  std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
                                  std::optional<Tensor> shift, bool silu, Tensor dx, std::optional<Tensor> dweight,
                                  std::optional<Tensor> dbias, std::optional<Tensor> dpre_shift,
-                                 std::optional<Tensor> dscale, std::optional<Tensor> dshift) {
+                                 std::optional<Tensor> dscale, std::optional<Tensor> dshift,
+                                 std::optional<Tensor> partials) {
     OnDevice device(x);
     NormBackward a{};
     a.shape = norm_shape(dy, num_groups, is_aligned({dy, x, dx}), x.size(1));
@@ -125,7 +132,7 @@ void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, 
     a.x = x.const_data_ptr();
     a.dx = dx.mutable_data_ptr();
     run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), mean, rstd,
-                 {dweight, dbias, dpre_shift, dscale, dshift}, device.stream);
+                 {dweight, dbias, dpre_shift, dscale, dshift}, partials, device.stream);
 }
 
 void join_group_norm_silu_backward_op(Tensor dy, std::optional<Tensor> dsum, Tensor x, std::optional<Tensor> skip,
@@ -134,7 +141,8 @@ void join_group_norm_silu_backward_op(Tensor dy, std::optional<Tensor> dsum, Ten
                                       std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu, Tensor dx,
                                       std::optional<Tensor> dskip, std::optional<Tensor> dweight,
                                       std::optional<Tensor> dbias, std::optional<Tensor> dpre_shift,
-                                      std::optional<Tensor> dscale, std::optional<Tensor> dshift) {
+                                      std::optional<Tensor> dscale, std::optional<Tensor> dshift,
+                                      std::optional<Tensor> partials) {
     OnDevice device(x);
     NormBackward a{};
     a.shape = norm_shape(dy, num_groups, is_aligned({dy, dsum, x, skip, dx, dskip}), x.size(1));
@@ -145,7 +153,7 @@ void join_group_norm_silu_backward_op(Tensor dy, std::optional<Tensor> dsum, Ten
     a.dx = dx.mutable_data_ptr();
     a.dskip = output(dskip);
     run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), mean, rstd,
-                 {dweight, dbias, dpre_shift, dscale, dshift}, device.stream);
+                 {dweight, dbias, dpre_shift, dscale, dshift}, partials, device.stream);
 }
 
 }  // namespace

@@ -120,12 +120,14 @@ class Plan(NamedTuple):
     wave_tiles: int
     rows: int
     rows_each: int
+    partials: int
 
 
 class HostLibrary:
     """The library, loaded, and what tests set in it."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         torch.ops.load_library(str(path))
         self._library = ctypes.CDLL(str(path))
 

@@ -5,6 +5,7 @@ import pytest
 import test_group_norm_silu_of_two as suite_of_two
 import torch
 from budget import DTYPES
+from group_norm_cases import kernels
 
 import dd_kernels as dd
 
@@ -79,6 +80,51 @@ def test_every_plan_covers_the_tensor(host, chip, channels_last, backward):
                     assert plan.regime == "split" or plan.held in (2, 4, 8, 12)
                     blocks = plan.splits * plan.cluster
                     assert (blocks - 1) * plan.rows_each < plan.rows <= blocks * plan.rows_each  # none is empty
+
+
+def memory_formats(shape):
+    """Tensors of this shape that hold nothing, contiguous and, where that differs, channels_last."""
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    last = x.contiguous(memory_format=torch.channels_last)
+    return [x] if last.is_contiguous() else [x, last]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("chip", [H200, A100, TINY, NO_CLUSTERS], ids=["h200", "a100", "tiny", "no_clusters"])
+def test_room_for_partial_sums_suffices(host, chip, aligned):
+    """What Python makes room for knows neither the chip nor where a tensor starts."""
+    host.set_chip(**chip)
+    fullest = {False: 0.0, True: 0.0}
+    for channels in (3, 8, 60, 320, 1016, 3000, 40000):
+        for size in ((1, 1), (5, 7), (64, 64), (200, 300), (2048, 2048)):
+            for groups in (g for g in (1, 2, 8, 30, 127) if channels % g == 0):
+                for x in memory_formats((2, channels, *size)):
+                    for backward in (False, True):
+                        last = not x.is_contiguous()
+                        plan = host.plan(tuple(x.shape), groups, x.dtype, last, aligned, backward)
+                        room = (
+                            kernels.backward_partials("cuda", x)
+                            if backward
+                            else kernels.forward_partials("cuda", x, groups)
+                        )
+                        assert plan.partials <= room[0].numel()
+                        fullest[backward] = max(fullest[backward], plan.partials / room[0].numel())
+    assert fullest == {False: 1.0, True: 1.0}  # nor does it make more than the largest need
+
+
+@pytest.mark.parametrize("given", [None, 31])
+def test_too_little_room_is_refused(host, given):
+    host.set_chip(**TINY)
+    x = torch.randn(2, 8, 3, 5)
+    options, partials = (8, None, None, 1e-5, None, None, None, True), None if given is None else torch.empty(given)
+    forward = (x, *options, torch.empty_like(x), torch.empty(2, 8), torch.empty(2, 8), partials)
+    with pytest.raises(RuntimeError, match=f"partials must have 32 floats; got {given or 0}"):
+        torch.ops.dd_kernels.group_norm_silu(*forward)
+
+
+def test_no_op_allocates(library):
+    """All the tensors that an op writes are handed to it: the library knows no function of torch that makes one."""
+    assert b"aten::" not in library.path.read_bytes()
 
 
 # shape, groups, channels_last, chip: one for every regime, number of vectors held, and kind of access.

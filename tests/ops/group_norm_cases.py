@@ -7,7 +7,7 @@ from budget import assert_within_budget
 
 import dd_kernels as dd
 
-run = importlib.import_module("dd_kernels.ops.group_norm_silu.kernels").run
+kernels = importlib.import_module("dd_kernels.ops.group_norm_silu.kernels")
 NAMES = ("weight", "bias", "pre_shift", "scale", "shift")
 # Presence of weight, bias, pre_shift, scale and shift, SiLU, channels_last: every pair of choices is in some row.
 ROWS = (

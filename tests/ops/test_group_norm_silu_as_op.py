@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import DTYPES, sentinels_survive, within_sentinels
-from group_norm_cases import NAMES, ROWS, make, results, run
+from group_norm_cases import NAMES, ROWS, kernels, make, results
 
 import dd_kernels as dd
 
@@ -52,28 +52,32 @@ def test_writes_all_of_its_outputs_and_nothing_else(kernel, pixels, dtype):
     y, dx = within_sentinels(shape, dtype, device), within_sentinels(shape, dtype, device)
     mean, rstd = (within_sentinels((2, 3), torch.float32, device) for _ in range(2))
     small = [within_sentinels(tuple(v.shape), torch.float32, device) for v in (weight, bias, *rows)]
-    run(kernel.name, "group_norm_silu", (x, *options, y, mean, rstd))
-    run(kernel.name, "group_norm_silu_backward", (dy, x, mean, rstd, *options, dx, *small))
+    rooms = kernels.forward_partials(kernel.name, y, 3), kernels.backward_partials(kernel.name, dy)
+    partials = [[within_sentinels(tuple(v.shape), v.dtype, device) for v in room] for room in rooms]
+    kernels.run(kernel.name, "group_norm_silu", (x, *options, y, mean, rstd, *partials[0]))
+    kernels.run(kernel.name, "group_norm_silu_backward", (dy, x, mean, rstd, *options, dx, *small, *partials[1]))
     for output in (y, dx, mean, rstd, *small):
         assert not output.isnan().any()
         assert sentinels_survive(output)
+    assert all(sentinels_survive(v) for room in partials for v in room)
     wanted = results(x, dy, 3, dict(zip(NAMES, (weight, bias, *rows), strict=True)), "silu", kernel.name)
     assert all(wanted[name].equal(v) for name, v in zip(wanted, (y, dx, *small), strict=True))
 
 
-def arguments(device):
+def arguments(name, device):
     x, dy, options, _ = make((2, 8, 5, 6), torch.float32, ROWS[0], device=device)
     small = [options[name] for name in NAMES]
     mean, rstd = torch.zeros(2, 4, device=device), torch.ones(2, 4, device=device)
     given_ = (4, small[0], small[1], 1e-5, *small[2:], True)
-    forward = (x, *given_, torch.empty_like(x), mean, rstd)
-    return forward, (dy, x, mean, rstd, *given_, torch.empty_like(x), *(torch.empty_like(v) for v in small))
+    forward = (x, *given_, torch.empty_like(x), mean, rstd, *kernels.forward_partials(name, x, 4))
+    gradients = (torch.empty_like(x), *(torch.empty_like(v) for v in small), *kernels.backward_partials(name, dy))
+    return forward, (dy, x, mean, rstd, *given_, *gradients)
 
 
 def test_opcheck(kernel):
     if kernel.name not in ("cpu", "cuda"):
         pytest.skip("Triton's kernels stand behind no operator")
-    forward, backward = arguments(kernel.device)
+    forward, backward = arguments(kernel.name, kernel.device)
     torch.library.opcheck(torch.ops.dd_kernels.group_norm_silu.default, forward)
     torch.library.opcheck(torch.ops.dd_kernels.group_norm_silu_backward.default, backward)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget
-from group_norm_cases import NAMES, ROWS, assert_sums_within_budget, make
+from group_norm_cases import NAMES, ROWS, assert_sums_within_budget, kernels, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -165,8 +165,9 @@ def operators(device):
     small = [options[name] for name in NAMES]
     norm = (4, *small[:2], 1e-5, *small[2:], True)
     mean, rstd = torch.zeros(2, 4), torch.ones(2, 4)
-    forward = (x, residual, skip, *norm, torch.empty_like(dy), torch.empty_like(x), mean.clone(), rstd.clone())
-    gradients = (torch.empty_like(v) for v in (x, skip, *small))
+    written = (torch.empty_like(dy), torch.empty_like(x), mean.clone(), rstd.clone())
+    forward = (x, residual, skip, *norm, *written, *kernels.forward_partials("cuda", dy, 4))
+    gradients = (*(torch.empty_like(v) for v in (x, skip, *small)), *kernels.backward_partials("cuda", dy))
     backward = (dy, dsum, x, skip, mean, rstd, *norm, *gradients)
     for op, arguments in (("join_group_norm_silu", forward), ("join_group_norm_silu_backward", backward)):
         yield op, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,22 +15,27 @@ from .. import checks
 
 _OPTIONS = "int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? pre_shift, Tensor? scale, Tensor? shift"
 _SCHEMAS = {
-    # On the CPU mean and rstd may be empty, where nobody will read them.
-    "group_norm_silu": f"(Tensor x, {_OPTIONS}, bool silu, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()",
+    # On the CPU mean and rstd may be empty, where nobody will read them. partials is room for the CUDA library's blocks
+    # to leave one another their sums: no op allocates on the GPU.
+    "group_norm_silu": (
+        f"(Tensor x, {_OPTIONS}, bool silu, "
+        "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor(d!)? partials=None) -> ()"
+    ),
     "group_norm_silu_backward": (
         f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, Tensor(a!) dx, Tensor(b!)? dweight, "
-        "Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift) -> ()"
+        "Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift, "
+        "Tensor(g!)? partials=None) -> ()"
     ),
     # Of x + residual, which is written to sum, followed by skip along the channels, which nobody joins: the CUDA
     # library's alone. dsum is added to dx.
     "join_group_norm_silu": (
         f"(Tensor x, Tensor? residual, Tensor? skip, {_OPTIONS}, bool silu, "
-        "Tensor(a!) y, Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd) -> ()"
+        "Tensor(a!) y, Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd, Tensor(e!)? partials=None) -> ()"
     ),
     "join_group_norm_silu_backward": (
         f"(Tensor dy, Tensor? dsum, Tensor x, Tensor? skip, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, "
         "Tensor(a!) dx, Tensor(b!)? dskip, Tensor(c!)? dweight, Tensor(d!)? dbias, Tensor(e!)? dpre_shift, "
-        "Tensor(f!)? dscale, Tensor(g!)? dshift) -> ()"
+        "Tensor(f!)? dscale, Tensor(g!)? dshift, Tensor(h!)? partials=None) -> ()"
     ),
 }
 
@@ -62,6 +68,29 @@ def _statistics(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return mean, torch.empty_like(mean)
 
 
+def _most_splits(y: Tensor, tile_channels: int, limit: int) -> int:
+    """Of a tile of so many channels in split_plan of csrc/group_norm_silu/cuda_plan.h, whatever the chip."""
+    tile_bytes = tile_channels * math.prod(y.shape[2:]) * y.element_size()
+    return min(-(-tile_bytes // (64 << 10)), limit)
+
+
+def forward_partials(chosen: str, y: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    """The room that the forward op of a backend takes, as its last argument: a mean and a square sum of every part."""
+    if chosen != "cuda":
+        return ()
+    tile_channels = y.shape[1] // num_groups if y.is_contiguous() else y.shape[1]
+    splits = _most_splits(y, tile_channels, 512)
+    return (torch.empty(2 * y.shape[0] * num_groups * splits, dtype=torch.float32, device=y.device),)
+
+
+def backward_partials(chosen: str, dy: Tensor) -> tuple[Tensor, ...]:
+    """The same of the backward op: two sums of every channel of a sample, and three of each of its parts."""
+    if chosen != "cuda":
+        return ()
+    splits = _most_splits(dy, 1 if dy.is_contiguous() else dy.shape[1], 128)
+    return (torch.empty(dy.shape[0] * dy.shape[1] * (2 + 3 * splits), dtype=torch.float32, device=dy.device),)
+
+
 # To make two small tensors costs as much as the norm of a small map.
 _UNREAD = torch.empty(0), torch.empty(0)
 
@@ -79,7 +108,7 @@ def forward(chosen: str, x: Tensor, options: tuple) -> tuple[Tensor, Tensor, Ten
     """y, mean and rstd."""
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, options[0])
-    run(chosen, "group_norm_silu", (x, *options, y, mean, rstd))
+    run(chosen, "group_norm_silu", (x, *options, y, mean, rstd, *forward_partials(chosen, y, options[0])))
     return y, mean, rstd
 
 
@@ -97,7 +126,8 @@ def join_forward(
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     mean, rstd = _statistics(x, options[0])
     residual = None if residual is None else _as_laid_out(residual, x)
-    run("cuda", "join_group_norm_silu", (x, residual, skip, *options, y, total, mean, rstd))
+    written = (y, total, mean, rstd, *forward_partials("cuda", y, options[0]))
+    run("cuda", "join_group_norm_silu", (x, residual, skip, *options, *written))
     return y, total, mean, rstd
 
 
@@ -118,7 +148,9 @@ def _backward(ctx: Any, dy: Tensor, saved: tuple, needed: tuple[bool, ...]) -> t
     gradients = _room_for_gradients(saved[3:], needed)
     dx = torch.empty_like(x)
     options = (num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
-    run(chosen, "group_norm_silu_backward", (_as_laid_out(dy, x), x, mean, rstd, *options, dx, *gradients))
+    dy = _as_laid_out(dy, x)
+    written = (dx, *gradients, *backward_partials(chosen, dy))
+    run(chosen, "group_norm_silu_backward", (dy, x, mean, rstd, *options, *written))
     return dx, gradients
 
 
@@ -200,7 +232,8 @@ class JoinGroupNormSiLU(torch.autograd.Function):
         if dtotal is not None:
             dtotal = _as_laid_out(dtotal, x)
         options = (num_groups, *small[:2], eps, *small[2:], silu)
-        read = (dy.contiguous(memory_format=layout), dtotal, x, skip, mean, rstd)
-        run("cuda", "join_group_norm_silu_backward", (*read, *options, dx, dskip, *gradients))
+        dy = dy.contiguous(memory_format=layout)
+        written = (dx, dskip, *gradients, *backward_partials("cuda", dy))
+        run("cuda", "join_group_norm_silu_backward", (dy, dtotal, x, skip, mean, rstd, *options, *written))
         terms = (v if wanted else None for v, wanted in zip((dx, dx, dskip), needed, strict=False))
         return (*terms, *gradients, None, None, None)

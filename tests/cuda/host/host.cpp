@@ -32,13 +32,14 @@ bool dd_host_launches(int64_t blocks) try {
 }
 
 // shape: samples, channels, pixels, groups, channels_last, aligned, dtype, backward, x_channels. plan: regime, access,
-// held, cluster, splits, tile_channels, tiles, wave_tiles, rows, rows_each.
+// held, cluster, splits, tile_channels, tiles, wave_tiles, rows, rows_each, partials.
 void dd_host_plan(const int64_t* shape, int64_t* plan) {
     using namespace dd::cuda;
     const NormShape s = {
         shape[0], shape[1], shape[2], shape[3], shape[4] != 0, shape[5] != 0, static_cast<dd::DType>(shape[6]),
         shape[8]};
     const NormPlan p = shape[7] ? plan_backward(s) : plan_forward(s);
+    const int64_t partials = shape[7] ? per_sample_floats(s) + sum_floats(s, p) : forward_partials(s, p);
     const int64_t values[] = {static_cast<int64_t>(p.regime),
                               static_cast<int64_t>(p.access),
                               p.held,
@@ -48,7 +49,8 @@ void dd_host_plan(const int64_t* shape, int64_t* plan) {
                               p.tiles,
                               p.wave_tiles,
                               p.rows,
-                              p.rows_each};
+                              p.rows_each,
+                              partials};
     std::copy(std::begin(values), std::end(values), plan);
 }
 }
