@@ -2,6 +2,7 @@
 // run them on the CPU. Found before CUDA's own header of this name by the order of include paths.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -74,6 +75,7 @@ struct Block {
     std::vector<char> shared;
     std::vector<Warp> warps;
     fibers::Barrier barrier;
+    unsigned running;  // threads
 };
 
 struct Chip {
@@ -88,11 +90,13 @@ struct Device {
     fibers::Scheduler scheduler;
     std::vector<Block> cluster;
     fibers::Barrier cluster_barrier;
+    std::vector<unsigned> arrivals;  // the generation of the cluster's barrier that each thread has arrived in
     std::vector<unsigned> shuffles;  // how many each thread has made, for double buffering
     bool backwards = false, refuses = false;
     Chip chip;
     int ordinal = 0;  // every chip is a device of its own
 
+    size_t current() const { return static_cast<size_t>(scheduler.current()); }
     unsigned thread() const { return static_cast<unsigned>(scheduler.current()) % blockDim.x; }
     unsigned rank() const { return static_cast<unsigned>(scheduler.current()) / blockDim.x; }
     Block& here() { return cluster[rank()]; }
@@ -106,6 +110,12 @@ inline void begin_block(Block& block, dim3 index, size_t shared_bytes) {
     block.shared = std::vector<char>(shared_bytes, static_cast<char>(0xff));
     block.barrier = {static_cast<int>(blockDim.x), 0, 0};
     block.warps.assign(blockDim.x / kWarp, Warp{{static_cast<int>(kWarp), 0, 0}, {}});
+    block.running = blockDim.x;
+}
+
+// Of a block that has ended another in its cluster reads NaN.
+inline void end_thread(Block& block) {
+    if (--block.running == 0) std::fill(block.shared.begin(), block.shared.end(), static_cast<char>(0xff));
 }
 
 inline bool valid(const cudaLaunchConfig_t& config, unsigned cluster) {
@@ -131,8 +141,12 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<
                 begin_block(device.cluster[rank], dim3(x + rank, y), config.dynamicSmemBytes);
             }
             device.cluster_barrier = {static_cast<int>(threads), 0, 0};
+            device.arrivals.assign(threads, 0);
             device.shuffles.assign(threads, 0);
-            device.scheduler.run(static_cast<int>(threads), device.backwards, [&](int) { kernel(); });
+            device.scheduler.run(static_cast<int>(cluster), static_cast<int>(blockDim.x), device.backwards, [&](int) {
+                kernel();
+                end_thread(device.here());
+            });
         }
     }
     return cudaSuccess;
@@ -184,7 +198,7 @@ inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
     auto& device = host_cuda::device;
     unsigned lane = device.thread() % host_cuda::kWarp;
     host_cuda::Warp& warp = device.here().warps[device.thread() / host_cuda::kWarp];
-    float* slots = warp.slots[device.shuffles[static_cast<size_t>(device.scheduler.current())]++ % 2];
+    float* slots = warp.slots[device.shuffles[device.current()]++ % 2];
     slots[lane] = value;
     device.scheduler.wait(warp.barrier);
     return slots[lane ^ static_cast<unsigned>(lane_mask)];
@@ -233,9 +247,18 @@ inline float fast_reciprocal(float v) { return 1.0f / v; }
 inline float* shared_memory() { return reinterpret_cast<float*>(host_cuda::device.here().shared.data()); }
 
 inline unsigned again(unsigned v) { return v; }
-inline void cluster_arrive() {}
-inline void cluster_wait() { host_cuda::device.scheduler.wait(host_cuda::device.cluster_barrier); }
-inline void cluster_sync() { host_cuda::device.scheduler.wait(host_cuda::device.cluster_barrier); }
+inline void cluster_arrive() {
+    auto& device = host_cuda::device;
+    device.arrivals[device.current()] = device.scheduler.arrive(device.cluster_barrier);
+}
+inline void cluster_wait() {
+    auto& device = host_cuda::device;
+    device.scheduler.wait(device.cluster_barrier, device.arrivals[device.current()]);
+}
+inline void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
 
 inline float load_from_rank(const float* here, unsigned rank) {
     const char* mine = host_cuda::device.here().shared.data();

@@ -2,8 +2,8 @@
 //
 // A thread runs until it meets a barrier that others have not reached; then another goes on. Threads that
 // never wait share one fiber and cost no switch. A barrier that can never open ends the process with a
-// message, as a GPU would hang. The order in which threads run can be turned around, which brings a
-// missing barrier to light.
+// message, as a GPU would hang. A team, the threads of a block, goes as far as it can before another goes on,
+// and the order in which threads run can be turned around: both bring a missing barrier to light.
 #pragma once
 
 #include <ucontext.h>
@@ -25,10 +25,10 @@ namespace fibers {
 // What AddressSanitizer must be told where one stack is left, and where the other is reached.
 #ifdef __SANITIZE_ADDRESS__
 inline void leave_for(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
-inline void arrive(const void** from, size_t* bytes) { __sanitizer_finish_switch_fiber(nullptr, from, bytes); }
+inline void reached(const void** from, size_t* bytes) { __sanitizer_finish_switch_fiber(nullptr, from, bytes); }
 #else
 inline void leave_for(const void*, size_t) {}
-inline void arrive(const void**, size_t*) {}
+inline void reached(const void**, size_t*) {}
 #endif
 
 struct Barrier {
@@ -47,9 +47,10 @@ struct Thread {
 
 class Scheduler {
 public:
-    // Calls body(0 .. count - 1), each as a thread of its own.
-    void run(int count, bool backwards, std::function<void(int)> body) {
-        threads_.assign(static_cast<size_t>(count), Thread{});
+    // Calls body(0 .. teams * team - 1), each as a thread of its own, `team` of them to a team.
+    void run(int teams, int team, bool backwards, std::function<void(int)> body) {
+        threads_.assign(static_cast<size_t>(teams * team), Thread{});
+        team_ = team;
         backwards_ = backwards;
         body_ = std::move(body);
         finished_ = 0;
@@ -60,15 +61,24 @@ public:
 
     int current() const { return current_; }
 
-    void wait(Barrier& barrier) {
+    // The barrier's generation, which ends when all have arrived.
+    static unsigned arrive(Barrier& barrier) {
+        const unsigned generation = barrier.generation;
         if (++barrier.arrived == barrier.expected) {
             barrier.arrived = 0;
             ++barrier.generation;
-            return;
         }
+        return generation;
+    }
+
+    void wait(Barrier& barrier) { wait(barrier, arrive(barrier)); }
+
+    // For the end of that generation.
+    void wait(Barrier& barrier, unsigned generation) {
+        if (barrier.generation != generation) return;
         Thread& thread = threads_[static_cast<size_t>(current_)];
         thread.waits_for = &barrier;
-        thread.generation = barrier.generation;
+        thread.generation = generation;
         int self = current_;
         go_on(next());
         current_ = self;
@@ -90,9 +100,13 @@ private:
     int after(int thread) const { return (thread + (backwards_ ? count() - 1 : 1)) % count(); }
 
     int next() const {
+        int of_another_team = -1;
         for (int i = 0, candidate = after(current_); i < count(); ++i, candidate = after(candidate)) {
-            if (threads_[static_cast<size_t>(candidate)].can_run()) return candidate;
+            if (!threads_[static_cast<size_t>(candidate)].can_run()) continue;
+            if (candidate / team_ == current_ / team_) return candidate;
+            if (of_another_team < 0) of_another_team = candidate;
         }
+        if (of_another_team >= 0) return of_another_team;
         std::fprintf(stderr, "CUDA on the host: %d of %d threads wait at a barrier that the others never reach\n",
                      count() - finished_, count());
         std::abort();
@@ -127,7 +141,7 @@ private:
     void enter(int thread) {
         entering_ = true;
         if (_setjmp(caller_) == 0) setcontext(begin(thread));
-        arrive(nullptr, nullptr);
+        reached(nullptr, nullptr);
     }
 
     // Leaves the current fiber, which waits, for that of `thread`.
@@ -135,7 +149,7 @@ private:
         Fiber& from = *fibers_[static_cast<size_t>(threads_[static_cast<size_t>(current_)].fiber)];
         current_ = thread;
         if (_setjmp(from.where) == 0) resume(thread);
-        arrive(nullptr, nullptr);
+        reached(nullptr, nullptr);
     }
 
     void resume(int thread) {
@@ -148,7 +162,7 @@ private:
 
     static void main(unsigned low, unsigned high) {
         auto* self = reinterpret_cast<Scheduler*>(static_cast<uintptr_t>(high) << 32 | low);
-        arrive(self->entering_ ? &self->caller_stack_ : nullptr, self->entering_ ? &self->caller_bytes_ : nullptr);
+        reached(self->entering_ ? &self->caller_stack_ : nullptr, self->entering_ ? &self->caller_bytes_ : nullptr);
         self->entering_ = false;
         self->loop();
     }
@@ -185,7 +199,7 @@ private:
     const void* caller_stack_ = nullptr;
     size_t caller_bytes_ = 0;
     bool backwards_ = false, entering_ = false;
-    int current_ = 0, finished_ = 0;
+    int team_ = 1, current_ = 0, finished_ = 0;
 };
 
 }  // namespace fibers
