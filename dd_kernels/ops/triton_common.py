@@ -9,9 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..backend import interpreting_triton
+
+# Whether kernels may use NVIDIA's instructions: the interpreter has no assembly.
+ASSEMBLY = tl.constexpr(torch.version.hip is None and not interpreting_triton())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +28,11 @@ class Sizes:
     elements_per_warp: int
 
 
-# Replace an entry to tune an op for a device. Eight elements per thread are two 128-bit loads of float32.
+# Replace an entry to tune an op for a device. Sixteen elements per thread share what is worked out per sample.
 SIZES = {
-    "randn": Sizes(1024, 256),
-    "q_sample": Sizes(1024, 256),
-    "reverse_step": Sizes(1024, 256),
+    "randn": Sizes(1024, 512),
+    "q_sample": Sizes(1024, 512),
+    "reverse_step": Sizes(1024, 512),
 }
 
 
@@ -132,42 +138,82 @@ def coefficient(row, column: tl.constexpr, inside):
 
 
 @triton.jit
-def sine_cosine(word):
-    """sin and cos of 2 pi word / 2^32 to 1.5 ulp, without the branches that an unreduced angle would need.
-
-    The quadrant is in the top bits, so the reduction is exact; the polynomials are Cephes' sinf and cosf.
-    """
-    quadrant = (word + 0x20000000) >> 30
-    angle = (word - (quadrant << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9  # pi / 2^31
-    a2 = angle * angle
-    s = ((-1.9515295891e-4 * a2 + 8.3321608736e-3) * a2 - 1.6666654611e-1) * (a2 * angle) + angle
-    c = ((2.443315711809948e-5 * a2 - 1.388731625493765e-3) * a2 + 4.166664568298827e-2) * (a2 * a2) - 0.5 * a2 + 1.0
-    swap = (quadrant & 1) != 0
-    sine, cosine = tl.where(swap, c, s), tl.where(swap, s, c)
-    return tl.where((quadrant & 2) != 0, -sine, sine), tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine)
-
-
-@triton.jit
-def box_muller(even, odd):
-    """Two normals from two words: r cos 2 pi v and r sin 2 pi v, with r = sqrt(-2 ln u)."""
-    u = (even.to(tl.float32) + 1.0) * 2.3283064365386963e-10  # 2^-32
-    radius = tl.sqrt(-2.0 * tl.log(u))
-    sine, cosine = sine_cosine(odd)
-    return radius * cosine, radius * sine
+def philox(key, c0, c1, c2, c3):
+    """Philox4x32-10 of a counter, by products of 64 bits: one instruction for what takes ``tl.philox`` two."""
+    seed = tl.load(key)
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c2 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0, (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1, c3 = product1.to(tl.uint32), product0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
 def words(key, n, draw, stream, quad):
-    """The four Philox4x32-10 words of each quad; key points to (seed, first_sample, draw)."""
-    sample = (tl.load(key + 1) + n).to(tl.int32)
-    return tl.philox(tl.load(key), quad, sample, draw.to(tl.int32), stream, 10)
+    """The four Philox words of each quad; key points to (seed, first_sample, draw)."""
+    sample = (tl.load(key + 1) + n).to(tl.uint32)
+    return philox(key, quad.to(tl.uint32), sample, draw.to(tl.uint32), tl.to_tensor(stream).to(tl.uint32))
 
 
 @triton.jit
-def normals(key, n, draw, stream, quad):
-    """N(0, 1) for the elements [BLOCK_C, BLOCK_P] of the quads [BLOCK_C, BLOCK_P // 4]."""
+def logarithm(v):
+    """ln v for normal v > 0, exactly 0 at 1; the polynomial of csrc/common/vec_math.h, as that of sine and cosine."""
+    bits = v.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23  # v = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
+    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
+    f2 = f * f
+    p01, p23 = f * 3.333393157e-1 - 4.999998317e-1, f * 1.996353344e-1 - 2.500258036e-1
+    p45, p67 = f * 1.488319384e-1 - 1.655185614e-1, f * 8.980340650e-2 - 1.442638493e-1
+    p = (f2 * p67 + p45) * (f2 * f2) + (f2 * p23 + p01)
+    return e.to(tl.float32) * 0.693147182 + (p * f2 + f)
+
+
+@triton.jit
+def sine_cosine(word):
+    """sin and cos of 2 pi word / 2^32 to 2^-22; the reduction to half a circle is of the integer, so exact."""
+    sign = (word + 0x40000000) & 0x80000000  # the other half of the circle changes both signs
+    angle = (word << 1).to(tl.int32, bitcast=True).to(tl.float32) * 7.31459055e-10  # pi / 2^32
+    z = angle * angle
+    s = (z * 2.608932662e-6 - 1.981111275e-4) * (z * z) + (z * 8.333088167e-3 - 1.666666046e-1)
+    c = (z * -2.619381514e-7 + 2.476930424e-5) * (z * z) + (z * -1.388856916e-3 + 4.166665577e-2)
+    sine, cosine = s * (angle * z) + angle, c * (z * z) + (1.0 - 0.5 * z)
+    sine = (sine.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return sine, (cosine.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fast_sine_cosine(word):
+    """The same to 2^-20.9 (PTX ISA) where NVIDIA has instructions for it."""
+    if ASSEMBLY:
+        angle = word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9  # pi / 2^31
+        sine = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
+        cosine = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
+    else:
+        sine, cosine = sine_cosine(word)
+    return sine, cosine
+
+
+@triton.jit
+def box_muller(even, odd, FAST: tl.constexpr):
+    """Two normals from two words: r cos 2 pi v and r sin 2 pi v, with r = sqrt(-2 ln u)."""
+    u = (even.to(tl.float32) + 1.0) * 2.3283064365386963e-10  # 2^-32
+    radius = tl.sqrt(-2.0 * logarithm(u))
+    sine, cosine = fast_sine_cosine(odd) if FAST else sine_cosine(odd)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def normals(key, n, draw, stream, quad, FAST: tl.constexpr):
+    """N(0, 1) for the elements [BLOCK_C, BLOCK_P] of the quads [BLOCK_C, BLOCK_P // 4].
+
+    FAST: what is made of them has 16 bits. A step of those moves so little that its arithmetic is the cost, and
+    their rounding hides the error of faster sines, at most 3.4e-6. Those of float32 are as on every backend.
+    """
     w0, w1, w2, w3 = words(key, n, draw, stream, quad)
-    z0, z1 = box_muller(w0, w1)
-    z2, z3 = box_muller(w2, w3)
+    z0, z1 = box_muller(w0, w1, FAST)
+    z2, z3 = box_muller(w2, w3, FAST)
     z = tl.join(tl.join(z0, z2), tl.join(z1, z3))  # [..., 2, 2], in the order z0 z1 z2 z3
     return tl.reshape(z, (quad.shape[0], quad.shape[1] * 4))

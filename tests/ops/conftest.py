@@ -39,6 +39,10 @@ class Kernel:
         """Triton's interpreter cuts float32 to bfloat16 where the compiled kernel rounds."""
         return self.interpreted and dtype == torch.bfloat16
 
+    def has_fast_sines(self, dtype: torch.dtype) -> bool:
+        """Compiled Triton kernels draw what they round to 16 bits with a GPU's own sine and cosine."""
+        return self.name == "triton" and not self.interpreted and dtype != torch.float32
+
 
 def _isa_function() -> Callable[[bytes | None], bytes | None]:
     library = next(Path(dd_kernels.__file__).parent.glob("_cpu.*so"))

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 
 import dd_kernels as dd
 from dd_kernels import backend as backends
-from dd_kernels.ops.randn import noise_key
-from dd_kernels.ops.randn import reference as randn_reference
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -29,6 +27,7 @@ from dd_kernels.ops.group_norm_silu import triton_tiles  # noqa: E402
 ROOT = pathlib.Path(__file__).parents[2]
 WRITES_TILES = ("_whole_groups", "_apply", "_whole_groups_backward", "_apply_backward", "_randn", "_q_sample")
 READS_TILES = (*WRITES_TILES[:4], "_partial_moments", "_partial_sums", "_q_sample", "_reverse_step")
+
 
 interpreted = pytest.mark.skipif(not backends.interpreting_triton(), reason="the op suite runs these on a GPU")
 
@@ -130,46 +129,6 @@ def test_one_graph_on_cuda_tensors():
 def test_one_graph_forward_and_one_backward_in_training():
     """Of a residual block with two norms: one kernel each forward, and one for the parameters more backward."""
     assert checks()["training_graphs"] == {"forward": 2, "backward": 4}
-
-
-@triton.jit
-def _store_words(out, key, stream, quads, BLOCK: tl.constexpr):
-    quad = tl.arange(0, BLOCK)[None, :]
-    drawn = triton_common.words(key, 3, tl.load(key + 2), stream.to(tl.uint32), quad)
-    at = out + quad * 4
-    for i in tl.static_range(4):
-        tl.store(at + i, drawn[i].to(tl.int64), mask=quad < quads)
-
-
-@interpreted
-@pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x123456789ABCDEF0])
-def test_words_equal_the_reference_to_the_bit(seed):
-    key = noise_key(seed, 2**32 - 2, 2**32 - 1, torch.device("cpu"))
-    out = torch.full((21, 4), -1)
-    _store_words[(1,)](out, key, 2**32 - 1, 21, BLOCK=32)
-    expected = randn_reference.words(key, 4, 84, key[2:3], 2**32 - 1)
-    assert out.equal(expected[3])
-
-
-@triton.jit
-def _store_sine_cosine(out, words, BLOCK: tl.constexpr):
-    i = tl.arange(0, BLOCK)
-    sine, cosine = triton_common.sine_cosine(tl.load(words + i).to(tl.uint32))
-    tl.store(out + i, sine)
-    tl.store(out + BLOCK + i, cosine)
-
-
-@interpreted
-def test_sine_and_cosine_to_two_ulps():
-    corners = torch.tensor([1 << 29, 1 << 30, 3 << 29, 1 << 31, 5 << 29, 3 << 30, 7 << 29, 1 << 32])
-    words = torch.cat([corners + d for d in (-1, 0, 1)] + [torch.arange(0, 1 << 32, 2**32 // 4072 + 1)]) % (1 << 32)
-    words = words[:4096]
-    words = torch.cat([words, words.new_zeros(4096 - len(words))])
-    out = torch.empty(2, 4096)
-    _store_sine_cosine[(1,)](out, words, BLOCK=4096)
-    angle = words.double() * (2 * torch.pi * 2.0**-32)
-    exact = torch.stack((angle.sin(), angle.cos()))
-    assert ((out.double() - exact).abs() <= 2.0**-22 * exact.abs() + 1e-15).all()
 
 
 @st.composite

@@ -11,13 +11,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...backend import interpreting_triton
-from ..triton_common import is_channels_last, power_of_2
+from ..triton_common import ASSEMBLY, is_channels_last, power_of_2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +38,6 @@ SIZES = {
 }
 _MAX_WARPS = 16
 _MOST_SHARING = 32  # channels of a tile that holds several groups
-
-# NVIDIA's reciprocal (1 ulp) is one instruction. A division (2 ulp) minds the range as well, and with it some kernels
-# spill; the interpreter, which has no assembly, divides.
-ASSEMBLY = tl.constexpr(torch.version.hip is None and not interpreting_triton())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +222,7 @@ def affine(weight, bias, scale, shift, n, channel, mask, CHANNELS: tl.constexpr,
 
 @triton.jit
 def inverse(v):
-    """1 / v for v >= 1."""
+    """1 / v for v >= 1, by NVIDIA's instruction (1 ulp): a division minds the range as well, and some kernels spill."""
     if ASSEMBLY:
         result = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [v], tl.float32, is_pure=True, pack=1)
     else:

@@ -43,7 +43,8 @@ def _q_sample(
     at = n * elements + first
     x = tl.load(x_start + at + offset, mask=mask).to(tl.float32)
     if noise is None:
-        z = normals(key, n, tl.load(key + 2), STREAM, quad)
+        fast: tl.constexpr = x_t.dtype.element_ty != tl.float32  # noise_out has the same dtype
+        z = normals(key, n, tl.load(key + 2), STREAM, quad, fast)
     else:
         z = tl.load(noise + n * noise_stride + first + offset, mask=mask).to(tl.float32)
     result = sqrt_alpha_bar * x + sqrt_one_minus_alpha_bar * z

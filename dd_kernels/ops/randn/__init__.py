@@ -84,7 +84,7 @@ def randn(
     whose four words give four normals by Box-Muller, pairwise: u = (w_even + 1) 2^-32,
     v = w_odd 2^-32, r = sqrt(-2 ln u), (r cos 2 pi v, r sin 2 pi v). So an image's noise is the
     same alone, in any batch, on any rank and on every backend (words to the bit, normals to a few
-    ulp of float32).
+    ulp of float32; where Triton rounds them to 16 bits, to 3.4e-6 before that).
 
     Args:
         shape: [N, ...]; the first dimension counts samples.

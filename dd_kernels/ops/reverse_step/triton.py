@@ -20,15 +20,9 @@ def _load(base, stride, n, offset, mask):
 
 
 @triton.jit
-def _term(weight, value):
-    """weight * value, and 0 for a weight of 0 whatever the value (an infinity, a NaN)."""
-    return tl.where(weight == 0, 0.0, weight * value)
-
-
-@triton.jit
 def _clip(value, limit):
     """value within [-limit, limit]; NaN stays NaN."""
-    return tl.where(value > limit, limit, tl.where(value < -limit, -limit, value))
+    return tl.clamp(value, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(do_not_specialize=["step_stride", "num_steps"], do_not_specialize_on_alignment=_SHARED)
@@ -81,22 +75,27 @@ def _reverse_step(
     else:
         limit = tl.load(threshold + n).to(tl.float32)
         start = _clip(start, limit) * tl.div_rn(1.0, limit)
+    # A term whose coefficient is 0 is left out, whatever it would multiply (an infinity, a NaN).
     result = coefficient(row, 4, inside) * start
-    result += _term(coefficient(row, 5, inside), x_t) + _term(coefficient(row, 6, inside), model)
+    from_x, from_out = coefficient(row, 5, inside), coefficient(row, 6, inside)
+    if from_x != 0:
+        result += from_x * x_t
+    if from_out != 0:
+        result += from_out * model
 
-    if (noise is not None) or (key is not None):
+    sigma = coefficient(row, 7, inside)
+    draws: tl.constexpr = (noise is not None) or (key is not None)
+    if draws and sigma != 0:
         if noise is not None:
             z = _load(noise, noise_stride, n, offset, mask)
         else:
-            z = normals(key, n, tl.load(timesteps + index), STREAM, quad)
-        sigma = coefficient(row, 7, inside)
-        amplitude = sigma
+            z = normals(key, n, tl.load(timesteps + index), STREAM, quad, x_prev.dtype.element_ty != tl.float32)
         if variance is not None:
             # Nichol & Dhariwal (2021), eq. 15: the model interpolates between two log-variances.
             low, high = coefficient(row, 8, inside), coefficient(row, 9, inside)
             fraction = (_load(variance, variance_stride, n, offset, mask) + 1.0) * 0.5
-            amplitude = sigma * tl.exp(0.5 * (low + fraction * (high - low)))
-        result += tl.where(sigma == 0, 0.0, amplitude * z)
+            z *= tl.exp(0.5 * (low + fraction * (high - low)))
+        result += sigma * z
 
     tl.store(x_prev + n * elements + offset, result.to(x_prev.dtype.element_ty), mask=mask)
     if x0 is not None:
