@@ -155,7 +155,7 @@ def philox(key, c0, c1, c2, c3):
 def words(key, n, draw, stream, quad):
     """The four Philox words of each quad; key points to (seed, first_sample, draw)."""
     sample = (tl.load(key + 1) + n).to(tl.uint32)
-    return philox(key, quad.to(tl.uint32), sample, draw.to(tl.uint32), tl.to_tensor(stream).to(tl.uint32))
+    return philox(key, quad.to(tl.uint32), sample, draw.to(tl.uint32), stream)
 
 
 @triton.jit

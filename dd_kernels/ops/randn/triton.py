@@ -23,7 +23,7 @@ def _randn(
     BLOCK_P: tl.constexpr,
 ):
     n, first, offset, mask, quad = tile_of(pixels, CHANNELS, BY_CHANNEL, STRADDLES, BLOCK_C, BLOCK_P)
-    noise = normals(key, n, tl.load(key + 2), stream, quad, z.dtype.element_ty != tl.float32)
+    noise = normals(key, n, tl.load(key + 2), stream.to(tl.uint32), quad, z.dtype.element_ty != tl.float32)
     tl.store(z + n.to(tl.int64) * elements + first + offset, noise.to(z.dtype.element_ty), mask=mask)
 
 
