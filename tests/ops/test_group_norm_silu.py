@@ -203,8 +203,9 @@ def test_any_shape_and_options(kernel, data):
     width, groups = data.draw(st.integers(1, 13)), data.draw(st.integers(1, 5))
     # Samples enough that plain PyTorch's largest error is not small by luck.
     samples, spatial = data.draw(st.integers(24, 26)), data.draw(st.lists(st.integers(1, 5), max_size=3))
-    assume(width * math.prod(spatial) != 2)  # of a group of two values plain PyTorch is exact by luck
     row = data.draw(st.tuples(*[st.integers(0, 1)] * 7))
+    # Plain PyTorch is exact by luck of two values, and of one that is shifted.
+    assume(width * math.prod(spatial) not in ((1, 2) if row[2] else (2,)))
     dtype = data.draw(st.sampled_from(DTYPES))
     shape, seed = (samples, width * groups, *spatial), data.draw(st.integers(0, 99))
     x, _, options, activation = make(shape, dtype, row, seed, device=kernel.device)
