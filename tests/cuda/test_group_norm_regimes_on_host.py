@@ -2,6 +2,7 @@
 
 import group_norm_cases as cases
 import pytest
+import test_group_norm_silu_as_op as suite
 import test_group_norm_silu_of_two as suite_of_two
 import torch
 from budget import DTYPES
@@ -52,6 +53,12 @@ FROM_OLDER_PTX = {**H200, "ptx_version": 80}  # compiled for Ampere, and again b
         (H200, (2, 64, 7, 7), 8, {}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 30, 8, 8), 3, {"channels_last": True}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 64, 8, 8), 8, {"aligned": False}, {"regime": "split", "access": "scalar"}),
+        # The sums of so many channels fit no block's shared memory.
+        (H200, (1, 2048, 1, 8), 1, {"backward": True}, {"regime": "split", "access": "contiguous"}),
+        # The pixels of a channel, and the vectors of a group, are counted in 32 bits.
+        (H200, (1, 4, 1 << 14, 1 << 13), 1, {}, {"regime": "split", "access": "contiguous"}),
+        (H200, (1, 4, 1 << 14, 1 << 14), 4, {}, {"regime": "split", "access": "scalar"}),
+        (H200, (1, 16, 1 << 14, 1 << 13), 1, {}, {"regime": "split", "access": "scalar"}),
     ],
     ids=str,
 )
@@ -80,6 +87,9 @@ def test_every_plan_covers_the_tensor(host, chip, channels_last, backward):
                     assert plan.regime == "split" or plan.held in (2, 4, 8, 12)
                     blocks = plan.splits * plan.cluster
                     assert (blocks - 1) * plan.rows_each < plan.rows <= blocks * plan.rows_each  # none is empty
+                    columns = plan.tile_channels * dtype.itemsize // 16 if plan.access == "channels_last" else 1
+                    rows_at_once = 32 if plan.regime == "warp" else 256 // columns
+                    assert plan.regime == "split" or plan.rows_each <= plan.held * rows_at_once
 
 
 def memory_formats(shape):
@@ -112,14 +122,36 @@ def test_room_for_partial_sums_suffices(host, chip, aligned):
     assert fullest == {False: 1.0, True: 1.0}  # nor does it make more than the largest need
 
 
-@pytest.mark.parametrize("given", [None, 31])
-def test_too_little_room_is_refused(host, given):
+@pytest.mark.parametrize("missing", [1, None])
+def test_too_little_room_is_refused(host, missing):
     host.set_chip(**TINY)
-    x = torch.randn(2, 8, 3, 5)
-    options, partials = (8, None, None, 1e-5, None, None, None, True), None if given is None else torch.empty(given)
-    forward = (x, *options, torch.empty_like(x), torch.empty(2, 8), torch.empty(2, 8), partials)
-    with pytest.raises(RuntimeError, match=f"partials must have 32 floats; got {given or 0}"):
-        torch.ops.dd_kernels.group_norm_silu(*forward)
+    x, dweight = torch.randn(2, 8, 3, 5), torch.empty(8)
+    options, (mean, rstd) = (8, None, None, 1e-5, None, None, None, True), torch.ones(2, 2, 8)
+    forward = (x, *options, torch.empty_like(x), mean, rstd)
+    backward = (x, x, mean, rstd, *options, torch.empty_like(x), dweight, None, None, None, None)
+    for op, arguments, needed in (("group_norm_silu", forward, 32), ("group_norm_silu_backward", backward, 80)):
+        given = 0 if missing is None else needed - missing
+        with pytest.raises(RuntimeError, match=f"partials must have {needed} floats; got {given}"):
+            getattr(torch.ops.dd_kernels, op)(*arguments, None if missing is None else torch.empty(given))
+
+
+@pytest.mark.parametrize("which", range(4), ids=["of_one", "of_one_backward", "of_two", "of_two_backward"])
+def test_every_tensor_may_start_anywhere(host, which):
+    """Reached by vectors of 16 bytes one that does not start at a multiple of them would end the process."""
+    of_one = zip(("group_norm_silu", "group_norm_silu_backward"), suite.arguments("cuda", "cpu"), strict=True)
+    op, arguments = [*of_one, *suite_of_two.operators("cpu")][which]
+
+    def run(moved=None):
+        given = [v.clone() if isinstance(v, torch.Tensor) else v for v in arguments]
+        if moved is not None:
+            x = arguments[moved]
+            given[moved] = torch.empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
+        getattr(torch.ops.dd_kernels, op)(*given)
+        return [v for v in given[:-1] if isinstance(v, torch.Tensor)]
+
+    aligned = run()
+    for i in (i for i, v in enumerate(arguments) if isinstance(v, torch.Tensor) and v.ndim == 4):
+        torch.testing.assert_close(run(i), aligned, rtol=1e-4, atol=1e-5)
 
 
 def test_no_op_allocates(library):
@@ -136,7 +168,7 @@ CASES = {
     "cluster_2": ((2, 8, 64, 64), 4, False, TINY_HOPPER),
     "cluster_8": ((1, 8, 64, 72), 1, False, H200),
     "cluster_of_a_slice": ((1, 8, 64, 72), 1, False, SLICE),
-    "split": ((1, 16, 80, 80), 1, False, TINY),
+    "split": ((1, 4, 160, 208), 1, False, TINY),  # the sums over a channel are split too
     "last_held": ((2, 64, 8, 8), 8, True, H200),
     "last_straddling": ((2, 60, 6, 6), 5, True, TINY),
     "last_straddling_wide": ((1, 40, 12, 12), 4, True, TINY_HOPPER),

@@ -1,0 +1,66 @@
+"""The CUDA elementwise ops where a GPU has bounds of its own: of a grid, of 16-byte accesses, of a table."""
+
+import pytest
+import torch
+
+import dd_kernels as dd
+from dd_kernels.ops.randn import noise_key
+
+SCHEDULE = dd.linear_schedule(50)
+TABLE = dd.ddpm(SCHEDULE, 20, variance="learned_range")
+SHAPE = (3, 3, 4, 8)
+
+
+def arguments(op):
+    """By name, everything that the operator knows among them; all outputs NaN."""
+    drawn, unset = iter(torch.randn(5, *SHAPE)), iter(torch.full((2, *SHAPE), float("nan")))
+    cpu = torch.device("cpu")
+    if op == "randn":
+        return {"z": next(unset), "key": noise_key(1, 0, 0, cpu), "stream": 0}
+    if op == "q_sample":
+        rows = {"rows": SCHEDULE.on(cpu).rows, "t": torch.tensor([9, 0, 49]), "key": None}
+        return {"x_start": next(drawn), "noise": next(drawn), **rows, "x_t": next(unset), "noise_out": next(unset)}
+    on = TABLE.on(cpu)
+    inputs = {name: next(drawn) for name in ("x", "out", "variance", "uncond")}
+    options = {"guidance_scale": 2.0, "noise": next(drawn), "threshold": torch.tensor([1.0, 0.7, 2.0])}
+    step = {"rows": on.rows, "timesteps": on.timesteps, "step": torch.tensor([19, 0, 7]), "key": None}
+    return {**inputs, **options, **step, "x_prev": next(unset), "x0": next(unset)}
+
+
+def run(op, given):
+    getattr(torch.ops.dd_kernels, op)(*given.values())
+    return [given[name] for name in ("z", "x_t", "noise_out", "x_prev", "x0") if name in given]
+
+
+@pytest.mark.parametrize("op", ["randn", "q_sample", "reverse_step"])
+def test_every_operand_may_start_anywhere(host, op):
+    """Reached by vectors of 16 bytes one that does not start at a multiple of them would end the process."""
+    given = arguments(op)
+    aligned = [v.clone() for v in run(op, given)]
+    for name in [name for name, v in given.items() if isinstance(v, torch.Tensor) and v.shape == SHAPE]:
+        elsewhere = torch.empty(given[name].numel() + 1)[1:].view(SHAPE).copy_(given[name])
+        assert elsewhere.data_ptr() % 16
+        assert all(map(torch.equal, run(op, {**given, name: elsewhere}), aligned)), name
+
+
+@pytest.mark.parametrize("op", ["q_sample", "reverse_step"])
+def test_an_index_beyond_the_table_gives_nan(host, op):
+    """Nothing may be read from a GPU to raise an error."""
+    given = arguments(op)
+    index = "t" if op == "q_sample" else "step"
+    tables = [name for name in ("rows", "timesteps") if name in given]
+    given |= {name: given[name][2:-2] for name in tables}  # numbers on either side
+    given[index] = torch.tensor([-1, 5, len(given["rows"])])
+    written = run(op, given)[0] if op == "q_sample" else torch.stack(run(op, given), 1)
+    assert written[[0, 2]].isnan().all()
+    assert written[1].isfinite().all()
+
+
+def test_more_samples_than_a_grid_has_rows(host):
+    x, table = torch.randn(65535 + 2, 1), dd.ddpm(SCHEDULE, 20)
+    for op in (
+        lambda backend: dd.randn(x.shape, seed=1, backend=backend),
+        lambda backend: dd.q_sample(x, 20, SCHEDULE, seed=1, backend=backend),
+        lambda backend: dd.reverse_step(x, x, table, 7, seed=1, backend=backend),
+    ):
+        torch.testing.assert_close(op("cuda"), op("reference"), rtol=1e-5, atol=1e-5)
