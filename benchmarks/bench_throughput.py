@@ -61,7 +61,10 @@ RUNS = {
         *(Run("digits", sampler, 512) for sampler in ("ddim", "ddpm")),
         *(Run("digits", "ddim", n) for n in (1, 64)),
         Run("imagenet64", "ddpm", 64, BF16),
+        Run("stable diffusion", "ddpm", 16, BF16),
         Run("cifar10", "ddim", 256, reference=True),
+        Run("imagenet64", "ddim", 512, BF16),
+        *(Run("stable diffusion", "ddim", n, BF16) for n in (256, 512)),
         Run("cifar10", "ddim", 256, BF16, compile=("default",)),
         Run("cifar10", "ddim", 1, BF16, compile=("reduce-overhead",)),
         Run("imagenet64", "ddim", 16, BF16, compile=("reduce-overhead",)),
@@ -82,7 +85,7 @@ RUNS = {
 
 def _implementations(target: Target, run: Run) -> dict[str, Denoiser | str]:
     if run.model == "stable diffusion":
-        found = models.stable_diffusion(run.batch, target, run.dtype)
+        found = models.stable_diffusion(run.sampler, run.batch, target, run.dtype)
         if isinstance(found, str):
             raise RuntimeError(found)
         return found

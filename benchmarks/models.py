@@ -154,8 +154,8 @@ def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device |
     )
 
 
-def stable_diffusion(batch: int, target: Target, dtype: torch.dtype) -> dict[str, Denoiser] | str:
-    """diffusers' U-Net of Stable Diffusion 1.5's size as it is, and fused by :func:`dd_kernels.fuse`; DDIM."""
+def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtype) -> dict[str, Denoiser] | str:
+    """diffusers' U-Net of Stable Diffusion 1.5's size as it is, and fused by :func:`dd_kernels.fuse`."""
     try:
         from diffusers import UNet2DConditionModel
     except ImportError:
@@ -167,12 +167,12 @@ def stable_diffusion(batch: int, target: Target, dtype: torch.dtype) -> dict[str
     fused = sharing(theirs)
     dd.fuse(fused)
     tokens = torch.randn(batch, *SD_TOKENS, device=device).to(dtype)
-    scheduler, table = scheduler_of("ddim", device), TABLES["ddim"]
+    scheduler, table = scheduler_of(sampler, device), TABLES[sampler]
     t, index = scheduler.timesteps[len(scheduler.timesteps) // 2], len(table) // 2
     return {
         "dd_kernels": Denoiser(
             lambda x: fused(x.to(dtype), t, tokens).sample,
-            lambda x, out: dd.reverse_step(x, out, table, index),
+            lambda x, out: dd.reverse_step(x, out, table, index, seed=SEEDS[sampler]),
             fused,
         ),
         "diffusers": Denoiser(

@@ -154,13 +154,15 @@ def test_every_implementation_takes_the_same_step(name, sampler, cpu_target, tin
 
 
 def test_the_fused_stable_diffusion_unet_shares_its_weights_and_agrees(cpu_target, tiny):
-    found = models.stable_diffusion(2, cpu_target, torch.float32)
+    found = models.stable_diffusion("ddim", 2, cpu_target, torch.float32)
     ours, theirs = found["dd_kernels"], found["diffusers"]
     assert all(a is b for a, b in zip(ours.module.parameters(), theirs.module.parameters(), strict=True))
     assert type(ours.module.conv_norm_out) is not type(theirs.module.conv_norm_out)
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(ours.model(x), theirs.model(x), rtol=1e-3, atol=1e-4)
+        small = x / 50, theirs.model(x) / 50
+        torch.testing.assert_close(ours.update(*small), theirs.update(*small), rtol=1e-3, atol=1e-4)
 
 
 def test_no_weight_is_left_at_zero(cpu_target, tiny):
