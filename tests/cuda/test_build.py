@@ -147,6 +147,23 @@ def test_imports_nothing_but_the_stable_abi(library):
     assert not re.search(r"\b(at|c10|torch)::|cuda[A-Z]", names)
 
 
+# None of them waits for the device, allocates or copies: a capture allows them all.
+RUNTIME = {
+    *("cudaDeviceGetAttribute", "cudaFuncGetAttributes", "cudaGetDevice", "cudaGetErrorString", "cudaGetLastError"),
+    *("cudaLaunchKernelExC", "cudaOccupancyMaxActiveClusters"),
+}
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_calls_nothing_of_the_runtime_that_a_capture_forbids(library):
+    objects = sorted(map(str, library.parents[1].rglob("*.o")))
+    assert len(objects) > 10
+    command = ["nm", "--undefined-only", *objects]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert set(re.findall(r"\bU (cuda[A-Z]\w+)", names)) == RUNTIME
+
+
 @pytest.fixture
 def setup_functions(monkeypatch):
     """What setup.py defines; nothing is built."""

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -17,8 +19,25 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
+// An access to one that does not lie at a multiple of 16 bytes ends the process, as it ends a kernel.
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
+
+    uint4() = default;
+    uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) : x(x), y(y), z(z), w(w) {}
+    uint4(const uint4& from) { *this = from; }
+    uint4& operator=(const uint4& from) {
+        for (const uint4* at : {static_cast<const uint4*>(this), &from}) check(reinterpret_cast<uintptr_t>(at));
+        std::memcpy(this, &from, sizeof from);
+        return *this;
+    }
+
+private:
+    static void check(uintptr_t address) {
+        if (address % 16 == 0) return;
+        std::fprintf(stderr, "CUDA on the host: misaligned address\n");
+        std::abort();
+    }
 };
 
 struct float2 {
