@@ -1,6 +1,5 @@
 """The reverse step against float64, for every sampler, option, layout and dtype."""
 
-import importlib
 import itertools
 
 import numpy as np
@@ -10,57 +9,11 @@ from budget import DTYPES, assert_within_budget, sentinels_survive, within_senti
 from guard_page import guard_page
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_cases import TABLES, check, double, largest_sigma, tensors
 
 import dd_kernels as dd
 from dd_kernels.ops.randn import noise_key
-from dd_kernels.tables import DynamicThreshold, from_columns
-
-SCHEDULE = dd.linear_schedule(1000)
-THRESHOLD = DynamicThreshold(0.9, 3.0)
-TABLES = {
-    "ddpm": dd.ddpm(SCHEDULE, steps=20),
-    "ddpm, no clip, fixed_large, v": dd.ddpm(SCHEDULE, 20, variance="fixed_large", prediction="v", clip=None),
-    "ddpm, learned_range": dd.ddpm(SCHEDULE, 20, variance="learned_range"),
-    "ddpm, dynamic threshold": dd.ddpm(SCHEDULE, 20, clip=THRESHOLD),
-    "ddim": dd.ddim(SCHEDULE, steps=20),
-    "ddim, eta 0.7, x_start": dd.ddim(SCHEDULE, steps=20, eta=0.7, prediction="x_start"),
-    "ddim inversion": dd.ddim_inversion(SCHEDULE, steps=20),
-    "prev_from_out": from_columns(
-        np.arange(3), x0_num_x=1.1, x0_num_out=-0.4, x0_den=0.9, prev_from_x0=0.5, prev_from_out=0.3, sigma=0.2
-    ),
-}
-
-
-def tensors(table, shape, dtype=torch.float32, out_dtype=torch.float32):
-    """x and a model output that moves x_0 to both sides of the clip."""
-    wide = [shape[0], shape[1] * (1 + table.learned_variance), *shape[2:]]
-    return torch.randn(shape).to(dtype), torch.randn(wide).to(out_dtype)
-
-
-def double(options):
-    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
-
-
-def largest_sigma(table):
-    return 0.0 if not table.stochastic else float(table.column("sigma").max())
-
-
-def check(kernel, x, out, table, step, **options):
-    """(x_prev, x0) of a kernel against float64 and plain PyTorch."""
-    if table.stochastic and "noise" not in options:
-        options.setdefault("seed", 7)
-    x, out, step = (v.to(kernel.device) if isinstance(v, torch.Tensor) else v for v in (x, out, step))
-    options = {k: v.to(kernel.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    wide = double(options)
-    exact = dd.reverse_step(x.double(), out.double(), table, step, return_x0=True, backend="reference", **wide)
-    plain = dd.reverse_step(x, out, table, step, return_x0=True, backend="reference", **options)
-    actual = dd.reverse_step(x, out, table, step, return_x0=True, backend=kernel.name, **options)
-    drawn = largest_sigma(table) if "noise" not in options else 0.0
-    for a, e, p in zip(actual, exact, plain, strict=True):
-        assert_within_budget(a, e, p, drawn, kernel.truncates(x.dtype))
-    alone = dd.reverse_step(x, out, table, step, backend=kernel.name, **options)
-    assert alone.equal(actual[0])
-    return actual[0]
+from dd_kernels.tables import from_columns
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())
@@ -256,92 +209,3 @@ def test_any_shape_layout_dtype_and_step(data):
     actual = dd.reverse_step(x, out, table, step, **options)
     # A learned sigma may exceed 1 no more than the table's variances do.
     assert_within_budget(actual, exact, plain, largest_sigma(table))
-
-
-def test_float64_and_gradients_go_to_the_reference():
-    table = TABLES["ddim"]
-    x, out = tensors(table, (2, 3, 4, 4))
-    assert dd.reverse_step(x.double(), out, table, 3).dtype == torch.float64
-    with pytest.raises(dd.BackendUnavailableError, match=r"reverse_step.*'cpu'.*float64"):
-        dd.reverse_step(x, out.double(), table, 3, backend="cpu")
-    out.requires_grad_()
-    dd.reverse_step(x, out, table, 3).sum().backward()
-    assert out.grad.abs().sum() > 0
-    with pytest.raises(dd.BackendUnavailableError, match=r"reverse_step.*'cpu'.*gradient"):
-        dd.reverse_step(x, out, table, 3, backend="cpu")
-
-
-X = torch.zeros(2, 3, 4, 4)
-LEARNED = TABLES["ddpm, learned_range"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"x": 1.0}, TypeError, "x must be a torch.Tensor; got float"),
-        ({"x": X.int()}, TypeError, "x must be float32.*int32"),
-        ({"x": X.sum()}, ValueError, r"x must be \[N, ...\]"),
-        ({"x": torch.zeros(2), "table": LEARNED}, ValueError, r"x must be \[N, C, ...\] .* learned variance"),
-        ({"out": None}, TypeError, "out must be a torch.Tensor; got NoneType"),
-        ({"out": X[:, :2]}, ValueError, r"out must have the shape of x, \[2, 3, 4, 4\]; got \[2, 2, 4, 4\]"),
-        ({"table": LEARNED}, ValueError, r"out must have the shape \[2, 6, 4, 4\], .* learned variance"),
-        ({"out": X.to("meta")}, ValueError, "out must be on the device of x, cpu; got meta"),
-        ({"uncond": X[:1]}, ValueError, r"uncond must have the shape of x, \[2, 3, 4, 4\]"),
-        ({"uncond": X.int()}, TypeError, "uncond must be float32"),
-        ({"seed": None, "noise": X[0]}, ValueError, "noise must have the shape of x"),
-        ({"seed": None, "noise": X.bool()}, TypeError, "noise must be float32.*bool"),
-        ({"noise": X}, ValueError, "only one of noise and seed may be given; got both"),
-        ({"seed": None}, ValueError, "noise or seed must be given for a table that adds noise; got neither"),
-        ({"seed": "0"}, TypeError, "seed must be an int; got str"),
-        ({"first_sample": -1}, ValueError, "first_sample must be in"),
-        ({"step": 20}, ValueError, r"step must be in \[0, 20\); got 20"),
-        ({"step": -1}, ValueError, r"step must be in \[0, 20\); got -1"),
-        ({"step": torch.tensor([0, 25])}, ValueError, r"step must be in \[0, 20\); got 25"),
-        ({"step": torch.tensor([0, 1, 2])}, ValueError, r"step must have the shape \[\] or \[2\]"),
-        ({"step": 0.5}, TypeError, "step must be an int or an integer tensor; got float"),
-        ({"x_prev": X[:1]}, ValueError, "x_prev must have the shape of x"),
-        ({"x_prev": X.half()}, TypeError, "x_prev must have the dtype of x, torch.float32; got torch.float16"),
-        ({"backend": "cuda"}, dd.BackendUnavailableError, "reverse_step: backend='cuda' was asked for but cannot run"),
-    ],
-)
-def test_errors(arguments, error, message):
-    with pytest.raises(error, match=message):
-        dd.reverse_step(**{"x": X, "out": X, "table": TABLES["ddpm"], "step": 3, "seed": 0, **arguments})
-
-
-def test_opcheck(kernel):
-    if kernel.name == "triton":
-        return
-    table = TABLES["ddpm"]
-    x, out = (v.to(kernel.device) for v in tensors(table, (2, 3, 4, 4)))
-    on, key = table.on(x.device), noise_key(1, 0, 0, x.device)
-    shared = (on.rows, on.timesteps, on.steps[3])
-    op = torch.ops.dd_kernels.reverse_step.default
-    torch.library.opcheck(op, (x, out, None, out.clone(), 2.0, None, None, *shared, key, x.clone(), x.clone()))
-    threshold = torch.ones(2, device=x.device)
-    torch.library.opcheck(op, (x, out, out.clone(), None, 1.0, x.clone(), threshold, *shared, None, x.clone(), None))
-
-
-@pytest.mark.parametrize("elements", [1, 2, 3, 192, 4097])
-def test_quantile_is_that_of_torch(elements):
-    quantile = importlib.import_module("dd_kernels.ops.reverse_step")._quantile
-    values = torch.randn(3, elements)
-    for ratio in (0.0, 0.3, 0.5, 0.8, 0.995, 1.0):
-        assert quantile(values, ratio).equal(torch.quantile(values, ratio, dim=1))
-    values[1, 0] = float("nan")
-    torch.testing.assert_close(
-        quantile(values, 0.8), torch.quantile(values, 0.8, dim=1), equal_nan=True, rtol=0, atol=0
-    )
-
-
-def test_threshold_of_more_elements_than_torch_quantile_takes():
-    quantile = importlib.import_module("dd_kernels.ops.reverse_step")._quantile
-    assert quantile(torch.ones(1, 2**24 + 1), 0.995).equal(torch.ones(1))
-
-
-@pytest.mark.parametrize("name", ["ddpm", "ddpm, learned_range", "ddim", "ddpm, dynamic threshold"])
-def test_compiles_in_one_graph(name):
-    table = TABLES[name]
-    x, out = tensors(table, (2, 3, 5, 5))
-    run = lambda x, out: dd.reverse_step(x * 2, out, table, 3, seed=4) + 1  # noqa: E731
-    assert torch.compile(run, fullgraph=True, backend="aot_eager")(x, out).equal(run(x, out))
