@@ -6,8 +6,11 @@ from budget import DTYPES, assert_within_budget
 from group_norm_cases import NAMES, ROWS, assert_sums_within_budget, kernels, make
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import dd_kernels as dd
+from dd_kernels import backend as backends
 
 # x's shape, skip's channels, groups: groups of one tensor, groups that straddle both, no channels of a vector's length.
 SHAPES = [
@@ -157,6 +160,37 @@ def test_compiles_in_one_graph(kernel):
         leaves = [v.clone().requires_grad_() for v in (x, skip)]
         wanted.append(torch.autograd.grad(function(*leaves), leaves))
     assert all(a.equal(b) for a, b in zip(*wanted, strict=True))
+
+
+def unrun(graphs):
+    """A compiler whose code gives empty tensors; the op calls of each graph are appended to ``graphs``."""
+
+    def compiler(module, _):
+        nodes = list(module.graph.nodes)
+        graphs.append(sum("group_norm_silu" in str((node.target, node.args)) for node in nodes if node.args))
+        values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in nodes[-1].args[0]]
+        return make_boxed_func(
+            lambda *_: [torch.empty([int(n) for n in v.shape]) if isinstance(v, torch.Tensor) else v for v in values]
+        )
+
+    return compiler
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_cuda_library_is_one_graph_forward_and_one_backward(dynamic, monkeypatch):
+    """With the room for partial sums in them, for any batch too; the ops are traced here, not run."""
+    monkeypatch.setattr(backends, "choose", lambda *arguments: "cuda")
+    graphs = []
+
+    def compute(x, residual, skip, weight):
+        y, total = dd.group_norm_silu(x * 2, 4, weight, residual=residual)
+        return dd.group_norm_silu(y, 4, skip=skip).sum() + dd.group_norm_silu(total, 4).sum()
+
+    torch._dynamo.reset()
+    leaves = [torch.randn(s, requires_grad=True) for s in (*[(2, 8, 4, 4)] * 3, (8,))]
+    backend = aot_autograd(fw_compiler=unrun(graphs), bw_compiler=unrun(graphs))
+    torch.compile(compute, fullgraph=True, dynamic=dynamic, backend=backend)(*leaves).backward()
+    assert graphs == [3, 3]
 
 
 def operators(device):
