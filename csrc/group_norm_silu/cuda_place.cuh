@@ -240,11 +240,11 @@ DD_DEVICE ChannelOptions<float> channel_options(const NormOptions& o, const Norm
             parameter(o.scale, i, 0.0f), parameter(o.shift, i, 0.0f)};
 }
 
-// 1 / sqrt(v), by one step of Newton's from that of two roundings, the residual kept exact.
+// 1 / sqrt(v), by one step of Newton's from that of two roundings, the residual kept exact: NaN where v is 0 or inf.
 DD_DEVICE float reciprocal_sqrt(float v) {
     const float r = 1.0f / sqrt(v), product = v * r;
     const float residual = fma(-product, r, 1.0f) - fma(v, r, -product) * r;
-    return v > 0.0f && residual == residual ? fma(0.5f * r, residual, r) : r;
+    return residual == residual ? fma(0.5f * r, residual, r) : r;
 }
 
 // What rounding took from the centre (Knuth's exact sum of two floats) comes back in the offset.

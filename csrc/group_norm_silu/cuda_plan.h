@@ -21,6 +21,7 @@ constexpr int kWarpLanes = 32;
 constexpr int kMostHeldByWarp = 8;  // 16-byte vectors that a thread keeps in registers
 
 constexpr int kMostTileChannels = 1024;  // whose sums and statistics fit the shared memory of a block
+static_assert(kMostTileChannels <= 4 * kNormThreads, "a thread has a vector of every row");
 
 enum class Direction { forward, backward };
 enum class Regime { warp, held, split };
@@ -154,7 +155,7 @@ inline int64_t split_channels(const NormShape& shape) {
     int64_t unit = group / greatest_common_divisor(group, vector) * vector;
     int64_t best = 0;
     for (int64_t channels = unit; channels <= std::min<int64_t>(shape.channels, kMostTileChannels); channels += unit) {
-        if (shape.channels % channels != 0 || channels / vector > kNormThreads) continue;
+        if (shape.channels % channels != 0) continue;
         if (best * shape.element_bytes() < good_row_bytes) best = channels;
     }
     return best;

@@ -12,9 +12,8 @@ struct Moments {
     float count = 0.0f;
     float mean[length] = {}, m2[length] = {};
 
-    // Chan, Golub and LeVeque (1979).
+    // Chan, Golub and LeVeque (1979); the other has seen something.
     DD_DEVICE void merge(const Moments& other) {
-        if (other.count == 0.0f) return;
         const float total = count + other.count, weight = other.count / total;
 #pragma unroll
         for (int k = 0; k < length; ++k) {
