@@ -22,7 +22,7 @@ bool is_aligned(std::initializer_list<std::optional<Tensor>> tensors) {
 NormShape norm_shape(const Tensor& x, int64_t groups, bool aligned, int64_t x_channels) {
     const Layout layout = layout_of(x);
     const int64_t channels = x.size(1);
-    bool last = layout.channels != 1 || channels == 1;
+    const bool last = layout.channels != 1;
     int64_t pixels = last ? layout.pixels : layout.pixels / std::max<int64_t>(channels, 1);
     return {x.size(0), channels, pixels, groups, last, aligned, dtype_of(x), x_channels};
 }

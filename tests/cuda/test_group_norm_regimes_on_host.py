@@ -154,6 +154,14 @@ def test_every_tensor_may_start_anywhere(host, which):
         torch.testing.assert_close(run(i), aligned, rtol=1e-4, atol=1e-5)
 
 
+def test_one_channel_is_read_in_vectors(host):
+    """Contiguous and channels_last are one for it; element by element, its tiles would be split."""
+    x, mean, rstd = torch.randn(2, 1, 8, 8), torch.empty(2, 1), torch.empty(2, 1)
+    torch.ops.dd_kernels.group_norm_silu(
+        x, 1, None, None, 1e-5, None, None, None, True, torch.empty_like(x), mean, rstd, partials=None
+    )
+
+
 def test_no_op_allocates(library):
     """All the tensors that an op writes are handed to it: the library knows no function of torch that makes one."""
     assert b"aten::" not in library.path.read_bytes()
