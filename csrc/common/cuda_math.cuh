@@ -40,7 +40,17 @@ DD_HOST_DEVICE Vec clamp(Vec v, Vec low, Vec high) {
 }
 
 DD_HOST_DEVICE Vec fma(Vec a, Vec b, Vec c) { return ::fmaf(a, b, c); }
-DD_HOST_DEVICE Vec sqrt(Vec v) { return ::sqrtf(v); }
+// On the device to an ulp (PTX ISA): exactly rounded it takes three times the instructions.
+DD_HOST_DEVICE Vec sqrt(Vec v) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(v));
+    return result;
+#else
+    return ::sqrtf(v);
+#endif
+}
+
 DD_HOST_DEVICE Vec abs(Vec v) { return ::fabsf(v); }
 
 }  // namespace dd::cuda

@@ -2,7 +2,8 @@
 //
 // Noise counts elements in [channels][pixels] order, four to a Philox call, whatever the order in
 // memory. A unit therefore covers whole calls in both orders: rows of eight consecutive elements
-// (16 bytes of a 16-bit dtype, twice that of float32), drawn by as many calls as they hold quads.
+// (16 bytes of a 16-bit dtype, twice that of float32), drawn by as many calls as they hold quads. Where there is
+// float32 a row is two quads that lie as far apart as a warp reaches: what its threads write together has no gaps.
 #pragma once
 
 #include <initializer_list>
@@ -15,11 +16,12 @@
 namespace dd::cuda {
 
 enum class Order {
-    contiguous,  // eight consecutive elements
-    channels_3,  // channels last, three of them: eight pixels
-    channels_4,  // channels last, four of them: eight pixels
-    channels_8,  // channels last, a multiple of eight: eight channels of four pixels
-    any          // one element, for every other shape and for addresses that are no multiple of 16
+    contiguous,   // eight consecutive elements
+    channels_3,   // channels last, three of them: eight pixels
+    channels_4,   // channels last, four of them: eight pixels
+    channels_8,   // channels last, a multiple of eight: eight channels of four pixels
+    any,          // one element, for every other shape and for addresses that are no multiple of 16
+    interleaved,  // contiguous: two quads, kWarp quads apart
 };
 
 constexpr int kUnitThreads = 128;
@@ -27,6 +29,9 @@ constexpr int kUnitThreads = 128;
 DD_HOST_DEVICE constexpr int unit_rows(Order order) {
     return order == Order::channels_3 ? 3 : order == Order::channels_4 || order == Order::channels_8 ? 4 : 1;
 }
+
+// Elements from the first to the second quad of a row.
+DD_HOST_DEVICE constexpr int quad_gap(Order order) { return order == Order::interleaved ? 4 * kWarp : 4; }
 
 // Blocks to a multiprocessor that the registers are planned for: 64 a thread, or 168.
 DD_HOST_DEVICE constexpr int unit_blocks(Order order) { return unit_rows(order) == 1 ? 8 : 3; }
@@ -36,6 +41,7 @@ DD_HOST_DEVICE constexpr int unit_width(Order order) { return order == Order::an
 inline int64_t units_per_sample(Order order, const Layout& layout) {
     switch (order) {
         case Order::contiguous:
+        case Order::interleaved:
         case Order::channels_3:
         case Order::channels_4:
             return layout.pixels / 8;
@@ -56,6 +62,10 @@ inline Order order_of(const Layout& layout, std::initializer_list<Operand> opera
     for (const Operand& operand : operands) {
         if (operand && !has_16_byte_rows(operand)) return Order::any;
     }
+    auto is_float32 = [](const Operand& operand) { return operand && operand.dtype == DType::float32; };
+    if (layout.channels == 1 && layout.pixels % (8 * kWarp) == 0) {
+        return std::any_of(operands.begin(), operands.end(), is_float32) ? Order::interleaved : Order::contiguous;
+    }
     if (layout.channels == 1) return layout.pixels % 8 == 0 ? Order::contiguous : Order::any;
     if (layout.channels % 8 == 0) return layout.pixels % 4 == 0 ? Order::channels_8 : Order::any;
     if (layout.pixels % 8 != 0) return Order::any;
@@ -71,6 +81,8 @@ void for_units(const Layout& layout, std::initializer_list<Operand> operands, co
     switch (order) {
         case Order::contiguous:
             return start(std::integral_constant<Order, Order::contiguous>{}, grid);
+        case Order::interleaved:
+            return start(std::integral_constant<Order, Order::interleaved>{}, grid);
         case Order::channels_3:
             return start(std::integral_constant<Order, Order::channels_3>{}, grid);
         case Order::channels_4:
@@ -112,6 +124,7 @@ struct Unit {
         if constexpr (order == Order::channels_8) {
             return (index / (channels / 8) * 4 + row) * channels + index % (channels / 8) * 8;
         }
+        if constexpr (order == Order::interleaved) return index / kWarp * (8 * kWarp) + index % kWarp * 4;
         return (index * kRows + row) * kWidth;
     }
 
@@ -129,6 +142,9 @@ struct Unit {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) z[i][k] = quad[i];
             }
+        } else if constexpr (order == Order::interleaved) {
+            normal_quad(offset(0) / 4, at, z[0]);
+            normal_quad((offset(0) + quad_gap(order)) / 4, at, z[0] + 4);
         } else {
             constexpr int kChannels = kRows;
 #pragma unroll
@@ -146,18 +162,23 @@ struct Unit {
 };
 
 // A row as it lies in memory, loaded before it is needed.
-template <int width>
-struct Row;
-
-template <>
-struct Row<8> {
+template <Order order>
+struct Row {
     uint4 low, high;  // high only of float32
 
     DD_DEVICE Row(const Operand& x, int64_t sample, int64_t offset) {
         int64_t first = sample * x.sample_stride + offset;
         const char* p = static_cast<const char*>(x.data) + first * element_size(x.dtype);
-        low = *reinterpret_cast<const uint4*>(p);
-        if (x.dtype == DType::float32) high = *reinterpret_cast<const uint4*>(p + 16);
+        if (x.dtype == DType::float32) {
+            low = *reinterpret_cast<const uint4*>(p);
+            high = *reinterpret_cast<const uint4*>(p + 4 * quad_gap(order));
+        } else if constexpr (quad_gap(order) == 4) {
+            low = *reinterpret_cast<const uint4*>(p);
+        } else {
+            const uint2 quads[2] = {*reinterpret_cast<const uint2*>(p),
+                                    *reinterpret_cast<const uint2*>(p + 2 * quad_gap(order))};
+            low = {quads[0].x, quads[0].y, quads[1].x, quads[1].y};
+        }
     }
 
     DD_DEVICE void floats(DType dtype, float v[8]) const {
@@ -173,7 +194,7 @@ struct Row<8> {
 };
 
 template <>
-struct Row<1> {
+struct Row<Order::any> {
     float value;
 
     DD_DEVICE Row(const Operand& x, int64_t sample, int64_t offset)
@@ -182,23 +203,29 @@ struct Row<1> {
     DD_DEVICE void floats(DType, float v[1]) const { v[0] = value; }
 };
 
-template <int width>
-DD_DEVICE void load_row(const Operand& x, int64_t sample, int64_t offset, float v[width]) {
-    Row<width>(x, sample, offset).floats(x.dtype, v);
+template <Order order>
+DD_DEVICE void load_row(const Operand& x, int64_t sample, int64_t offset, float v[unit_width(order)]) {
+    Row<order>(x, sample, offset).floats(x.dtype, v);
 }
 
-template <int width>
-DD_DEVICE void store_row(const Operand& y, int64_t sample, int64_t offset, const float v[width]) {
+template <Order order>
+DD_DEVICE void store_row(const Operand& y, int64_t sample, int64_t offset, const float v[unit_width(order)]) {
     int64_t first = sample * y.sample_stride + offset;
-    if constexpr (width == 1) {
+    if constexpr (order == Order::any) {
         store_element(y.data, first, y.dtype, v[0]);
     } else {
-        uint4* p = reinterpret_cast<uint4*>(static_cast<char*>(y.data) + first * element_size(y.dtype));
+        char* p = static_cast<char*>(y.data) + first * element_size(y.dtype);
         if (y.dtype == DType::float32) {
-            p[0] = pack<DType::float32>(v);
-            p[1] = pack<DType::float32>(v + 4);
+            *reinterpret_cast<uint4*>(p) = pack<DType::float32>(v);
+            *reinterpret_cast<uint4*>(p + 4 * quad_gap(order)) = pack<DType::float32>(v + 4);
+            return;
+        }
+        const uint4 words = y.dtype == DType::bfloat16 ? pack<DType::bfloat16>(v) : pack<DType::float16>(v);
+        if constexpr (quad_gap(order) == 4) {
+            *reinterpret_cast<uint4*>(p) = words;
         } else {
-            p[0] = y.dtype == DType::bfloat16 ? pack<DType::bfloat16>(v) : pack<DType::float16>(v);
+            *reinterpret_cast<uint2*>(p) = {words.x, words.y};
+            *reinterpret_cast<uint2*>(p + 2 * quad_gap(order)) = {words.z, words.w};
         }
     }
 }

@@ -27,12 +27,12 @@ __global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) q_sample_ker
         for (int row = 0; row < unit.kRows; ++row) {
             const int64_t offset = unit.offset(row);
             float x[unit.kWidth];
-            load_row<unit.kWidth>(a.x_start, sample, offset, x);
-            if (a.noise) load_row<unit.kWidth>(a.noise, sample, offset, z[row]);
+            load_row<order>(a.x_start, sample, offset, x);
+            if (a.noise) load_row<order>(a.noise, sample, offset, z[row]);
 #pragma unroll
             for (int i = 0; i < unit.kWidth; ++i) x[i] = diffuse(x[i], z[row][i], marginal);
-            store_row<unit.kWidth>(a.x_t, sample, offset, x);
-            if (a.noise_out) store_row<unit.kWidth>(a.noise_out, sample, offset, z[row]);
+            store_row<order>(a.x_t, sample, offset, x);
+            if (a.noise_out) store_row<order>(a.noise_out, sample, offset, z[row]);
         }
     }
 }

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) randn_kernel
         float z[unit.kRows][unit.kWidth];
         unit.normals(key.counter(sample, key.draw, a.stream), z);
 #pragma unroll
-        for (int row = 0; row < unit.kRows; ++row) store_row<unit.kWidth>(a.z, sample, unit.offset(row), z[row]);
+        for (int row = 0; row < unit.kRows; ++row) store_row<order>(a.z, sample, unit.offset(row), z[row]);
     }
 }
 

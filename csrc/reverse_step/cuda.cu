@@ -27,11 +27,13 @@ DD_DEVICE Step load_step(const ReverseStepArguments& a, int64_t sample) {
 }
 
 // out of a row, guided.
-template <int width>
-DD_DEVICE void model_output(const ReverseStepArguments& a, int64_t sample, int64_t offset, float out[width]) {
-    const Row<width> conditional(a.out, sample, offset);
+template <Order order>
+DD_DEVICE void model_output(const ReverseStepArguments& a, int64_t sample, int64_t offset,
+                            float out[unit_width(order)]) {
+    constexpr int width = unit_width(order);
+    const Row<order> conditional(a.out, sample, offset);
     if (!a.uncond) return conditional.floats(a.out.dtype, out);
-    const Row<width> unconditional(a.uncond, sample, offset);
+    const Row<order> unconditional(a.uncond, sample, offset);
     float uncond[width];
     conditional.floats(a.out.dtype, out);
     unconditional.floats(a.uncond.dtype, uncond);
@@ -40,23 +42,26 @@ DD_DEVICE void model_output(const ReverseStepArguments& a, int64_t sample, int64
 }
 
 // z becomes sigma z.
-template <int width>
+template <Order order>
 DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_t offset, const StepRow& row,
-                           float z[width]) {
-    if (a.noise) load_row<width>(a.noise, sample, offset, z);
+                           float z[unit_width(order)]) {
+    constexpr int width = unit_width(order);
+    if (a.noise) load_row<order>(a.noise, sample, offset, z);
     if (!a.variance) {
 #pragma unroll
         for (int i = 0; i < width; ++i) z[i] *= row.sigma;
         return;
     }
     float variance[width];
-    load_row<width>(a.variance, sample, offset, variance);
+    load_row<order>(a.variance, sample, offset, variance);
 #pragma unroll
     for (int i = 0; i < width; ++i) z[i] *= learned_sigma(variance[i], row);
 }
 
 // Blocks to a multiprocessor that the registers are planned for: 80 a thread where 64 would spill.
-DD_HOST_DEVICE constexpr int blocks_for(Order order) { return order == Order::contiguous ? 6 : unit_blocks(order); }
+DD_HOST_DEVICE constexpr int blocks_for(Order order) {
+    return order == Order::contiguous || order == Order::interleaved ? 6 : unit_blocks(order);
+}
 
 template <Order order>
 __global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_kernel(const ReverseStepArguments a) {
@@ -71,19 +76,19 @@ __global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_
 #pragma unroll
         for (int row = 0; row < unit.kRows; ++row) {
             const int64_t offset = unit.offset(row);
-            const Row<width> x_row(a.x, sample, offset);
+            const Row<order> x_row(a.x, sample, offset);
             float x[width], out[width], x0[width];
-            model_output<width>(a, sample, offset, out);
+            model_output<order>(a, sample, offset, out);
             x_row.floats(a.x.dtype, x);
-            if (noisy) scale_noise<width>(a, sample, offset, step.row, z[row]);
+            if (noisy) scale_noise<order>(a, sample, offset, step.row, z[row]);
 #pragma unroll
             for (int i = 0; i < width; ++i) {
                 x0[i] = predict_x0(x[i], out[i], step.row, step.clip);
                 float mean = step_mean(x0[i], x[i], out[i], step.row);
                 x[i] = noisy ? mean + z[row][i] : mean;
             }
-            store_row<width>(a.x_prev, sample, offset, x);
-            if (a.x0) store_row<width>(a.x0, sample, offset, x0);
+            store_row<order>(a.x_prev, sample, offset, x);
+            if (a.x0) store_row<order>(a.x0, sample, offset, x0);
         }
     }
 }

@@ -19,8 +19,8 @@ ARCHITECTURES = "8.0 9.0 10.0+PTX"
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 # Threads of a block, and blocks to a multiprocessor that the registers are planned for.
 PLANNED = {
-    r"(randn|q_sample)_kernel.*OrderE[04]E": (128, 8),
-    r"reverse_step_kernel.*OrderE0E": (128, 6),
+    r"(randn|q_sample)_kernel.*OrderE[045]E": (128, 8),
+    r"reverse_step_kernel.*OrderE[05]E": (128, 6),
     r"reverse_step_kernel.*OrderE4E": (128, 8),
     r"(randn|q_sample|reverse_step)_kernel.*OrderE[123]E": (128, 3),
     r"held_kernel.*AccessE0ELi2E": (256, 4),

@@ -66,3 +66,17 @@ def test_more_samples_than_a_grid_has_rows(host):
         lambda backend: dd.reverse_step(x, x, table, 7, seed=1, backend=backend),
     ):
         torch.testing.assert_close(op("cuda"), op("reference"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pixels", [64, 72])
+def test_inputs_of_16_bits_beside_a_state_of_float32(host, pixels, dtype):
+    """Read by halves where rows are interleaved (a multiple of 256 elements), whole where they are not."""
+    x, out, uncond, noise = (torch.randn(2, 4, pixels).to(d) for d in (torch.float32, dtype, dtype, dtype))
+    table = dd.ddpm(SCHEDULE, 20)
+
+    def step(*inputs):
+        given, guide, z = inputs
+        return dd.reverse_step(x, given, table, 7, uncond=guide, guidance_scale=2.0, noise=z, backend="cuda")
+
+    assert step(out, uncond, noise).equal(step(out.float(), uncond.float(), noise.float()))

@@ -19,25 +19,33 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
-// An access to one that does not lie at a multiple of 16 bytes ends the process, as it ends a kernel.
-struct alignas(16) uint4 {
+// An access to a vector that does not lie at a multiple of its size ends the process, as it ends a kernel.
+template <size_t bytes>
+struct Accessed {
+    Accessed() = default;
+    Accessed(const Accessed& from) { *this = from; }
+    Accessed& operator=(const Accessed& from) {
+        for (const Accessed* at : {static_cast<const Accessed*>(this), &from}) {
+            if (reinterpret_cast<uintptr_t>(at) % bytes == 0) continue;
+            std::fprintf(stderr, "CUDA on the host: misaligned address\n");
+            std::abort();
+        }
+        return *this;
+    }
+};
+
+struct alignas(8) uint2 : Accessed<8> {
+    uint32_t x, y;
+
+    uint2() = default;
+    uint2(uint32_t x, uint32_t y) : x(x), y(y) {}
+};
+
+struct alignas(16) uint4 : Accessed<16> {
     uint32_t x, y, z, w;
 
     uint4() = default;
     uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) : x(x), y(y), z(z), w(w) {}
-    uint4(const uint4& from) { *this = from; }
-    uint4& operator=(const uint4& from) {
-        for (const uint4* at : {static_cast<const uint4*>(this), &from}) check(reinterpret_cast<uintptr_t>(at));
-        std::memcpy(this, &from, sizeof from);
-        return *this;
-    }
-
-private:
-    static void check(uintptr_t address) {
-        if (address % 16 == 0) return;
-        std::fprintf(stderr, "CUDA on the host: misaligned address\n");
-        std::abort();
-    }
 };
 
 struct float2 {
