@@ -44,7 +44,8 @@ def compiling(*arguments):
 @functools.cache
 def checks():
     return compiling(
-        "tests/ops/triton_checks.py", "recompiles", "alignments", "graph", "huge", "table", "training_graphs"
+        *("tests/ops/triton_checks.py", "recompiles", "alignments", "clips", "graph", "huge", "table"),
+        "training_graphs",
     )
 
 
@@ -119,6 +120,11 @@ def test_the_alignment_of_small_tensors_does_not_recompile():
 
 def test_more_than_2_to_the_31_elements_per_sample_compile():
     assert checks()["huge"] == ["_randn", "_randn", "_partial_moments", "_combine_moments", "_apply"]
+
+
+def test_a_clip_lets_nan_through():
+    """The interpreter's does in any case."""
+    assert checks()["clips"] == ["max.NaN.f32", "min.NaN.f32"]
 
 
 def test_one_graph_on_cuda_tensors():

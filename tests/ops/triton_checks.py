@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable
 
@@ -60,6 +61,13 @@ def alignments() -> int:
         gn.group_norm_silu(x, 32, weight, bias, 1e-5, None, None, None, True, x, mean, rstd)
 
     return len(specialisations([lambda i=i: call(i) for i in range(5)]))
+
+
+def clips() -> list[str]:
+    """The instructions of a step that take the smaller or the larger of two numbers."""
+    with compile_only(90) as launches:
+        _steps_and_seeds(2, 3, 1, 2.0)
+    return sorted(set(re.findall(r"(?:min|max)[.\w]*\.f32", launches[0].kernel.asm["ptx"])))
 
 
 def graph() -> list[str]:
@@ -142,7 +150,7 @@ def cubins() -> list[str]:
     return [hashlib.sha256(launch.kernel.asm["cubin"]).hexdigest() for launch in launches]
 
 
-CHECKS = {f.__name__: f for f in (recompiles, alignments, graph, huge, table, cubins, training_graphs)}
+CHECKS = {f.__name__: f for f in (recompiles, alignments, clips, graph, huge, table, cubins, training_graphs)}
 
 if __name__ == "__main__":
     print(triton.__version__, file=sys.stderr)
