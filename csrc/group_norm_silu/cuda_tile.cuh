@@ -19,7 +19,7 @@ struct Moments {
         for (int k = 0; k < length; ++k) {
             const float delta = other.mean[k] - mean[k];
             mean[k] = fma(delta, weight, mean[k]);
-            m2[k] += fma(delta * delta, count * weight, other.m2[k]);
+            m2[k] += fma(delta * (count * weight), delta, other.m2[k]);  // a square could overflow, and be times 0
         }
         count = total;
     }
@@ -185,7 +185,7 @@ DD_DEVICE void reduce_block(const Place& place, const Moments<Place::kLength>& m
         for (int i = lane; i < entries; i += kWarp) {
             const float delta = shared.entry_mean[entry(i)] - mean;
             const float count = static_cast<float>(place.rows_of(i % place.step) * elements);
-            if (count != 0.0f) squares += fma(delta * delta, count, shared.entry_m2[entry(i)]);
+            squares += fma(delta * count, delta, shared.entry_m2[entry(i)]);
         }
         squares = warp_sum(squares);
         if (lane == 0) leave(group, mean, squares);

@@ -54,6 +54,24 @@ def test_large_mean(kernel, offset, channels_last):
     assert (actual.double() - exact).abs().max() <= offset * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("channels_last", [0, 1])
+def test_pre_shift_that_takes_a_large_mean_away(kernel, channels_last):
+    """Plain PyTorch adds it exactly; a kernel that subtracts mean - pre_shift must give back what that rounds off."""
+    row = (0, 0, 1, 0, 0, 0, channels_last)
+    x, _, options, _ = make((2, 12, 6, 8), torch.float32, row, mean=0, device=kernel.device)
+    shift = 100 + options["pre_shift"]
+    x = x - shift[:, :, None, None]
+    exact, plain, actual = (
+        dd.group_norm_silu(v, 3, pre_shift=s, activation="none", backend=backend)
+        for v, s, backend in (
+            (x.double(), shift.double(), "reference"),
+            (x, shift, "reference"),
+            (x, shift, kernel.name),
+        )
+    )
+    assert_within_budget(actual, exact, plain)
+
+
 def test_a_first_value_far_from_the_rest(kernel):
     """Statistics must not hang on a shift read from the data."""
     for channels_last in (0, 1):
@@ -190,11 +208,13 @@ def test_constant_shifted_input_leaves_nothing(kernel, shape):
     assert y.abs().max() <= 1e-9 * 1e-5**-0.5
 
 
-def test_constant_input(kernel):
-    x = torch.full((2, 8, 5, 5), 3.7, device=kernel.device)
+@pytest.mark.parametrize("value", [3.7, 3.7e22])
+def test_constant_input(kernel, value):
+    """However large: the square of a mean, which overflows, is not multiplied by a count of 0."""
+    x = torch.full((2, 8, 5, 5), value, device=kernel.device)
     bias = torch.arange(8.0, device=kernel.device)
     y = dd.group_norm_silu(x, 4, None, bias, activation="none", backend=kernel.name)
-    assert (y - bias[:, None, None]).abs().max() <= 3.7 * 2**-23 * 1e-5**-0.5
+    assert (y - bias[:, None, None]).abs().max() <= value * 2**-23 * 1e-5**-0.5
 
 
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
