@@ -53,6 +53,9 @@ FROM_OLDER_PTX = {**H200, "ptx_version": 80}  # compiled for Ampere, and again b
         (H200, (2, 64, 7, 7), 8, {}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 30, 8, 8), 3, {"channels_last": True}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 64, 8, 8), 8, {"aligned": False}, {"regime": "split", "access": "scalar"}),
+        (H200, (5, 64, 1, 1), 8, {}, {"regime": "held", "access": "channels_last"}),
+        # A cluster could hold it in rows of 16 bytes, which waste half of what DRAM fetches.
+        (H200, (2, 64, 128, 128), 8, {"channels_last": True}, {"regime": "split", "tile_channels": 64}),
         # The sums of so many channels fit no block's shared memory.
         (H200, (1, 2048, 1, 8), 1, {"backward": True}, {"regime": "split", "access": "contiguous"}),
         # The pixels of a channel, and the vectors of a group, are counted in 32 bits.

@@ -217,6 +217,13 @@ def test_constant_input(kernel, value):
     assert (y - bias[:, None, None]).abs().max() <= value * 2**-23 * 1e-5**-0.5
 
 
+def test_variance_beyond_float32(kernel):
+    """1 / sqrt(inf) is 0, which leaves the bias; where the variance is a double, x is normalised."""
+    x = torch.full((2, 8, 5, 6), 1e20, device=kernel.device)
+    x[..., ::2] *= -1
+    assert (dd.group_norm_silu(x, 4, activation="none", backend=kernel.name).abs() <= 1 + 1e-6).all()
+
+
 @settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape_and_options(kernel, data):
