@@ -14,9 +14,9 @@ from triton.runtime import driver, jit
 
 
 class CompileOnly(DriverBase):
-    """Stands for a CUDA GPU of compute capability ``arch`` (90 is 9.0) that cannot run anything."""
+    """Stands for a GPU that cannot run anything: ``arch`` is a compute capability (90 is 9.0), or AMD's ("gfx942")."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int | str) -> None:
         super().__init__()
         self.arch = arch
 
@@ -28,9 +28,9 @@ class CompileOnly(DriverBase):
         raise NotImplementedError("nothing is launched")
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("cuda", self.arch, 32) if isinstance(self.arch, int) else GPUTarget("hip", self.arch, 64)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         return self.arch  # triton keeps the kernels of each device apart
 
     def get_current_stream(self, device: int) -> int:
@@ -53,7 +53,7 @@ class Launch:
 
 
 @contextlib.contextmanager
-def compile_only(arch: int) -> Iterator[list[Launch]]:
+def compile_only(arch: int | str) -> Iterator[list[Launch]]:
     """Inside, Triton launches compile for ``arch`` and are listed instead of run."""
     launches: list[Launch] = []
     run, before = jit.JITFunction.run, driver._active

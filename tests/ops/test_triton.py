@@ -80,6 +80,12 @@ def test_every_kernel_for_every_architecture():
     assert_compiled_well(rows)
 
 
+@pytest.mark.slow
+def test_every_kernel_compiles_for_amd():
+    kernels = {*WRITES_TILES, *READS_TILES, "_combine_moments", "_combine_sums", "_parameter_gradients"}
+    assert compiling("tests/ops/triton_checks.py", "amd")["amd"] == dict.fromkeys(kernels, 0)
+
+
 def test_the_table_lists_the_kernels_that_are_compiled():
     lines = (ROOT / "benchmarks" / "results" / "triton_aot.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.utils._triton
 import triton
+import triton.language as tl
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,7 +20,9 @@ from benchmarks.triton_aot import cases, cells, group_norm, listed, q_sample, ra
 from benchmarks.triton_compile import compile_only, specialisations
 from dd_kernels import backend as backends
 from dd_kernels.nn import UNet
+from dd_kernels.ops import triton_common
 from dd_kernels.ops.group_norm_silu import triton as gn
+from dd_kernels.ops.group_norm_silu import triton_tiles
 from dd_kernels.ops.reverse_step import triton as step_op
 
 
@@ -150,7 +153,20 @@ def cubins() -> list[str]:
     return [hashlib.sha256(launch.kernel.asm["cubin"]).hexdigest() for launch in launches]
 
 
-CHECKS = {f.__name__: f for f in (recompiles, alignments, clips, graph, huge, table, cubins, training_graphs)}
+def amd() -> dict[str, int]:
+    """How many vector registers each kernel spills on an AMD GPU; compiled without NVIDIA's instructions."""
+    triton_common.ASSEMBLY = triton_tiles.ASSEMBLY = tl.constexpr(False)
+    spilled: dict[str, int] = {}
+    for case in cases(archs=[90], dtypes=["bfloat16"], quick=True):
+        with compile_only("gfx942") as launches:
+            case.launch()
+        for launch in launches:
+            (count,) = re.findall(r"vgpr_spill_count: *(\d+)", launch.kernel.asm["amdgcn"])
+            spilled[launch.name] = spilled.get(launch.name, 0) + int(count)
+    return spilled
+
+
+CHECKS = {f.__name__: f for f in (recompiles, alignments, clips, graph, huge, table, cubins, amd, training_graphs)}
 
 if __name__ == "__main__":
     print(triton.__version__, file=sys.stderr)
