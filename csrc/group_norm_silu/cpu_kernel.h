@@ -17,12 +17,9 @@ struct Deviations {
     }
 };
 
-// Where centre - pre_shift[c] of each channel, as rounded, really centres x + pre_shift, on average.
-DD_INLINE double rounded_centre(float centre, const float* pre_shift, int64_t channels) {
-    if (pre_shift == nullptr) return centre;
-    double total = 0;
-    for (int64_t c = 0; c < channels; ++c) total += static_cast<double>(centre - pre_shift[c]) + pre_shift[c];
-    return total / static_cast<double>(channels);
+// How far from centre it is that centre - pre_shift, as rounded, centres x + pre_shift.
+DD_INLINE double rounding(float centre, float pre_shift) {
+    return static_cast<double>(centre - pre_shift) + pre_shift - centre;
 }
 
 // Near the mean of x + pre_shift, as a rule: that of a vector from each of four places.
@@ -55,6 +52,21 @@ DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length
     return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
 }
 
+// As row_moments(), with each row's own rounding.
+DD_INLINE Moments moments_by_row(const float* x, int64_t rows, int64_t length, const float* pre_shift, float centre) {
+    Moments all{};
+    for (int64_t row = 0; row < rows; ++row) {
+        Deviations d = row_deviations(x + row * length, 1, length, pre_shift + row, centre);
+        Moments one = d.moments(static_cast<double>(length), centre + rounding(centre, pre_shift[row]));
+        if (row == 0) {
+            all = one;
+        } else {
+            all.merge(one);
+        }
+    }
+    return all;
+}
+
 // Of x + pre_shift over rows of one group; pre_shift is null or has one value per row. One pass, and a
 // second, about the mean that the first found, where a few values were a bad sample of all.
 DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, const float* pre_shift) {
@@ -65,7 +77,17 @@ DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, cons
         centre += static_cast<float>(d.sum / count);
         d = row_deviations(x, rows, length, pre_shift, centre);
     }
-    return d.moments(count, rounded_centre(centre, pre_shift, rows));
+    if (pre_shift == nullptr) return d.moments(count, centre);
+    double away = 0, squares = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        double here = rounding(centre, pre_shift[row]);
+        away += here;
+        squares += here * here;
+    }
+    Moments moments = d.moments(count, centre + away / static_cast<double>(rows));
+    // It shows in the variance of values that a shift of dozens of deviations brings together.
+    bool shows = squares * static_cast<double>(length) > 0x1p-42 * moments.m2;
+    return shows ? moments_by_row(x, rows, length, pre_shift, centre) : moments;
 }
 
 DD_INLINE double sum_of(const float* values, int64_t count) {
@@ -105,11 +127,21 @@ DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, 
     });
 }
 
-// centres[c] that take the mean, as rounded, from x + pre_shift; returns where they really centre it.
-DD_INLINE double set_centres(double mean, const float* pre_shift, int64_t channels, float* centres) {
-    float centre = static_cast<float>(mean);
+// centres[c] that take the centre from x + pre_shift.
+DD_INLINE void set_centres(float centre, const float* pre_shift, int64_t channels, float* centres) {
     for (int64_t c = 0; c < channels; ++c) centres[c] = pre_shift == nullptr ? centre : centre - pre_shift[c];
-    return rounded_centre(centre, pre_shift, channels);
+}
+
+// Of all channels less the centre, from those of each less its own, as rounded.
+DD_INLINE Deviations less_centre(float centre, const float* pre_shift, int64_t channels, int64_t pixels,
+                                 const float* sums, const float* squares) {
+    Deviations d{sum_of(sums, channels), sum_of(squares, channels)};
+    for (int64_t c = 0; c < channels && pre_shift != nullptr; ++c) {
+        double away = rounding(centre, pre_shift[c]), all_away = away * static_cast<double>(pixels);
+        d.sum += all_away;
+        d.squares += away * (2.0 * sums[c] + all_away);
+    }
+    return d;
 }
 
 // Of x + pre_shift over pixels [pixels][channels], for every group, as row_moments(); scratch holds 3 floats
@@ -129,13 +161,14 @@ DD_INLINE void pixel_moments(const float* x, int64_t pixels, int64_t channels, i
     bool again = true;
     for (int pass = 0; again && pass < 2; ++pass) {
         for (int64_t g = 0; g < groups; ++g) {
-            out[g].mean = set_centres(out[g].mean, shifts(g), width, centres + g * width);
+            set_centres(static_cast<float>(out[g].mean), shifts(g), width, centres + g * width);
         }
         sum_deviations(x, pixels, channels, centres, sums, squares);
         again = false;
         for (int64_t g = 0; g < groups; ++g) {
-            Deviations d{sum_of(sums + g * width, width), sum_of(squares + g * width, width)};
-            out[g] = d.moments(count, out[g].mean);
+            float centre = static_cast<float>(out[g].mean);
+            Deviations d = less_centre(centre, shifts(g), width, pixels, sums + g * width, squares + g * width);
+            out[g] = d.moments(count, centre);
             again = again || d.off_centre(count);
         }
     }

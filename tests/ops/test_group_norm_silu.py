@@ -54,12 +54,13 @@ def test_large_mean(kernel, offset, channels_last):
     assert (actual.double() - exact).abs().max() <= offset * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("apart", [0, 1000])
 @pytest.mark.parametrize("channels_last", [0, 1])
-def test_pre_shift_that_takes_a_large_mean_away(kernel, channels_last):
+def test_pre_shift_that_takes_large_means_away(kernel, channels_last, apart):
     """Plain PyTorch adds it exactly; a kernel that subtracts mean - pre_shift must give back what that rounds off."""
     row = (0, 0, 1, 0, 0, 0, channels_last)
     x, _, options, _ = make((2, 12, 6, 8), torch.float32, row, mean=0, device=kernel.device)
-    shift = 100 + options["pre_shift"]
+    shift = 100 + (1 + apart) * options["pre_shift"]
     x = x - shift[:, :, None, None]
     exact, plain, actual = (
         dd.group_norm_silu(v, 3, pre_shift=s, activation="none", backend=backend)

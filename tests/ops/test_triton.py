@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import test_group_norm_silu as suite
 import torch
 from budget import assert_within_budget
 from group_norm_cases import ROWS, check, kernels, make
@@ -180,13 +181,26 @@ SPLIT_CASES = {
 }
 
 
+def split_everything(monkeypatch):
+    small = triton_tiles.Sizes(1, 1, 1, 64, 3, 16, 64)
+    monkeypatch.setattr(triton_tiles, "SIZES", {"forward": small, "backward": small})
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [0, 1])
+def test_split_groups_of_shifted_means(kernel, channels_last, monkeypatch):
+    if kernel.name != "triton":
+        pytest.skip("of Triton's kernels")
+    split_everything(monkeypatch)
+    suite.test_pre_shift_that_takes_large_means_away(kernel, channels_last, apart=1000)
+
+
 @interpreted
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("case", SPLIT_CASES)
 def test_split_groups(case, memory_format, monkeypatch):
     """What large groups run, at small sizes: forward and every gradient."""
-    small = triton_tiles.Sizes(1, 1, 1, 64, 3, 16, 64)
-    monkeypatch.setattr(triton_tiles, "SIZES", {"forward": small, "backward": small})
+    split_everything(monkeypatch)
     shape, groups = SPLIT_CASES[case]
     n, c = shape[:2]
     x = (torch.randn(shape) + 3).contiguous(memory_format=memory_format)

@@ -12,6 +12,7 @@ from .triton_backward import group_norm_silu_backward
 from .triton_tiles import (
     Plan,
     affine,
+    centre,
     channel_values,
     combine_options,
     dimensions,
@@ -69,7 +70,7 @@ def _whole_groups(
     before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
     count = (pixels * GROUP).to(tl.float32)
     mu = group_sum(tl.sum(value, 1) + pixels * before, GROUP, BLOCK_C) / count
-    centred = tl.where(mask, value + (before - mu)[:, None], 0.0)
+    centred = tl.where(mask, centre(value, pre_shift, n * CHANNELS + channel, inside, mu, BLOCK_C), 0.0)
     # A mean much larger than the deviation is rounded coarsely: what that left is taken out as well.
     rest = group_sum(tl.sum(centred, 1), GROUP, BLOCK_C) / count
     variance = group_sum(tl.sum(centred * centred, 1), GROUP, BLOCK_C) / count - rest * rest
@@ -84,9 +85,10 @@ def _whole_groups(
     tl.store(rstd + group, reciprocal, mask=inside & (channel % GROUP == 0))
 
 
-@triton.jit(do_not_specialize=["splits", "tiles"])
+@triton.jit(do_not_specialize=["splits", "tiles"], do_not_specialize_on_alignment=["pre_shift"])
 def _partial_moments(
     x,
+    pre_shift,
     partials,
     splits,
     tiles,
@@ -97,9 +99,10 @@ def _partial_moments(
     BLOCK_P: tl.constexpr,
 ):
     """partials [N, splits, 2, C]: each channel's mean, and sum of squares about it, over ``tiles`` blocks of pixels."""
-    _, part, channel, inside, base, offset, left = split_tile(
+    n, part, channel, inside, base, offset, left = split_tile(
         splits, tiles * BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
     )
+    before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     count = 0.0
     mean = tl.zeros((BLOCK_C,), tl.float32)
@@ -108,6 +111,7 @@ def _partial_moments(
         mask = inside[:, None] & (p < left - start)[None, :]
         here = x + base + place(0, start, pixels, CHANNELS, CHANNELS_LAST)
         value = tl.load(here + offset, mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value + before[:, None], 0.0)
         tile_count = tl.minimum(left - start, BLOCK_P).to(tl.float32)
         tile_mean = tl.sum(value, 1) / tile_count
         centred = tl.where(mask, value - tile_mean[:, None], 0.0)
@@ -122,10 +126,9 @@ def _partial_moments(
     tl.store(partials + at + CHANNELS, squares, mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits", "span"], do_not_specialize_on_alignment=["pre_shift", "mean", "rstd"])
+@triton.jit(do_not_specialize=["splits", "span"], do_not_specialize_on_alignment=["mean", "rstd"])
 def _combine_moments(
     partials,
-    pre_shift,
     eps,
     mean,
     rstd,
@@ -143,7 +146,6 @@ def _combine_moments(
     c = tl.arange(0, BLOCK_C)
     channel = tl.program_id(0) % groups * GROUP + c
     inside = c < GROUP
-    before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)[None, :]
     s = tl.arange(0, BLOCK_S)
     partials += n * splits * 2 * CHANNELS
     pivot = tl.load(partials + tl.program_id(0) % groups * GROUP)  # near all the means, so that little is summed
@@ -154,7 +156,7 @@ def _combine_moments(
         mask = inside[None, :] & (first + s < splits)[:, None]
         count = tl.minimum(pixels - (first + s).to(tl.int64) * span, span).to(tl.float32)[:, None]
         part = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0)
-        total += tl.where(mask, count * (part - pivot + before), 0.0)
+        total += tl.where(mask, count * (part - pivot), 0.0)
     elements = pixels.to(tl.float32) * GROUP
     mu = pivot + tl.sum(total) / elements
 
@@ -162,7 +164,7 @@ def _combine_moments(
     for first in range(0, splits, BLOCK_S):
         mask = inside[None, :] & (first + s < splits)[:, None]
         count = tl.minimum(pixels - (first + s).to(tl.int64) * span, span).to(tl.float32)[:, None]
-        away = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0) + before - mu
+        away = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0) - mu
         squares = tl.load(partials + (first * 2 + 1) * CHANNELS, mask=mask, other=0.0)
         total += tl.where(mask, squares + count * away * away, 0.0)
     tl.store(mean + tl.program_id(0), mu)
@@ -195,11 +197,11 @@ def _apply(
     mask = inside[:, None] & (tl.arange(0, BLOCK_P) < left)[None, :]
     value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
     group = n * (CHANNELS // GROUP) + channel // GROUP
-    centre = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
-    centre -= tl.load(mean + group, mask=inside, other=0.0)
+    mu = tl.load(mean + group, mask=inside, other=0.0)
+    centred = centre(value, pre_shift, n * CHANNELS + channel, inside, mu, BLOCK_C)
     gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
     gain *= tl.load(rstd + group, mask=inside, other=0.0)
-    result = _activate((value + centre[:, None]) * gain[:, None] + end[:, None], SILU)
+    result = _activate(centred * gain[:, None] + end[:, None], SILU)
     tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
 
 
@@ -212,11 +214,18 @@ def _statistics(
     tile = {"BLOCK_C": cut.block_c, "BLOCK_P": cut.block_p, "num_warps": cut.warps}
     grid = (samples * cut.splits * triton.cdiv(channels, cut.block_c),)
     _partial_moments[grid](
-        x, partials, cut.splits, cut.tiles, pixels, CHANNELS=channels, CHANNELS_LAST=is_channels_last(x), **tile
+        x,
+        pre_shift,
+        partials,
+        cut.splits,
+        cut.tiles,
+        pixels,
+        CHANNELS=channels,
+        CHANNELS_LAST=is_channels_last(x),
+        **tile,
     )
     _combine_moments[(mean.numel(),)](
         partials,
-        pre_shift,
         eps,
         mean,
         rstd,

@@ -211,6 +211,24 @@ def group_values(v, n, channel, inside, CHANNELS: tl.constexpr, GROUP: tl.conste
 
 
 @triton.jit
+def centre(value, pre_shift, at, inside, mu, BLOCK_C: tl.constexpr):
+    """value + pre_shift - mu of a tile; at and mu are [BLOCK_C].
+
+    The two small ones first, so that nothing is lost where value is small beside them; and what the rounding of
+    their difference takes (Knuth) after it, so that nothing is lost where value cancels pre_shift.
+    """
+    if pre_shift is None:
+        result = value - mu[:, None]
+    else:
+        before = channel_values(pre_shift, at, inside, 0.0, BLOCK_C)
+        difference = before - mu
+        back = difference - before
+        lost = (before - (difference - back)) - (mu + back)
+        result = value + difference[:, None] + lost[:, None]
+    return result
+
+
+@triton.jit
 def affine(weight, bias, scale, shift, n, channel, mask, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
     """(gain, end) [BLOCK_C] of y = act(gain * normalised + end)."""
     row = n * CHANNELS + channel
