@@ -176,7 +176,7 @@ def unrun(graphs):
     return compiler
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_cuda_library_is_one_graph_forward_and_one_backward(dynamic, monkeypatch):
     """With the room for partial sums in them, for any batch too; the ops are traced here, not run."""
     monkeypatch.setattr(backends, "choose", lambda *arguments: "cuda")
