@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.utils._triton
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from unrun import unrun
 
 import dd_kernels as dd
 from benchmarks.triton_aot import cases, cells, group_norm, listed, q_sample, randn
@@ -106,26 +108,15 @@ def training_graphs() -> dict[str, int]:
     torch.utils._triton.has_triton = lambda: True
     found: dict[str, int] = {}
 
-    def keep(name: str) -> Callable:
-        def compiler(module: torch.fx.GraphModule, inputs: list) -> Callable:
-            nodes = list(module.graph.nodes)
-            found[name] = sum("triton_kernel_wrapper" in str(node.target) for node in nodes)
-            (outputs,) = nodes[-1].args
-            values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in outputs]
-
-            def unrun(arguments: list) -> list:
-                return [torch.empty_strided(v.shape, v.stride()) if isinstance(v, torch.Tensor) else v for v in values]
-
-            unrun._boxed_call = True
-            return unrun
-
-        return compiler
+    def count(name: str, nodes: Sequence[torch.fx.Node]) -> None:
+        found[name] = sum("triton_kernel_wrapper" in str(node.target) for node in nodes)
 
     backends.choose = lambda *arguments: "triton"  # which would run on CPU tensors, were anything run
     block = UNet.from_config("digits").middle.resnets[0]
     x = torch.randn(2, block.conv1.in_channels, 4, 4, requires_grad=True)
     embedding = torch.randn(2, block.embedding.in_features)
-    backend = aot_autograd(fw_compiler=keep("forward"), bw_compiler=keep("backward"))
+    forward, backward = (unrun(partial(count, name)) for name in ("forward", "backward"))
+    backend = aot_autograd(fw_compiler=forward, bw_compiler=backward)
     with compile_only(90):
         torch.compile(block, fullgraph=True, backend=backend)(x, embedding).sum().backward()
     return found
