@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from budget import FAST_NORMAL_ERROR, NORMAL_ERROR
 
 import dd_kernels
 from dd_kernels import backend as backends
@@ -42,6 +43,10 @@ class Kernel:
     def has_fast_sines(self, dtype: torch.dtype) -> bool:
         """Compiled Triton kernels draw what they round to 16 bits with a GPU's own sine and cosine."""
         return self.name == "triton" and not self.interpreted and dtype != torch.float32
+
+    def normal_error(self, dtype: torch.dtype) -> float:
+        """How far the normals that it draws for this dtype may be off before they are rounded to it."""
+        return FAST_NORMAL_ERROR if self.has_fast_sines(dtype) else NORMAL_ERROR
 
 
 def _isa_function() -> Callable[[bytes | None], bytes | None]:

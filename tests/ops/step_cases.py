@@ -52,7 +52,7 @@ def check(kernel, x, out, table, step, **options):
     actual = dd.reverse_step(x, out, table, step, return_x0=True, backend=kernel.name, **options)
     drawn = largest_sigma(table) if "noise" not in options else 0.0
     for a, e, p in zip(actual, exact, plain, strict=True):
-        assert_within_budget(a, e, p, drawn, kernel.truncates(x.dtype))
+        assert_within_budget(a, e, p, drawn, kernel.truncates(x.dtype), kernel.normal_error(x.dtype))
     alone = dd.reverse_step(x, out, table, step, backend=kernel.name, **options)
     assert alone.equal(actual[0])
     return actual[0]
