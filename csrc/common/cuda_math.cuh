@@ -40,6 +40,7 @@ DD_HOST_DEVICE Vec clamp(Vec v, Vec low, Vec high) {
 }
 
 DD_HOST_DEVICE Vec fma(Vec a, Vec b, Vec c) { return ::fmaf(a, b, c); }
+
 // On the device to an ulp (PTX ISA): exactly rounded it takes three times the instructions.
 DD_HOST_DEVICE Vec sqrt(Vec v) {
 #ifdef __CUDA_ARCH__

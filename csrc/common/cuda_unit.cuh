@@ -63,10 +63,12 @@ inline Order order_of(const Layout& layout, std::initializer_list<Operand> opera
         if (operand && !has_16_byte_rows(operand)) return Order::any;
     }
     auto is_float32 = [](const Operand& operand) { return operand && operand.dtype == DType::float32; };
-    if (layout.channels == 1 && layout.pixels % (8 * kWarp) == 0) {
-        return std::any_of(operands.begin(), operands.end(), is_float32) ? Order::interleaved : Order::contiguous;
+    if (layout.channels == 1) {
+        if (layout.pixels % 8 != 0) return Order::any;
+        const bool interleaves =
+            layout.pixels % (8 * kWarp) == 0 && std::any_of(operands.begin(), operands.end(), is_float32);
+        return interleaves ? Order::interleaved : Order::contiguous;
     }
-    if (layout.channels == 1) return layout.pixels % 8 == 0 ? Order::contiguous : Order::any;
     if (layout.channels % 8 == 0) return layout.pixels % 4 == 0 ? Order::channels_8 : Order::any;
     if (layout.pixels % 8 != 0) return Order::any;
     return layout.channels == 3 ? Order::channels_3 : layout.channels == 4 ? Order::channels_4 : Order::any;
