@@ -34,6 +34,13 @@ DD_DEVICE float float16_to_float(uint16_t bits) {
     return value;
 }
 
+// In one access: an assignment of what a condition chose, the compiler splits into four.
+DD_DEVICE void store_16_bytes(void* p, uint4 words) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
+}
+
 // 2^v and 1 / v to 2 ulp, one instruction of the special function unit each.
 DD_DEVICE float fast_exp2(float v) {
     float result;

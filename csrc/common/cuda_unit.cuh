@@ -3,7 +3,8 @@
 // Noise counts elements in [channels][pixels] order, four to a Philox call, whatever the order in
 // memory. A unit therefore covers whole calls in both orders: rows of eight consecutive elements
 // (16 bytes of a 16-bit dtype, twice that of float32), drawn by as many calls as they hold quads. Where there is
-// float32 a row is two quads that lie as far apart as a warp reaches: what its threads write together has no gaps.
+// float32, two threads take every other quad of their sixteen elements: L2 takes sectors of 32 bytes, which they
+// then fill together, and what they have in 16 bits they read and write by 16 bytes and exchange.
 #pragma once
 
 #include <initializer_list>
@@ -16,12 +17,12 @@
 namespace dd::cuda {
 
 enum class Order {
-    contiguous,   // eight consecutive elements
-    channels_3,   // channels last, three of them: eight pixels
-    channels_4,   // channels last, four of them: eight pixels
-    channels_8,   // channels last, a multiple of eight: eight channels of four pixels
-    any,          // one element, for every other shape and for addresses that are no multiple of 16
-    interleaved,  // contiguous: two quads, kWarp quads apart
+    contiguous,  // eight consecutive elements
+    channels_3,  // channels last, three of them: eight pixels
+    channels_4,  // channels last, four of them: eight pixels
+    channels_8,  // channels last, a multiple of eight: eight channels of four pixels
+    any,         // one element, for every other shape and for addresses that are no multiple of 16
+    paired,      // contiguous: every other quad of the sixteen elements of two threads
 };
 
 constexpr int kUnitThreads = 128;
@@ -31,7 +32,7 @@ DD_HOST_DEVICE constexpr int unit_rows(Order order) {
 }
 
 // Elements from the first to the second quad of a row.
-DD_HOST_DEVICE constexpr int quad_gap(Order order) { return order == Order::interleaved ? 4 * kWarp : 4; }
+DD_HOST_DEVICE constexpr int quad_gap(Order order) { return order == Order::paired ? 8 : 4; }
 
 // Blocks to a multiprocessor that the registers are planned for: 64 a thread, or 168.
 DD_HOST_DEVICE constexpr int unit_blocks(Order order) { return unit_rows(order) == 1 ? 8 : 3; }
@@ -41,7 +42,7 @@ DD_HOST_DEVICE constexpr int unit_width(Order order) { return order == Order::an
 inline int64_t units_per_sample(Order order, const Layout& layout) {
     switch (order) {
         case Order::contiguous:
-        case Order::interleaved:
+        case Order::paired:
         case Order::channels_3:
         case Order::channels_4:
             return layout.pixels / 8;
@@ -65,9 +66,9 @@ inline Order order_of(const Layout& layout, std::initializer_list<Operand> opera
     auto is_float32 = [](const Operand& operand) { return operand && operand.dtype == DType::float32; };
     if (layout.channels == 1) {
         if (layout.pixels % 8 != 0) return Order::any;
-        const bool interleaves =
-            layout.pixels % (8 * kWarp) == 0 && std::any_of(operands.begin(), operands.end(), is_float32);
-        return interleaves ? Order::interleaved : Order::contiguous;
+        const bool whole_warps = layout.pixels % (8 * kWarp) == 0;  // so that no thread waits for one that has ended
+        return whole_warps && std::any_of(operands.begin(), operands.end(), is_float32) ? Order::paired
+                                                                                        : Order::contiguous;
     }
     if (layout.channels % 8 == 0) return layout.pixels % 4 == 0 ? Order::channels_8 : Order::any;
     if (layout.pixels % 8 != 0) return Order::any;
@@ -83,8 +84,8 @@ void for_units(const Layout& layout, std::initializer_list<Operand> operands, co
     switch (order) {
         case Order::contiguous:
             return start(std::integral_constant<Order, Order::contiguous>{}, grid);
-        case Order::interleaved:
-            return start(std::integral_constant<Order, Order::interleaved>{}, grid);
+        case Order::paired:
+            return start(std::integral_constant<Order, Order::paired>{}, grid);
         case Order::channels_3:
             return start(std::integral_constant<Order, Order::channels_3>{}, grid);
         case Order::channels_4:
@@ -126,7 +127,7 @@ struct Unit {
         if constexpr (order == Order::channels_8) {
             return (index / (channels / 8) * 4 + row) * channels + index % (channels / 8) * 8;
         }
-        if constexpr (order == Order::interleaved) return index / kWarp * (8 * kWarp) + index % kWarp * 4;
+        if constexpr (order == Order::paired) return index / 2 * 16 + index % 2 * 4;
         return (index * kRows + row) * kWidth;
     }
 
@@ -144,7 +145,7 @@ struct Unit {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) z[i][k] = quad[i];
             }
-        } else if constexpr (order == Order::interleaved) {
+        } else if constexpr (order == Order::paired) {
             normal_quad(offset(0) / 4, at, z[0]);
             normal_quad((offset(0) + quad_gap(order)) / 4, at, z[0] + 4);
         } else {
@@ -163,23 +164,37 @@ struct Unit {
     }
 };
 
+// From the eight 16-bit elements that a thread has in memory to those of its row, and back: of a pair, the first
+// thread's later quad changes places with the second's earlier one.
+template <Order order>
+DD_DEVICE uint4 exchanged(uint4 words) {
+    if constexpr (order != Order::paired) return words;
+    const bool second = threadIdx.x % 2 != 0;
+    const uint32_t x = __shfl_xor_sync(0xffffffffu, second ? words.x : words.z, 1);
+    const uint32_t y = __shfl_xor_sync(0xffffffffu, second ? words.y : words.w, 1);
+    return uint4{second ? x : words.x, second ? y : words.y, second ? words.z : x, second ? words.w : y};
+}
+
+// Where a thread's 16 bytes start in a 16-bit tensor, for the row that starts at `offset`.
+template <Order order>
+DD_DEVICE int64_t offset_of_16_bytes(int64_t offset) {
+    return order == Order::paired ? offset + threadIdx.x % 2 * 4 : offset;
+}
+
 // A row as it lies in memory, loaded before it is needed.
 template <Order order>
 struct Row {
     uint4 low, high;  // high only of float32
 
     DD_DEVICE Row(const Operand& x, int64_t sample, int64_t offset) {
-        int64_t first = sample * x.sample_stride + offset;
-        const char* p = static_cast<const char*>(x.data) + first * element_size(x.dtype);
+        const int64_t first = sample * x.sample_stride;
         if (x.dtype == DType::float32) {
+            const float* p = static_cast<const float*>(x.data) + first + offset;
             low = *reinterpret_cast<const uint4*>(p);
-            high = *reinterpret_cast<const uint4*>(p + 4 * quad_gap(order));
-        } else if constexpr (quad_gap(order) == 4) {
-            low = *reinterpret_cast<const uint4*>(p);
+            high = *reinterpret_cast<const uint4*>(p + quad_gap(order));
         } else {
-            const uint2 quads[2] = {*reinterpret_cast<const uint2*>(p),
-                                    *reinterpret_cast<const uint2*>(p + 2 * quad_gap(order))};
-            low = {quads[0].x, quads[0].y, quads[1].x, quads[1].y};
+            const uint16_t* p = static_cast<const uint16_t*>(x.data) + first + offset_of_16_bytes<order>(offset);
+            low = *reinterpret_cast<const uint4*>(p);
         }
     }
 
@@ -187,10 +202,13 @@ struct Row {
         if (dtype == DType::float32) {
             unpack<DType::float32>(low, v);
             unpack<DType::float32>(high, v + 4);
-        } else if (dtype == DType::bfloat16) {
-            unpack<DType::bfloat16>(low, v);
+            return;
+        }
+        const uint4 words = exchanged<order>(low);
+        if (dtype == DType::bfloat16) {
+            unpack<DType::bfloat16>(words, v);
         } else {
-            unpack<DType::float16>(low, v);
+            unpack<DType::float16>(words, v);
         }
     }
 };
@@ -212,23 +230,17 @@ DD_DEVICE void load_row(const Operand& x, int64_t sample, int64_t offset, float 
 
 template <Order order>
 DD_DEVICE void store_row(const Operand& y, int64_t sample, int64_t offset, const float v[unit_width(order)]) {
-    int64_t first = sample * y.sample_stride + offset;
+    const int64_t first = sample * y.sample_stride;
     if constexpr (order == Order::any) {
-        store_element(y.data, first, y.dtype, v[0]);
+        store_element(y.data, first + offset, y.dtype, v[0]);
+    } else if (y.dtype == DType::float32) {
+        float* p = static_cast<float*>(y.data) + first + offset;
+        store_16_bytes(p, pack<DType::float32>(v));
+        store_16_bytes(p + quad_gap(order), pack<DType::float32>(v + 4));
     } else {
-        char* p = static_cast<char*>(y.data) + first * element_size(y.dtype);
-        if (y.dtype == DType::float32) {
-            *reinterpret_cast<uint4*>(p) = pack<DType::float32>(v);
-            *reinterpret_cast<uint4*>(p + 4 * quad_gap(order)) = pack<DType::float32>(v + 4);
-            return;
-        }
         const uint4 words = y.dtype == DType::bfloat16 ? pack<DType::bfloat16>(v) : pack<DType::float16>(v);
-        if constexpr (quad_gap(order) == 4) {
-            *reinterpret_cast<uint4*>(p) = words;
-        } else {
-            *reinterpret_cast<uint2*>(p) = {words.x, words.y};
-            *reinterpret_cast<uint2*>(p + 2 * quad_gap(order)) = {words.z, words.w};
-        }
+        uint16_t* p = static_cast<uint16_t*>(y.data) + first + offset_of_16_bytes<order>(offset);
+        store_16_bytes(p, exchanged<order>(words));
     }
 }
 

@@ -60,7 +60,7 @@ DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_
 
 // Blocks to a multiprocessor that the registers are planned for: 80 a thread where 64 would spill.
 DD_HOST_DEVICE constexpr int blocks_for(Order order) {
-    return order == Order::contiguous || order == Order::interleaved ? 6 : unit_blocks(order);
+    return order == Order::contiguous || order == Order::paired ? 6 : unit_blocks(order);
 }
 
 template <Order order>

@@ -7,7 +7,7 @@ import dd_kernels as dd
 from dd_kernels.ops.randn import noise_key
 
 SCHEDULE = dd.linear_schedule(50)
-TABLE = dd.ddpm(SCHEDULE, 20, variance="learned_range")
+TABLE, TABLE_SMALL = (dd.ddpm(SCHEDULE, 20, variance=variance) for variance in ("learned_range", "fixed_small"))
 SHAPE = (3, 3, 4, 8)
 
 
@@ -59,24 +59,36 @@ def test_an_index_beyond_the_table_gives_nan(host, op):
 
 
 def test_more_samples_than_a_grid_has_rows(host):
-    x, table = torch.randn(65535 + 2, 1), dd.ddpm(SCHEDULE, 20)
+    x = torch.randn(65535 + 2, 1)
     for op in (
         lambda backend: dd.randn(x.shape, seed=1, backend=backend),
         lambda backend: dd.q_sample(x, 20, SCHEDULE, seed=1, backend=backend),
-        lambda backend: dd.reverse_step(x, x, table, 7, seed=1, backend=backend),
+        lambda backend: dd.reverse_step(x, x, TABLE_SMALL, 7, seed=1, backend=backend),
     ):
         torch.testing.assert_close(op("cuda"), op("reference"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pixels", [64, 72])
-def test_inputs_of_16_bits_beside_a_state_of_float32(host, pixels, dtype):
-    """Read by halves where rows are interleaved (a multiple of 256 elements), whole where they are not."""
-    x, out, uncond, noise = (torch.randn(2, 4, pixels).to(d) for d in (torch.float32, dtype, dtype, dtype))
-    table = dd.ddpm(SCHEDULE, 20)
+class TestFloat32And16Bits:
+    """Two threads exchange quads where a sample is a multiple of 256 elements, and not where it is none."""
 
-    def step(*inputs):
-        given, guide, z = inputs
-        return dd.reverse_step(x, given, table, 7, uncond=guide, guidance_scale=2.0, noise=z, backend="cuda")
+    def test_inputs_of_16_bits(self, host, pixels, dtype):
+        x, out, uncond, noise = (torch.randn(2, 4, pixels).to(d) for d in (torch.float32, dtype, dtype, dtype))
 
-    assert step(out, uncond, noise).equal(step(out.float(), uncond.float(), noise.float()))
+        def step(*inputs):
+            given, guide, z = inputs
+            return dd.reverse_step(x, given, TABLE_SMALL, 7, uncond=guide, guidance_scale=2.0, noise=z, backend="cuda")
+
+        assert step(out, uncond, noise).equal(step(out.float(), uncond.float(), noise.float()))
+
+    def test_a_state_of_16_bits(self, host, pixels, dtype):
+        x, out, noise = torch.randn(3, 2, 4, pixels)
+        x = x.to(dtype)
+
+        def results(x):
+            stepped = dd.reverse_step(x, out, TABLE_SMALL, 7, seed=1, return_x0=True, backend="cuda")
+            return *stepped, dd.q_sample(x, 20, SCHEDULE, noise, backend="cuda")
+
+        for result, exact in zip(results(x), results(x.float()), strict=True):
+            assert result.equal(exact.to(dtype))

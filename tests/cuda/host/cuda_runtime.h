@@ -34,13 +34,6 @@ struct Accessed {
     }
 };
 
-struct alignas(8) uint2 : Accessed<8> {
-    uint32_t x, y;
-
-    uint2() = default;
-    uint2(uint32_t x, uint32_t y) : x(x), y(y) {}
-};
-
 struct alignas(16) uint4 : Accessed<16> {
     uint32_t x, y, z, w;
 
@@ -94,7 +87,7 @@ constexpr size_t kMaxSharedBytes = 48 * 1024;  // more would need cudaFuncSetAtt
 
 struct Warp {
     fibers::Barrier barrier;
-    float slots[2][kWarp];
+    uint32_t slots[2][kWarp];
 };
 
 struct Block {
@@ -221,16 +214,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 inline void __syncthreads() { host_cuda::device.scheduler.wait(host_cuda::device.here().barrier); }
 
-inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
-    auto& device = host_cuda::device;
-    unsigned lane = device.thread() % host_cuda::kWarp;
-    host_cuda::Warp& warp = device.here().warps[device.thread() / host_cuda::kWarp];
-    float* slots = warp.slots[device.shuffles[device.current()]++ % 2];
-    slots[lane] = value;
-    device.scheduler.wait(warp.barrier);
-    return slots[lane ^ static_cast<unsigned>(lane_mask)];
-}
-
 template <class To, class From>
 To host_cuda_bits(From from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -238,6 +221,17 @@ To host_cuda_bits(From from) {
     std::memcpy(&to, &from, sizeof to);
     return to;
 }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lane_mask) {
+    auto& device = host_cuda::device;
+    unsigned lane = device.thread() % host_cuda::kWarp;
+    host_cuda::Warp& warp = device.here().warps[device.thread() / host_cuda::kWarp];
+    uint32_t* slots = warp.slots[device.shuffles[device.current()]++ % 2];
+    slots[lane] = host_cuda_bits<uint32_t>(value);
+    device.scheduler.wait(warp.barrier);
+    return host_cuda_bits<T>(slots[lane ^ static_cast<unsigned>(lane_mask)]);
+}
+
 inline float __uint_as_float(uint32_t bits) { return host_cuda_bits<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return host_cuda_bits<uint32_t>(value); }
 
@@ -252,6 +246,8 @@ void __stcs(T* p, T value) {
 
 // What common/cuda_device.cuh writes in PTX.
 namespace dd::cuda {
+
+inline void store_16_bytes(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }
 
 inline uint32_t pack_bfloat16(float low, float high) {
     auto round = [](float v) {
