@@ -13,3 +13,5 @@
 #endif
 
 #define DD_INLINE inline __attribute__((always_inline))
+// After a lambda's parameters: a loop's body, which is called for whole vectors and again for the last part of one.
+#define DD_INLINE_LAMBDA __attribute__((always_inline))

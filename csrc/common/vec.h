@@ -33,7 +33,13 @@ DD_INLINE Vec load(const float* p) {
 
 DD_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The first n < kLanes floats; the other lanes are 0.
+// Of the first n < kLanes floats; the other lanes are 0 when they are loaded or kept.
+#if DD_LANES == 8
+DD_INLINE VecI first_lanes(int64_t n) { return VecI{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n); }
+DD_INLINE Vec load_first(const float* p, int64_t n) { return (Vec)_mm256_maskload_ps(p, (__m256i)first_lanes(n)); }
+DD_INLINE void store_first(float* p, int64_t n, Vec v) { _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v); }
+DD_INLINE Vec keep_first(Vec v, int64_t n) { return (Vec)((VecI)v & first_lanes(n)); }
+#else
 DD_INLINE Vec load_first(const float* p, int64_t n) {
     Vec v{};
     __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
@@ -43,6 +49,13 @@ DD_INLINE Vec load_first(const float* p, int64_t n) {
 DD_INLINE void store_first(float* p, int64_t n, Vec v) {
     __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
 }
+
+DD_INLINE Vec keep_first(Vec v, int64_t n) {
+    Vec kept{};
+    __builtin_memcpy(&kept, &v, static_cast<size_t>(n) * sizeof(float));
+    return kept;
+}
+#endif
 
 // In a loop over an array of which `left` floats remain: a whole vector until the last.
 DD_INLINE Vec load(const float* p, int64_t left) {

@@ -25,18 +25,28 @@ DD_HOST_DEVICE Vec exp(Vec v) {
 }
 
 // 1 + e^-v for every float, the denominator of a sigmoid: half the work of exp, as the sum hides what
-// the reduction leaves out. inf from v = -88.4 down.
-DD_HOST_DEVICE Vec one_plus_exp_minus(Vec v) {
-    Vec x = clamp(v, -88.9f, 87.0f);
+// the reduction leaves out. inf from v = -88.4 down. Of n side by side: each operation is done for all of them
+// before the next, as a processor that shares its core looks too few operations ahead to overlap whole chains.
+template <int n>
+DD_HOST_DEVICE void one_plus_exp_minus(const Vec (&v)[n], Vec (&result)[n]) {
+    Vec x[n], shifted[n], f[n], p[n];
+    for (int i = 0; i < n; ++i) x[i] = clamp(v[i], -88.9f, 87.0f);
     // 2^(n + f): adding 1.5 * 2^23 leaves n in the low bits, and 127 more makes it the exponent of a float.
-    Vec shifted = fma(x, -1.44269504f, 12582912.0f + 127.0f);
-    Vec f = fma(x, -1.44269504f, (12582912.0f + 127.0f) - shifted);
-    Vec p = fma(f, 1.326459111e-3f, 9.671619162e-3f);
-    p = fma(p, f, 5.550735071e-2f);
-    p = fma(p, f, 2.402224094e-1f);
-    p = fma(p, f, 6.931470037e-1f);
-    p = fma(p, f, 1.0f);
-    return fma(p, as_float(as_uint(shifted) << 23), 1.0f);
+    for (int i = 0; i < n; ++i) shifted[i] = fma(x[i], -1.44269504f, 12582912.0f + 127.0f);
+    for (int i = 0; i < n; ++i) f[i] = fma(x[i], -1.44269504f, (12582912.0f + 127.0f) - shifted[i]);
+    for (int i = 0; i < n; ++i) p[i] = fma(f[i], 1.326459111e-3f, 9.671619162e-3f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 5.550735071e-2f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 2.402224094e-1f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 6.931470037e-1f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 1.0f);
+    for (int i = 0; i < n; ++i) result[i] = fma(p[i], as_float(as_uint(shifted[i]) << 23), 1.0f);
+}
+
+DD_HOST_DEVICE Vec one_plus_exp_minus(Vec v) {
+    const Vec one[1] = {v};
+    Vec result[1];
+    one_plus_exp_minus(one, result);
+    return result[0];
 }
 
 // ln v for normal v > 0; exactly 0 at 1, and accurate to its own magnitude near 1.

@@ -2,15 +2,14 @@
 
 namespace dd::group_norm {
 
-// Over pixels of one channel of one sample, with d = x - centre. All gradients follow from these.
+// Over pixels of each channel of a unit, with d = x - centre. All gradients follow from these; d itself is summed
+// only for that of pre_shift.
 struct ChannelSums {
-    double dz, dz_d, d;
+    double *dz, *dz_d, *d;
 
-    void add(const ChannelSums& other) {
-        dz += other.dz;
-        dz_d += other.dz_d;
-        d += other.d;
-    }
+    // Of a part of the pixels, from a channel on, within the sums of all parts.
+    ChannelSums(double* sums, int64_t channels, int64_t part, int64_t first)
+        : dz(sums + 3 * part * channels + first), dz_d(dz + channels), d(dz_d + channels) {}
 };
 
 struct Backward {
@@ -32,10 +31,10 @@ namespace dd::group_norm {
 namespace {
 
 struct BackwardPass : Backward {
-    using Partial = ChannelSums;
-    int64_t partials() const { return cut.parts * cut.unit_channels; }
+    using Partial = double;
+    int64_t partials() const { return 3 * cut.parts * cut.unit_channels; }
     int64_t coefficients() const { return 5 * cut.unit_channels; }
-    int64_t scratch() const { return 3 * cut.unit_channels + 2 * cut.piece_elements(); }
+    int64_t scratch() const { return 2 * cut.unit_channels + 2 * cut.piece_elements(); }
     // dz of a unit, where dx has no room for it and it is no large tensor of its own.
     int64_t kept() const {
         int64_t elements = cut.unit_channels * cut.pixels;
@@ -45,11 +44,11 @@ struct BackwardPass : Backward {
     void prepare(const Unit& unit, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_prepare)(*this, unit, coefficients);
     }
-    void reduce(const Unit& unit, int64_t piece, const float* coefficients, ChannelSums* sums, float* scratch,
+    void reduce(const Unit& unit, int64_t piece, const float* coefficients, double* sums, float* scratch,
                 float* kept) const {
         DD_CHOOSE(group_norm_backward_reduce)(*this, unit, piece, coefficients, sums, scratch, kept);
     }
-    void finish(const Unit& unit, ChannelSums* sums, float* coefficients) const {
+    void finish(const Unit& unit, double* sums, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_finish)(*this, unit, sums, coefficients);
     }
     void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch, float* kept) const {

@@ -21,11 +21,12 @@ DD_INLINE void for_blocks(int64_t n, Visit visit) {
     if (i < n) visit(Count<1>{}, i, n - i);
 }
 
-// visit(Count, first pixel): four pixels at a time, so that what is per channel is read a quarter as often.
-template <class Visit>
-DD_INLINE void for_pixels(int64_t pixels, Visit visit) {
+// visit(Count, first pixel): some pixels at a time, so that what is per channel is read less often; or each alone where
+// they come from beyond the cache, whose prefetcher follows the order of memory.
+template <int some, class Visit>
+DD_INLINE void for_pixels(int64_t pixels, bool streams, Visit visit) {
     int64_t pixel = 0;
-    for (; pixel + 4 <= pixels; pixel += 4) visit(Count<4>{}, pixel);
+    for (; !streams && pixel + some <= pixels; pixel += some) visit(Count<some>{}, pixel);
     for (; pixel < pixels; ++pixel) visit(Count<1>{}, pixel);
 }
 
@@ -39,13 +40,7 @@ DD_INLINE void store_some(float* p, int64_t lanes, Vec v) {
     }
 }
 
-// The other lanes become 0, whatever they were.
-DD_INLINE Vec keep_first(Vec v, int64_t lanes) {
-    if (lanes == kLanes) return v;
-    Vec kept{};
-    __builtin_memcpy(&kept, &v, static_cast<size_t>(lanes) * sizeof(float));
-    return kept;
-}
+DD_INLINE Vec keep_some(Vec v, int64_t lanes) { return lanes == kLanes ? v : keep_first(v, lanes); }
 
 // Affine, lane by lane.
 struct Line {
@@ -102,24 +97,55 @@ DD_INLINE void for_options(const group_norm::Options& options, const group_norm:
     }
 }
 
-// The affine maps of a group's channels, to coefficients: centre, gain and offset, each of all channels of the unit.
-DD_INLINE void set_lines(const group_norm::Options& options, const group_norm::Cut& cut, const Unit& unit,
-                         int64_t group, double mean, double rstd, float* coefficients) {
-    for_options(options, cut, unit, group, [&](const OptionBlock& block, int64_t c, int64_t n) {
-        float centre[OptionBlock::size], gain[OptionBlock::size], offset[OptionBlock::size];
-        for (int64_t i = 0; i < OptionBlock::size; ++i) {
-            Affine line = affine(mean, rstd, block[i]);
-            centre[i] = line.centre;
-            gain[i] = line.gain;
-            offset[i] = line.offset;
-        }
-        float* to[] = {coefficients + c, coefficients + cut.unit_channels + c,
-                       coefficients + 2 * cut.unit_channels + c};
-        for (int64_t i = 0; i < n; ++i) {
-            to[0][i] = centre[i];
-            to[1][i] = gain[i];
-            to[2][i] = offset[i];
-        }
+// Up to OptionBlock::size floats.
+DD_INLINE void copy_block(const float* from, int64_t n, float* to) {
+    if (n == OptionBlock::size) {
+        __builtin_memcpy(to, from, sizeof(float) * OptionBlock::size);
+    } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+    }
+}
+
+// Of values less a centre.
+struct Deviations {
+    double sum, squares;
+
+    // Whether the centre is so far from the mean that more than one bit of the squares is that distance.
+    DD_INLINE bool off_centre(double count) const { return 2 * sum * sum > count * squares; }
+};
+
+DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length, const float* pre_shift,
+                                    float centre) {
+    Vec sums[4] = {}, squares[4] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+        Vec from = splat(pre_shift == nullptr ? centre : centre - pre_shift[row]);
+        for_blocks(length, [&](auto block, int64_t i, int64_t lanes) DD_INLINE_LAMBDA {
+            for (int j = 0; j < block.count; ++j) {
+                Vec d = keep_some(load_some(x + row * length + i + j * kLanes, lanes) - from, lanes);
+                sums[j] += d;
+                squares[j] = fma(d, d, squares[j]);
+            }
+        });
+    }
+    return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+}
+
+// sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of its square.
+DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, const float* centres, float* sums,
+                              float* squares) {
+    fill(sums, channels, 0.0f);
+    fill(squares, channels, 0.0f);
+    for_pixels<8>(pixels, false, [&](auto rows, int64_t pixel) DD_INLINE_LAMBDA {
+        for_vectors(channels, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
+            Vec total{}, square{}, centre = load(centres + c, left);
+            for (int r = 0; r < rows.count; ++r) {
+                Vec d = load(x + (pixel + r) * channels + c, left) - centre;
+                total += d;
+                square = fma(d, d, square);
+            }
+            store(sums + c, left, load(sums + c, left) + total);
+            store(squares + c, left, load(squares + c, left) + square);
+        });
     });
 }
 

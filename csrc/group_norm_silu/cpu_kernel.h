@@ -5,17 +5,10 @@ namespace dd::DD_ISA {
 using group_norm::Forward;
 using group_norm::Moments;
 
-// Of values less a centre.
-struct Deviations {
-    double sum, squares;
-
-    // Whether the centre is so far from the mean that more than one bit of the squares is that distance.
-    DD_INLINE bool off_centre(double count) const { return 2 * sum * sum > count * squares; }
-
-    DD_INLINE Moments moments(double count, double centre) const {
-        return {count, centre + sum / count, squares - sum * sum / count};
-    }
-};
+// Of so many values, from their deviations.
+DD_INLINE Moments moments_of(const Deviations& d, double count, double centre) {
+    return {count, centre + d.sum / count, d.squares - d.sum * d.sum / count};
+}
 
 // How far from centre it is that centre - pre_shift, as rounded, centres x + pre_shift.
 DD_INLINE double rounding(float centre, float pre_shift) {
@@ -36,28 +29,12 @@ DD_INLINE float rough_mean(const float* x, int64_t rows, int64_t length, const f
     return sum(total) / static_cast<float>(places * lanes) + shifts / places;
 }
 
-DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length, const float* pre_shift,
-                                    float centre) {
-    Vec sums[4] = {}, squares[4] = {};
-    for (int64_t row = 0; row < rows; ++row) {
-        Vec from = splat(pre_shift == nullptr ? centre : centre - pre_shift[row]);
-        for_blocks(length, [&](auto block, int64_t i, int64_t lanes) {
-            for (int j = 0; j < block.count; ++j) {
-                Vec d = keep_first(load_some(x + row * length + i + j * kLanes, lanes) - from, lanes);
-                sums[j] += d;
-                squares[j] = fma(d, d, squares[j]);
-            }
-        });
-    }
-    return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
-}
-
 // As row_moments(), with each row's own rounding.
 DD_INLINE Moments moments_by_row(const float* x, int64_t rows, int64_t length, const float* pre_shift, float centre) {
     Moments all{};
     for (int64_t row = 0; row < rows; ++row) {
         Deviations d = row_deviations(x + row * length, 1, length, pre_shift + row, centre);
-        Moments one = d.moments(static_cast<double>(length), centre + rounding(centre, pre_shift[row]));
+        Moments one = moments_of(d, static_cast<double>(length), centre + rounding(centre, pre_shift[row]));
         if (row == 0) {
             all = one;
         } else {
@@ -77,14 +54,14 @@ DD_INLINE Moments row_moments(const float* x, int64_t rows, int64_t length, cons
         centre += static_cast<float>(d.sum / count);
         d = row_deviations(x, rows, length, pre_shift, centre);
     }
-    if (pre_shift == nullptr) return d.moments(count, centre);
+    if (pre_shift == nullptr) return moments_of(d, count, centre);
     double away = 0, squares = 0;
     for (int64_t row = 0; row < rows; ++row) {
         double here = rounding(centre, pre_shift[row]);
         away += here;
         squares += here * here;
     }
-    Moments moments = d.moments(count, centre + away / static_cast<double>(rows));
+    Moments moments = moments_of(d, count, centre + away / static_cast<double>(rows));
     // It shows in the variance of values that a shift of dozens of deviations brings together.
     bool shows = squares * static_cast<double>(length) > 0x1p-42 * moments.m2;
     return shows ? moments_by_row(x, rows, length, pre_shift, centre) : moments;
@@ -105,25 +82,6 @@ DD_INLINE void sum_some_pixels(const float* x, int64_t pixels, int64_t channels,
         for (int64_t i = 0; i < kSomePixels; ++i)
             total += load_some(x + i * pixels / kSomePixels * channels + c, lanes);
         store_some(sums + c, lanes, total);
-    });
-}
-
-// sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of its square.
-DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, const float* centres, float* sums,
-                              float* squares) {
-    fill(sums, channels, 0.0f);
-    fill(squares, channels, 0.0f);
-    for_pixels(pixels, [&](auto rows, int64_t pixel) {
-        for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
-            Vec total{}, square{}, centre = load_some(centres + c, lanes);
-            for (int r = 0; r < rows.count; ++r) {
-                Vec d = load_some(x + (pixel + r) * channels + c, lanes) - centre;
-                total += d;
-                square = fma(d, d, square);
-            }
-            store_some(sums + c, lanes, load_some(sums + c, lanes) + total);
-            store_some(squares + c, lanes, load_some(squares + c, lanes) + square);
-        });
     });
 }
 
@@ -168,7 +126,7 @@ DD_INLINE void pixel_moments(const float* x, int64_t pixels, int64_t channels, i
         for (int64_t g = 0; g < groups; ++g) {
             float centre = static_cast<float>(out[g].mean);
             Deviations d = less_centre(centre, shifts(g), width, pixels, sums + g * width, squares + g * width);
-            out[g] = d.moments(count, centre);
+            out[g] = moments_of(d, count, centre);
             again = again || d.off_centre(count);
         }
     }
@@ -192,6 +150,21 @@ void group_norm_reduce(const Forward& a, const Unit& unit, int64_t index, Moment
     }
 }
 
+// The affine maps of a group's channels, to coefficients: centre, gain and offset, each of all channels of the unit.
+DD_INLINE void set_lines(const group_norm::Options& options, const group_norm::Cut& cut, const Unit& unit,
+                         int64_t group, double mean, double rstd, float* coefficients) {
+    for_options(options, cut, unit, group, [&](const OptionBlock& block, int64_t c, int64_t n) {
+        float values[3][OptionBlock::size];
+        for (int64_t i = 0; i < OptionBlock::size; ++i) {
+            Affine line = affine(mean, rstd, block[i]);
+            values[0][i] = line.centre;
+            values[1][i] = line.gain;
+            values[2][i] = line.offset;
+        }
+        for (int64_t k = 0; k < 3; ++k) copy_block(values[k], n, coefficients + k * cut.unit_channels + c);
+    });
+}
+
 void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moments, float* coefficients) {
     const group_norm::Cut& cut = a.cut;
     int64_t groups = cut.unit_groups;
@@ -210,9 +183,8 @@ void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moment
     }
 }
 
-template <bool silu>
-DD_INLINE Vec map_vector(const float* x, int64_t lanes, const Line& line) {
-    return activation<silu>(fma(load_some(x, lanes) - line.centre, line.gain, line.offset));
+DD_INLINE Vec normalised(const float* x, int64_t lanes, const Line& line) {
+    return fma(load_some(x, lanes) - line.centre, line.gain, line.offset);
 }
 
 // The line of one row, in every lane; `stride` parts centre, gain and offset.
@@ -226,11 +198,12 @@ DD_INLINE int64_t map_short_rows(const float* x, float* y, int64_t rows, const f
     constexpr int64_t some = 4 / vectors;
     int64_t row = 0;
     for (; row + some <= rows; row += some, x += 4 * kLanes, y += 4 * kLanes) {
-        Vec out[4];
+        Vec z[4];
         for (int j = 0; j < 4; ++j) {
-            out[j] = map_vector<silu>(x + j * kLanes, kLanes, row_line(coefficients + row + j / vectors, stride));
+            z[j] = normalised(x + j * kLanes, kLanes, row_line(coefficients + row + j / vectors, stride));
         }
-        for (int j = 0; j < 4; ++j) store(y + j * kLanes, out[j]);
+        activate<silu>(z);
+        for (int j = 0; j < 4; ++j) store(y + j * kLanes, z[j]);
     }
     return row;
 }
@@ -243,26 +216,45 @@ DD_INLINE void map_rows(const float* x, float* y, int64_t rows, int64_t length, 
     if (length == 2 * kLanes) row = map_short_rows<silu, 2>(x, y, rows, coefficients, stride);
     for (x += row * length, y += row * length; row < rows; ++row, x += length, y += length) {
         const Line line = row_line(coefficients + row, stride);
-        for_blocks(length, [&](auto block, int64_t i, int64_t lanes) {
-            Vec out[block.count];
-            for (int j = 0; j < block.count; ++j) out[j] = map_vector<silu>(x + i + j * kLanes, lanes, line);
-            for (int j = 0; j < block.count; ++j) store_some(y + i + j * kLanes, lanes, out[j]);
+        for_blocks(length, [&](auto block, int64_t i, int64_t lanes) DD_INLINE_LAMBDA {
+            Vec z[block.count];
+            for (int j = 0; j < block.count; ++j) z[j] = normalised(x + i + j * kLanes, lanes, line);
+            activate<silu>(z);
+            for (int j = 0; j < block.count; ++j) store_some(y + i + j * kLanes, lanes, z[j]);
         });
     }
 }
 
+// In the cache, a few pixels of some channels at a time, which share what is per channel.
 template <bool silu>
 DD_INLINE void map_pixels(const float* x, float* y, int64_t pixels, int64_t channels, const float* coefficients) {
-    for_pixels(pixels, [&](auto rows, int64_t pixel) {
-        for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
-            Line line = line_of(coefficients + c, channels, lanes);
-            Vec out[rows.count];
-            for (int r = 0; r < rows.count; ++r) {
-                out[r] = map_vector<silu>(x + (pixel + r) * channels + c, lanes, line);
-            }
-            for (int r = 0; r < rows.count; ++r) store_some(y + (pixel + r) * channels + c, lanes, out[r]);
+    for_pixels<4>(pixels, false, [&](auto rows, int64_t pixel) DD_INLINE_LAMBDA {
+        for_vectors(channels, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
+            Line line = line_of(coefficients + c, channels, left);
+            int64_t at = pixel * channels + c;
+            Vec z[rows.count];
+            for (int r = 0; r < rows.count; ++r) z[r] = normalised(x + at + r * channels, left, line);
+            activate<silu>(z);
+            for (int r = 0; r < rows.count; ++r) store(y + at + r * channels, left, z[r]);
         });
     });
+}
+
+// From beyond it, in the order of memory.
+template <bool silu>
+DD_INLINE void map_pixels_in_order(const float* x, float* y, int64_t pixels, int64_t channels,
+                                   const float* coefficients) {
+    for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, y += channels) {
+        for_blocks(channels, [&](auto block, int64_t c, int64_t lanes) DD_INLINE_LAMBDA {
+            Vec z[block.count];
+            for (int j = 0; j < block.count; ++j) {
+                int64_t at = c + j * kLanes;
+                z[j] = normalised(x + at, lanes, line_of(coefficients + at, channels, lanes));
+            }
+            activate<silu>(z);
+            for (int j = 0; j < block.count; ++j) store_some(y + c + j * kLanes, lanes, z[j]);
+        });
+    }
 }
 
 template <bool silu>
@@ -272,7 +264,8 @@ void map_piece(const Forward& a, const Unit& unit, int64_t index, const float* c
     const float* x = read_tile(a.x, piece, scratch);
     float* y = output_tile(a.y, piece, scratch);  // x is read before y is written, block by block
     if (cut.channels_last) {
-        map_pixels<silu>(x, y, piece.pixels, cut.channels, coefficients);
+        auto map = cut.streams() ? map_pixels_in_order<silu> : map_pixels<silu>;
+        map(x, y, piece.pixels, cut.channels, coefficients);
     } else {
         map_rows<silu>(x, y, piece.channels, piece.pixels, coefficients + piece.first_channel, cut.unit_channels);
     }

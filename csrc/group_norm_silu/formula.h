@@ -32,6 +32,16 @@ DD_HOST_DEVICE Value activation(Value z) {
     return z;
 }
 
+// The same of n side by side, in place.
+template <bool with_silu, class Value, int n>
+DD_HOST_DEVICE void activate(Value (&z)[n]) {
+    if constexpr (with_silu) {
+        Value denominator[n];
+        one_plus_exp_minus(z, denominator);
+        for (int i = 0; i < n; ++i) z[i] = z[i] / denominator[i];
+    }
+}
+
 // dL/dz from dL/dy. With s = 1 / (1 + e^-z), silu'(z) = s (1 + z (1 - s)).
 template <bool with_silu, class Value>
 DD_HOST_DEVICE Value activation_gradient(Value dy, Value z) {

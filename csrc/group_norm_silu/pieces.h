@@ -30,6 +30,8 @@ struct Cut {
     int64_t group_channels, unit_groups, unit_channels, sample_units, parts, pieces;
 
     int64_t units() const { return samples * sample_units; }
+    // Whether a unit with its gradients outgrows an L2 cache: it should then be visited in the order of memory.
+    bool streams() const { return unit_channels * pixels > 98304; }
     int64_t piece_elements() const { return piece_channels * piece_pixels; }
 
     Unit unit(int64_t index) const {

@@ -73,6 +73,24 @@ def test_pre_shift_that_takes_large_means_away(kernel, channels_last, apart):
     assert_within_budget(actual, exact, plain)
 
 
+@pytest.mark.parametrize("apart", [0, 1000])
+@pytest.mark.parametrize("channels_last", [0, 1])
+def test_gradients_where_pre_shift_takes_large_means_away(kernel, channels_last, apart):
+    """The CPU's kernels give back there too what rounding takes; the others' gradients are off by that."""
+    x, dy, options, activation = make((2, 12, 6, 8), torch.float32, (1, 1, 1, 0, 0, 1, channels_last), mean=0)
+    options["pre_shift"] = 100 + (1 + apart) * options["pre_shift"]
+    x = x - options["pre_shift"][:, :, None, None]
+    if kernel.name == "cpu":
+        check(kernel, x, dy, 3, options, activation)
+        return
+    wide = {name: v.double() for name, v in options.items()}
+    exact = results(x.double(), dy.double(), 3, wide, activation, "reference")
+    options = {name: v.to(kernel.device) for name, v in options.items()}
+    actual = results(x.to(kernel.device), dy.to(kernel.device), 3, options, activation, kernel.name)
+    for name, v in exact.items():
+        assert (actual[name].cpu() - v).abs().max() <= 1e-4 * v.abs().max(), name
+
+
 def test_a_first_value_far_from_the_rest(kernel):
     """Statistics must not hang on a shift read from the data."""
     for channels_last in (0, 1):
@@ -109,6 +127,15 @@ def test_large_groups_keep_their_accuracy(kernel):
     for channels_last in (0, 1):
         x, dy, options, activation = make((1, 4, 700, 400), torch.float32, (1, 1, 0, 0, 0, 1, channels_last))
         check(kernel, x, dy, 1, options, activation)
+
+
+def test_samples_beyond_the_cache(kernel):
+    """Where channels are last, these are visited in the order of memory."""
+    if kernel.name != "cpu":
+        pytest.skip("only the CPU's kernels take another way")
+    for dtype in DTYPES:
+        x, dy, options, activation = make((2, 24, 80, 61), dtype, ROWS[0])
+        check(kernel, x, dy, 4, options, activation)
 
 
 @pytest.mark.parametrize("mean_of", ["x", "pre_shift"])
