@@ -35,8 +35,14 @@ DD_HOST_DEVICE Vec select(bool condition, Vec yes, Vec no) { return condition ? 
 
 // As torch.clamp: NaN stays NaN.
 DD_HOST_DEVICE Vec clamp(Vec v, Vec low, Vec high) {
+#ifdef __CUDA_ARCH__
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(v), "f"(low));
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(v), "f"(high));
+    return v;
+#else
     v = select(v < low, low, v);
     return select(v > high, high, v);
+#endif
 }
 
 DD_HOST_DEVICE Vec fma(Vec a, Vec b, Vec c) { return ::fmaf(a, b, c); }

@@ -66,7 +66,7 @@ inline Order order_of(const Layout& layout, std::initializer_list<Operand> opera
     auto is_float32 = [](const Operand& operand) { return operand && operand.dtype == DType::float32; };
     if (layout.channels == 1) {
         if (layout.pixels % 8 != 0) return Order::any;
-        const bool whole_warps = layout.pixels % (8 * kWarp) == 0;  // so that no thread waits for one that has ended
+        const bool whole_warps = layout.pixels % (8 * kWarp) == 0;  // so that no thread waits for one without a unit
         return whole_warps && std::any_of(operands.begin(), operands.end(), is_float32) ? Order::paired
                                                                                         : Order::contiguous;
     }
@@ -75,12 +75,21 @@ inline Order order_of(const Layout& layout, std::initializer_list<Operand> opera
     return layout.channels == 3 ? Order::channels_3 : layout.channels == 4 ? Order::channels_4 : Order::any;
 }
 
+// Blocks that cover so many units of every sample, each thread up to four units one after another where there are more
+// blocks than a chip holds several times over: they share what is worked out per thread and sample.
+inline int64_t unit_grid_blocks(int64_t units, int64_t samples) {
+    constexpr int64_t plenty = 4096, most = 4;
+    const int64_t blocks = (units + kUnitThreads - 1) / kUnitThreads;
+    const int64_t turns = std::clamp<int64_t>(blocks * samples / plenty, 1, most);
+    return (blocks + turns - 1) / turns;
+}
+
 // Calls start(std::integral_constant<Order, order>, grid).
 template <class Start>
 void for_units(const Layout& layout, std::initializer_list<Operand> operands, const Start& start) {
     Order order = order_of(layout, operands);
-    int64_t units = units_per_sample(order, layout);
-    Grid grid{(units + kUnitThreads - 1) / kUnitThreads, std::min(layout.samples, kMaxGridRows), kUnitThreads};
+    const int64_t blocks = unit_grid_blocks(units_per_sample(order, layout), layout.samples);
+    const Grid grid{blocks, std::min(layout.samples, kMaxGridRows), kUnitThreads};
     switch (order) {
         case Order::contiguous:
             return start(std::integral_constant<Order, Order::contiguous>{}, grid);
@@ -115,6 +124,8 @@ struct Unit {
         : pixels(layout.pixels),
           index(static_cast<int64_t>(blockIdx.x) * kUnitThreads + threadIdx.x),
           channels(layout.channels) {}
+
+    DD_DEVICE void next() { index += static_cast<int64_t>(gridDim.x) * kUnitThreads; }
 
     DD_DEVICE bool exists() const {
         if constexpr (order == Order::any) return index < pixels * channels;

@@ -13,27 +13,31 @@ DD_DEVICE Marginal load_marginal(const QSampleArguments& a, int64_t sample) {
 }
 
 template <Order order>
+DD_DEVICE void diffuse_unit(const QSampleArguments& a, int64_t sample, const Unit<order>& unit,
+                            const Marginal& marginal) {
+    float z[unit.kRows][unit.kWidth] = {};
+    if (!a.noise) {
+        const NoiseKey key = load_key(a.key);
+        unit.normals(key.counter(sample, key.draw, kStreamQSample), z);
+    }
+#pragma unroll
+    for (int row = 0; row < unit.kRows; ++row) {
+        const int64_t offset = unit.offset(row);
+        float x[unit.kWidth];
+        load_row<order>(a.x_start, sample, offset, x);
+        if (a.noise) load_row<order>(a.noise, sample, offset, z[row]);
+#pragma unroll
+        for (int i = 0; i < unit.kWidth; ++i) x[i] = diffuse(x[i], z[row][i], marginal);
+        store_row<order>(a.x_t, sample, offset, x);
+        if (a.noise_out) store_row<order>(a.noise_out, sample, offset, z[row]);
+    }
+}
+
+template <Order order>
 __global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) q_sample_kernel(const QSampleArguments a) {
-    const Unit<order> unit(a.layout);
-    if (!unit.exists()) return;
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
         const Marginal marginal = load_marginal(a, sample);
-        float z[unit.kRows][unit.kWidth] = {};
-        if (!a.noise) {
-            const NoiseKey key = load_key(a.key);
-            unit.normals(key.counter(sample, key.draw, kStreamQSample), z);
-        }
-#pragma unroll
-        for (int row = 0; row < unit.kRows; ++row) {
-            const int64_t offset = unit.offset(row);
-            float x[unit.kWidth];
-            load_row<order>(a.x_start, sample, offset, x);
-            if (a.noise) load_row<order>(a.noise, sample, offset, z[row]);
-#pragma unroll
-            for (int i = 0; i < unit.kWidth; ++i) x[i] = diffuse(x[i], z[row][i], marginal);
-            store_row<order>(a.x_t, sample, offset, x);
-            if (a.noise_out) store_row<order>(a.noise_out, sample, offset, z[row]);
-        }
+        for (Unit<order> unit(a.layout); unit.exists(); unit.next()) diffuse_unit(a, sample, unit, marginal);
     }
 }
 

@@ -7,14 +7,14 @@ namespace {
 
 template <Order order>
 __global__ void __launch_bounds__(kUnitThreads, unit_blocks(order)) randn_kernel(const RandnArguments a) {
-    const Unit<order> unit(a.layout);
-    if (!unit.exists()) return;
     const NoiseKey key = load_key(a.key);
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
-        float z[unit.kRows][unit.kWidth];
-        unit.normals(key.counter(sample, key.draw, a.stream), z);
+        for (Unit<order> unit(a.layout); unit.exists(); unit.next()) {
+            float z[unit.kRows][unit.kWidth];
+            unit.normals(key.counter(sample, key.draw, a.stream), z);
 #pragma unroll
-        for (int row = 0; row < unit.kRows; ++row) store_row<order>(a.z, sample, unit.offset(row), z[row]);
+            for (int row = 0; row < unit.kRows; ++row) store_row<order>(a.z, sample, unit.offset(row), z[row]);
+        }
     }
 }
 

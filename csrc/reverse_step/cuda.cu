@@ -58,6 +58,31 @@ DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_
     for (int i = 0; i < width; ++i) z[i] *= learned_sigma(variance[i], row);
 }
 
+template <Order order>
+DD_DEVICE void step_unit(const ReverseStepArguments& a, int64_t sample, const Unit<order>& unit, const Step& step) {
+    constexpr int width = unit_width(order);
+    const bool noisy = step.row.sigma != 0.0f && (a.noise || a.key);
+    float z[unit.kRows][width] = {};
+    if (noisy && !a.noise) unit.normals(load_key(a.key).counter(sample, step.draw, kStreamReverseStep), z);
+#pragma unroll
+    for (int row = 0; row < unit.kRows; ++row) {
+        const int64_t offset = unit.offset(row);
+        const Row<order> x_row(a.x, sample, offset);
+        float x[width], out[width], x0[width];
+        model_output<order>(a, sample, offset, out);
+        x_row.floats(a.x.dtype, x);
+        if (noisy) scale_noise<order>(a, sample, offset, step.row, z[row]);
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+            x0[i] = predict_x0(x[i], out[i], step.row, step.clip);
+            float mean = step_mean(x0[i], x[i], out[i], step.row);
+            x[i] = noisy ? mean + z[row][i] : mean;
+        }
+        store_row<order>(a.x_prev, sample, offset, x);
+        if (a.x0) store_row<order>(a.x0, sample, offset, x0);
+    }
+}
+
 // Blocks to a multiprocessor that the registers are planned for: 80 a thread where 64 would spill.
 DD_HOST_DEVICE constexpr int blocks_for(Order order) {
     return order == Order::contiguous || order == Order::paired ? 6 : unit_blocks(order);
@@ -65,31 +90,9 @@ DD_HOST_DEVICE constexpr int blocks_for(Order order) {
 
 template <Order order>
 __global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_kernel(const ReverseStepArguments a) {
-    const Unit<order> unit(a.layout);
-    constexpr int width = unit_width(order);
-    if (!unit.exists()) return;
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
         const Step step = load_step(a, sample);
-        const bool noisy = step.row.sigma != 0.0f && (a.noise || a.key);
-        float z[unit.kRows][width] = {};
-        if (noisy && !a.noise) unit.normals(load_key(a.key).counter(sample, step.draw, kStreamReverseStep), z);
-#pragma unroll
-        for (int row = 0; row < unit.kRows; ++row) {
-            const int64_t offset = unit.offset(row);
-            const Row<order> x_row(a.x, sample, offset);
-            float x[width], out[width], x0[width];
-            model_output<order>(a, sample, offset, out);
-            x_row.floats(a.x.dtype, x);
-            if (noisy) scale_noise<order>(a, sample, offset, step.row, z[row]);
-#pragma unroll
-            for (int i = 0; i < width; ++i) {
-                x0[i] = predict_x0(x[i], out[i], step.row, step.clip);
-                float mean = step_mean(x0[i], x[i], out[i], step.row);
-                x[i] = noisy ? mean + z[row][i] : mean;
-            }
-            store_row<order>(a.x_prev, sample, offset, x);
-            if (a.x0) store_row<order>(a.x0, sample, offset, x0);
-        }
+        for (Unit<order> unit(a.layout); unit.exists(); unit.next()) step_unit(a, sample, unit, step);
     }
 }
 

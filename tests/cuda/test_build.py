@@ -122,6 +122,17 @@ def test_accesses_of_16_bytes_and_none_of_local_memory(library):
 @pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
+def test_clips_let_nan_through(library):
+    """The host build clips by comparisons; the instruction that does so on a GPU drops NaN unless it is told not to."""
+    kernels = {name: "\n".join(text) for name, text in disassembly(library).items() if "reverse_step" in name}
+    assert len(kernels) == 6
+    for kernel, text in kernels.items():
+        assert set(re.findall(r"\bFMNMX[\w.]*", text)) == {"FMNMX.NAN"}, kernel
+
+
+@pytest.mark.slow
+@needs_nvcc
+@needs_cuobjdump
 def test_what_is_read_and_written_last_leaves_the_cache_first(library):
     kernels = {name: "\n".join(text) for name, text in disassembly(library).items() if READS_LAST.search(name)}
     kernels = {name: text for name, text in kernels.items() if not ELEMENT_BY_ELEMENT.search(name)}

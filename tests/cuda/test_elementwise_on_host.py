@@ -68,6 +68,18 @@ def test_more_samples_than_a_grid_has_rows(host):
         torch.testing.assert_close(op("cuda"), op("reference"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("elements", [130, 3080, 3328])
+def test_threads_take_turns_where_there_are_many_blocks(host, elements):
+    """By elements, by vectors and by pairs of threads; the last turn is not every thread's."""
+    x, steps = torch.randn(4100, elements), torch.arange(4100) % 20
+    for op in (
+        lambda backend: dd.randn(x.shape, seed=1, backend=backend),
+        lambda backend: dd.q_sample(x, steps, SCHEDULE, seed=1, backend=backend),
+        lambda backend: dd.reverse_step(x, x, TABLE_SMALL, steps, seed=1, backend=backend),
+    ):
+        torch.testing.assert_close(op("cuda"), op("reference"), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pixels", [64, 72])
 class TestFloat32And16Bits:
