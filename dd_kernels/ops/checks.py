@@ -85,7 +85,7 @@ def timestep_index(name: str, index: int | Tensor, views: Sequence[Tensor], x: T
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd would have to see this call."""
     if torch.is_grad_enabled():
-        for x in tensors:  # noqa: SIM110 - any() of a generator costs half a microsecond more in every call
+        for x in tensors:  # any() of a generator costs half a microsecond more in every call
             if x is not None and x.requires_grad:
                 return True
     return False
