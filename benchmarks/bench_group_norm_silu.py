@@ -83,7 +83,7 @@ def _functions(target: Target, variant: Variant) -> dict[str, Function | str]:
     return found
 
 
-def _gradients(forward: Function, arguments: tuple[Tensor, ...], dy: Tensor) -> Callable[[], object]:
+def gradients(forward: Function, arguments: tuple[Tensor, ...], dy: Tensor) -> Callable[[], object]:
     """Runs the backward pass of one forward pass as often as wanted."""
     with torch.enable_grad():
         leaves = tuple(v.detach().requires_grad_() for v in arguments)
@@ -119,7 +119,7 @@ def _take_backward(case: Case, target: Target, make: Callable[[], tuple[tuple[Te
     def run_of(name: str) -> Callable[[int], object]:
         def run(i: int) -> object:  # the first call of each makes the forward pass
             if name not in prepared:
-                prepared[name] = [_gradients(forwards[name], *arguments) for arguments in sets]
+                prepared[name] = [gradients(forwards[name], *arguments) for arguments in sets]
             return prepared[name][i]()
 
         return run

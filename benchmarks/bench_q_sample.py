@@ -21,6 +21,11 @@ SCHEDULE = dd.linear_schedule()
 Function = Callable[..., Tensor]
 
 
+def timesteps(samples: int) -> Tensor:
+    """One for each sample, the same every time."""
+    return torch.randint(len(SCHEDULE), (samples,), generator=torch.Generator().manual_seed(0))
+
+
 def _eager(rows: Tensor, t: Tensor, drawn: bool) -> Function:
     """Equation 4 of DDPM (Ho et al., 2020) as one writes it in PyTorch; rows [T, 2]."""
     a, b = rows[:, 0], rows[:, 1]
@@ -32,7 +37,8 @@ def _eager(rows: Tensor, t: Tensor, drawn: bool) -> Function:
     return run
 
 
-def _diffusers(t: Tensor, drawn: bool) -> Function | str:
+def diffusers_add_noise(t: Tensor, drawn: bool) -> Function | str:
+    """Its function, with noise drawn before where it is not given; or why there is none."""
     try:
         from diffusers import DDPMScheduler
     except ImportError:
@@ -45,7 +51,7 @@ def _diffusers(t: Tensor, drawn: bool) -> Function | str:
 
 def _case(target: Target, shape: tuple[int, ...], drawn: bool) -> Case:
     device = target.device
-    t = torch.randint(len(SCHEDULE), shape[:1], generator=torch.Generator().manual_seed(0)).to(device)
+    t = timesteps(shape[0]).to(device)
     size = (2 if drawn else 3) * 4 * torch.Size(shape).numel()
     inputs = rotated(target, lambda: tuple(torch.randn(shape, device=device) for _ in range(1 if drawn else 2)), size)
 
@@ -55,7 +61,7 @@ def _case(target: Target, shape: tuple[int, ...], drawn: bool) -> Case:
         return lambda x, z: dd.q_sample(x, t, SCHEDULE, z, backend=backend)
 
     eager = _eager(SCHEDULE.on(torch.device(device)).rows, t, drawn)
-    peers = {"diffusers": _diffusers(t, drawn), "eager": eager}
+    peers = {"diffusers": diffusers_add_noise(t, drawn), "eager": eager}
     peers |= {name: ours(name) for name in machine.kernels(target.kind)[1:]}
     if shape == COMPILED[target.kind]:
         torch._dynamo.reset()

@@ -61,7 +61,8 @@ def eager_step(table: dd.StepTable, index: int) -> Step:
     return step
 
 
-def _diffusers(sampler: str) -> Step | str:
+def diffusers_step(sampler: str) -> Step | str:
+    """Its scheduler's step, or why there is none."""
     try:
         from diffusers import DDIMScheduler, DDPMScheduler
     except ImportError:
@@ -90,7 +91,7 @@ def _case(target: Target, variant: Variant) -> Case:
 
     size = (4 + variant.out_dtype.itemsize + 4) * torch.Size(shape).numel()
     eager = eager_step(table, index)
-    peers = {"diffusers": _diffusers(variant.sampler), "eager": eager}
+    peers = {"diffusers": diffusers_step(variant.sampler), "eager": eager}
     peers |= {name: ours(name) for name in machine.kernels(target.kind)[1:]}
     if variant == Variant(variant.sampler, MAIN[target.kind]):
         torch._dynamo.reset()

@@ -48,7 +48,7 @@ class Share:
         del self.weights[name]
 
 
-OPS = ("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_silu")
+OPS = ("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_silu", "bench_ops_alone")
 PARTS = {
     part.name: part
     for part in (

@@ -14,6 +14,7 @@ from benchmarks import (
     bench_group_norm_silu,
     bench_growth,
     bench_model_norms,
+    bench_ops_alone,
     bench_q_sample,
     bench_randn,
     bench_reverse_step,
@@ -105,6 +106,18 @@ def test_group_norm_silu(target):
     for row in rows:
         assert set(problems(row)) <= {"apex"}, row["peers"]
     assert any("torch.compile" in row["peers"] for row in rows if row["case"] == "backward")
+
+
+def test_ops_alone(target):
+    """On a GPU nothing of what a public function adds is timed anyway."""
+    plans = bench_ops_alone.plans(target)
+    if target.kind == "cuda":
+        assert plans == []
+        return
+    rows = measured(plans, target)
+    ways = {"ddpm", "ddim", "noise given", "noise drawn", "forward", "backward"}
+    assert {row["case"] for row in rows} == {f"{way}, op alone" for way in ways}
+    assert all(len(row["peers"]) == 1 and not problems(row) for row in rows)
 
 
 def test_the_backward_pass_is_the_gradient(cpu_target, tiny):
