@@ -6,6 +6,7 @@ There a GPU replays a graph, in which none of that is: only a CPU is measured he
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -47,9 +48,8 @@ def _q_sample(drawn: bool, shape: tuple[int, ...]) -> Case:
 
     inputs = tuple(torch.randn(1 if drawn else 2, *shape))
     name, size = f"noise {'drawn' if drawn else 'given'}, op alone", (len(inputs) + 1) * 4 * x_t.numel()
-    return Case(
-        "q_sample", name, shape, ours, [inputs], size, {"diffusers": bench_q_sample.diffusers_add_noise(t, drawn)}
-    )
+    peers = {"diffusers": bench_q_sample.diffusers_add_noise(t, drawn)}
+    return Case("q_sample", name, shape, ours, [inputs], size, peers)
 
 
 def _norm(backward: bool, layout: str, size: tuple[int, int, int]) -> Case:
@@ -57,21 +57,20 @@ def _norm(backward: bool, layout: str, size: tuple[int, int, int]) -> Case:
     x, dy = (v.contiguous(memory_format=norms.LAYOUTS[layout]) for v in torch.randn(2, *shape))
     weight, bias, dweight, dbias = torch.randn(4, shape[1])
     y, (mean, rstd) = torch.empty_like(x), torch.empty(2, shape[0], norms.GROUPS)
-    forward, gradients = torch.ops.dd_kernels.group_norm_silu, torch.ops.dd_kernels.group_norm_silu_backward
     options = (norms.GROUPS, weight, bias, norms.EPS, None, None, None, True)
-    forward.default(x, *options, y, mean, rstd)
+    forward = torch.ops.dd_kernels.group_norm_silu.default
+    forward(x, *options, y, mean, rstd)
     if backward:
-        ours, arguments = (
-            gradients.default,
-            (dy, x, mean, rstd, *options, torch.empty_like(x), dweight, dbias, *[None] * 3),
+        gradients = (torch.empty_like(x), dweight, dbias, None, None, None)
+        ours = functools.partial(
+            torch.ops.dd_kernels.group_norm_silu_backward.default, dy, x, mean, rstd, *options, *gradients
         )
         eager = norms.gradients(norms.eager, (x, weight, bias), dy)
     else:
-        ours, arguments = forward.default, (x, *options, y, mean, rstd)
+        ours = functools.partial(forward, x, *options, y, mean, rstd)
         eager = functools.partial(norms.eager, x, weight, bias)
     name, size_in_bytes = f"{'backward' if backward else 'forward'}, op alone", (2 + backward) * 4 * x.numel()
-    call = functools.partial(ours, *arguments)
-    return Case("group_norm_silu", name, shape, call, [()], size_in_bytes, {"eager": eager}, layout=layout)
+    return Case("group_norm_silu", name, shape, ours, [()], size_in_bytes, {"eager": eager}, layout=layout)
 
 
 def plans(target: Target) -> list[Plan]:
@@ -88,7 +87,7 @@ def plans(target: Target) -> list[Plan]:
         for plan in on_threads(
             target,
             f"op alone {build.__name__[1:]} {' '.join(map(str, options))}",
-            lambda build=build, options=options: build(*options),
+            lambda build=build, options=options: dataclasses.replace(build(*options), hot=True),
         )
     ]
 

@@ -42,6 +42,7 @@ class Case:
         peers: by name, what is called with the same arguments; or a string: why it was not measured.
         device: where the tensors are.
         graph: a GPU replays the calls from a graph; False: it is called as a program calls it.
+        hot: ``inputs`` are one tuple on purpose, whatever its size; the copy then has one of its own.
         extra: further entries of the row.
         inspect: called after the timing, for further entries that are looked at and not timed.
     """
@@ -57,6 +58,7 @@ class Case:
     layout: str = "contiguous"
     device: torch.device | str = "cpu"
     graph: bool = True
+    hot: bool = False
     extra: Row = field(default_factory=dict)
     inspect: Callable[[], Row] | None = None
 
@@ -117,7 +119,7 @@ def _timers(case: Case, clock: Clock) -> tuple[dict[str, Timer], dict[str, str]]
         source = torch.ones(max(1, case.bytes_moved // 8), device=case.device)
         return torch.empty_like(source), source
 
-    copies = [copy_arguments() for _ in range(clock.copies(case.bytes_moved))]
+    copies = [copy_arguments() for _ in range(1 if case.hot else clock.copies(case.bytes_moved))]
     timers = {
         "ours": clock.timer(case.ours, case.inputs, case.bytes_moved, case.graph),
         "copy": clock.timer(torch.Tensor.copy_, copies, case.bytes_moved, case.graph),

@@ -118,6 +118,7 @@ def test_ops_alone(target):
     ways = {"ddpm", "ddim", "noise given", "noise drawn", "forward", "backward"}
     assert {row["case"] for row in rows} == {f"{way}, op alone" for way in ways}
     assert all(len(row["peers"]) == 1 and not problems(row) for row in rows)
+    assert all(plan.build().hot and len(plan.build().inputs) == 1 for plan in plans)
 
 
 def test_the_backward_pass_is_the_gradient(cpu_target, tiny):
