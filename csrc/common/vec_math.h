@@ -31,7 +31,7 @@ template <int n>
 DD_HOST_DEVICE void one_plus_exp_minus(const Vec (&v)[n], Vec (&result)[n]) {
     Vec x[n], shifted[n], f[n], p[n];
     for (int i = 0; i < n; ++i) x[i] = clamp(v[i], -88.9f, 87.0f);
-    // 2^(n + f): adding 1.5 * 2^23 leaves n in the low bits, and 127 more makes it the exponent of a float.
+    // 2^(k + f): adding 1.5 * 2^23 leaves k in the low bits, and 127 more makes it the exponent of a float.
     for (int i = 0; i < n; ++i) shifted[i] = fma(x[i], -1.44269504f, 12582912.0f + 127.0f);
     for (int i = 0; i < n; ++i) f[i] = fma(x[i], -1.44269504f, (12582912.0f + 127.0f) - shifted[i]);
     for (int i = 0; i < n; ++i) p[i] = fma(f[i], 1.326459111e-3f, 9.671619162e-3f);
