@@ -92,7 +92,7 @@ DD_INLINE void fill_noise(float* z, const Layout& layout, const Tile& tile, cons
     if (layout.channels == 1) return fill_normals(z, tile.first_pixel, tile.pixels, at);
     for (int64_t c = 0; c < layout.channels; ++c) {
         fill_normals(scratch, c * layout.pixels + tile.first_pixel, tile.pixels, at);
-        const int64_t channels = layout.channels, pixels = tile.pixels;  // a store might change what the reference holds
+        const int64_t channels = layout.channels, pixels = tile.pixels;  // else read again after every store
 #pragma GCC unroll 8
         for (int64_t p = 0; p < pixels; ++p) z[p * channels + c] = scratch[p];
     }
