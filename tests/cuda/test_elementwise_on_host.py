@@ -68,10 +68,10 @@ def test_more_samples_than_a_grid_has_rows(host):
         torch.testing.assert_close(op("cuda"), op("reference"), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("elements", [130, 3080, 3328])
-def test_threads_take_turns_where_there_are_many_blocks(host, elements):
+@pytest.mark.parametrize(("samples", "elements"), [(4100, 130), (2050, 3080), (2050, 3328)])
+def test_threads_take_turns_where_there_are_many_blocks(host, samples, elements):
     """By elements, by vectors and by pairs of threads; the last turn is not every thread's."""
-    x, steps = torch.randn(4100, elements), torch.arange(4100) % 20
+    x, steps = torch.randn(samples, elements), torch.arange(samples) % 20
     for op in (
         lambda backend: dd.randn(x.shape, seed=1, backend=backend),
         lambda backend: dd.q_sample(x, steps, SCHEDULE, seed=1, backend=backend),
