@@ -12,19 +12,12 @@ void group_norm_backward_prepare(const Backward& a, const Unit& unit, float* coe
     int64_t first = unit.sample * cut.groups + unit.first_group;
     for (int64_t g = 0; g < cut.unit_groups; ++g) {
         double mean = a.mean[first + g], rstd = a.rstd[first + g];
-        for_options(a.options, cut, unit, g, [&](const OptionBlock& block, int64_t c, int64_t n) {
-            float values[5][OptionBlock::size];
-            for (int64_t i = 0; i < OptionBlock::size; ++i) {
-                ChannelOptions<double> o = block[i];
-                Affine line = affine(mean, rstd, o);
-                values[0][i] = line.centre;
-                values[1][i] = line.gain;
-                values[2][i] = line.offset;
-                values[3][i] = static_cast<float>(o.weight * (1 + o.scale));
-                values[4][i] = static_cast<float>(centre_remainder(line.centre, mean, rstd, o));
-            }
-            for (int64_t k = 0; k < 5; ++k) copy_block(values[k], n, coefficients + k * cut.unit_channels + c);
-        });
+        auto set = [&](const ChannelOptions<double>& o, auto& values, int64_t i) {
+            float centre = set_line(affine(mean, rstd, o), values, i);
+            values[3][i] = static_cast<float>(o.weight * (1 + o.scale));
+            values[4][i] = static_cast<float>(centre_remainder(centre, mean, rstd, o));
+        };
+        set_coefficients<5>(a.options, cut, unit, g, coefficients, set);
     }
 }
 
@@ -218,11 +211,11 @@ DD_INLINE void backward_rows(const float* x, const float* dy, float* dx, const g
             Vec out[block.count];
             for (int j = 0; j < block.count; ++j) {
                 int64_t at = start + i + j * kLanes;
-                Vec d = load_some(x + at, lanes) - line.centre;
-                Vec dz = activation_gradient<silu>(load_some(dy + at, lanes), fma(d, line.gain, line.offset));
+                Vec d = load(x + at, lanes) - line.centre;
+                Vec dz = activation_gradient<silu>(load(dy + at, lanes), fma(d, line.gain, line.offset));
                 out[j] = fma(dz, line.gain, fma(d, slope, level));
             }
-            for (int j = 0; j < block.count; ++j) store_some(dx + start + i + j * kLanes, lanes, out[j]);
+            for (int j = 0; j < block.count; ++j) store(dx + start + i + j * kLanes, lanes, out[j]);
         });
     }
 }

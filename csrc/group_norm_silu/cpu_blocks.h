@@ -13,8 +13,9 @@ struct Count {
 
 // visit(Count, first element, lanes): some vectors at a time, whose long chains of operations then
 // overlap, single ones, and a last one of fewer lanes.
-template <int some = 4, class Visit>
+template <class Visit>
 DD_INLINE void for_blocks(int64_t n, Visit visit) {
+    constexpr int64_t some = 4;
     int64_t i = 0;
     for (; i + some * kLanes <= n; i += some * kLanes) visit(Count<some>{}, i, int64_t{kLanes});
     for (; i + kLanes <= n; i += kLanes) visit(Count<1>{}, i, int64_t{kLanes});
@@ -30,16 +31,6 @@ DD_INLINE void for_pixels(int64_t pixels, bool streams, Visit visit) {
     for (; pixel < pixels; ++pixel) visit(Count<1>{}, pixel);
 }
 
-DD_INLINE Vec load_some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load_first(p, lanes); }
-
-DD_INLINE void store_some(float* p, int64_t lanes, Vec v) {
-    if (lanes == kLanes) {
-        store(p, v);
-    } else {
-        store_first(p, lanes, v);
-    }
-}
-
 DD_INLINE Vec keep_some(Vec v, int64_t lanes) { return lanes == kLanes ? v : keep_first(v, lanes); }
 
 // Affine, lane by lane.
@@ -48,8 +39,7 @@ struct Line {
 };
 
 DD_INLINE Line line_of(const float* coefficients, int64_t channels, int64_t lanes) {
-    return {load_some(coefficients, lanes), load_some(coefficients + channels, lanes),
-            load_some(coefficients + 2 * channels, lanes)};
+    return {load(coefficients, lanes), load(coefficients + channels, lanes), load(coefficients + 2 * channels, lanes)};
 }
 
 DD_INLINE void fill(float* p, int64_t n, float value) {
@@ -106,6 +96,27 @@ DD_INLINE void copy_block(const float* from, int64_t n, float* to) {
     }
 }
 
+// set(a channel's options, values, i) sets values[k][i], which become the k-th of the unit's coefficients of each
+// channel.
+template <int n, class Set>
+DD_INLINE void set_coefficients(const group_norm::Options& options, const group_norm::Cut& cut, const Unit& unit,
+                                int64_t group, float* coefficients, Set set) {
+    for_options(options, cut, unit, group, [&](const OptionBlock& block, int64_t c, int64_t count) {
+        float values[n][OptionBlock::size];
+        for (int64_t i = 0; i < OptionBlock::size; ++i) set(block[i], values, i);
+        for (int64_t k = 0; k < n; ++k) copy_block(values[k], count, coefficients + k * cut.unit_channels + c);
+    });
+}
+
+// An affine map as the first three coefficients of a channel; returns its centre.
+template <int n>
+DD_INLINE float set_line(const Affine& line, float (&values)[n][OptionBlock::size], int64_t i) {
+    values[0][i] = line.centre;
+    values[1][i] = line.gain;
+    values[2][i] = line.offset;
+    return line.centre;
+}
+
 // Of values less a centre.
 struct Deviations {
     double sum, squares;
@@ -121,7 +132,7 @@ DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length
         Vec from = splat(pre_shift == nullptr ? centre : centre - pre_shift[row]);
         for_blocks(length, [&](auto block, int64_t i, int64_t lanes) DD_INLINE_LAMBDA {
             for (int j = 0; j < block.count; ++j) {
-                Vec d = keep_some(load_some(x + row * length + i + j * kLanes, lanes) - from, lanes);
+                Vec d = keep_some(load(x + row * length + i + j * kLanes, lanes) - from, lanes);
                 sums[j] += d;
                 squares[j] = fma(d, d, squares[j]);
             }

@@ -23,7 +23,7 @@ DD_INLINE float rough_mean(const float* x, int64_t rows, int64_t length, const f
     float shifts = 0;
     for (int64_t i = 0; i < places; ++i) {
         int64_t row = i * rows / places;
-        total += load_some(x + row * length + i * apart, lanes);
+        total += load(x + row * length + i * apart, lanes);
         if (pre_shift != nullptr) shifts += pre_shift[row];
     }
     return sum(total) / static_cast<float>(places * lanes) + shifts / places;
@@ -77,11 +77,10 @@ constexpr int64_t kSomePixels = 4;
 
 // sums[c] of x[pixel][c] over a few pixels, spread over all of them.
 DD_INLINE void sum_some_pixels(const float* x, int64_t pixels, int64_t channels, float* sums) {
-    for_blocks<1>(channels, [&](auto, int64_t c, int64_t lanes) {
+    for_vectors(channels, [&](int64_t c, int64_t lanes) {
         Vec total{};
-        for (int64_t i = 0; i < kSomePixels; ++i)
-            total += load_some(x + i * pixels / kSomePixels * channels + c, lanes);
-        store_some(sums + c, lanes, total);
+        for (int64_t i = 0; i < kSomePixels; ++i) total += load(x + i * pixels / kSomePixels * channels + c, lanes);
+        store(sums + c, lanes, total);
     });
 }
 
@@ -150,21 +149,7 @@ void group_norm_reduce(const Forward& a, const Unit& unit, int64_t index, Moment
     }
 }
 
-// The affine maps of a group's channels, to coefficients: centre, gain and offset, each of all channels of the unit.
-DD_INLINE void set_lines(const group_norm::Options& options, const group_norm::Cut& cut, const Unit& unit,
-                         int64_t group, double mean, double rstd, float* coefficients) {
-    for_options(options, cut, unit, group, [&](const OptionBlock& block, int64_t c, int64_t n) {
-        float values[3][OptionBlock::size];
-        for (int64_t i = 0; i < OptionBlock::size; ++i) {
-            Affine line = affine(mean, rstd, block[i]);
-            values[0][i] = line.centre;
-            values[1][i] = line.gain;
-            values[2][i] = line.offset;
-        }
-        for (int64_t k = 0; k < 3; ++k) copy_block(values[k], n, coefficients + k * cut.unit_channels + c);
-    });
-}
-
+// coefficients: centre, gain and offset, each of all channels of the unit.
 void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moments, float* coefficients) {
     const group_norm::Cut& cut = a.cut;
     int64_t groups = cut.unit_groups;
@@ -179,12 +164,15 @@ void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moment
             a.mean[at] = static_cast<float>(all.mean);
             a.rstd[at] = static_cast<float>(rstd);
         }
-        set_lines(a.options, cut, unit, g, all.mean, rstd, coefficients);
+        auto line = [&](const ChannelOptions<double>& o, auto& values, int64_t i) {
+            set_line(affine(all.mean, rstd, o), values, i);
+        };
+        set_coefficients<3>(a.options, cut, unit, g, coefficients, line);
     }
 }
 
 DD_INLINE Vec normalised(const float* x, int64_t lanes, const Line& line) {
-    return fma(load_some(x, lanes) - line.centre, line.gain, line.offset);
+    return fma(load(x, lanes) - line.centre, line.gain, line.offset);
 }
 
 // The line of one row, in every lane; `stride` parts centre, gain and offset.
@@ -220,7 +208,7 @@ DD_INLINE void map_rows(const float* x, float* y, int64_t rows, int64_t length, 
             Vec z[block.count];
             for (int j = 0; j < block.count; ++j) z[j] = normalised(x + i + j * kLanes, lanes, line);
             activate<silu>(z);
-            for (int j = 0; j < block.count; ++j) store_some(y + i + j * kLanes, lanes, z[j]);
+            for (int j = 0; j < block.count; ++j) store(y + i + j * kLanes, lanes, z[j]);
         });
     }
 }
@@ -252,7 +240,7 @@ DD_INLINE void map_pixels_in_order(const float* x, float* y, int64_t pixels, int
                 z[j] = normalised(x + at, lanes, line_of(coefficients + at, channels, lanes));
             }
             activate<silu>(z);
-            for (int j = 0; j < block.count; ++j) store_some(y + c + j * kLanes, lanes, z[j]);
+            for (int j = 0; j < block.count; ++j) store(y + c + j * kLanes, lanes, z[j]);
         });
     }
 }
