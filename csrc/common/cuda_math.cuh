@@ -29,7 +29,6 @@ DD_HOST_DEVICE VecU as_uint(Vec v) { return bits_as<VecU>(v); }
 DD_HOST_DEVICE Vec as_float(VecI v) { return bits_as<Vec>(v); }
 DD_HOST_DEVICE Vec as_float(VecU v) { return bits_as<Vec>(v); }
 DD_HOST_DEVICE Vec to_float(VecI v) { return static_cast<float>(v); }
-DD_HOST_DEVICE Vec to_float(VecU v) { return static_cast<float>(v); }
 
 DD_HOST_DEVICE Vec select(bool condition, Vec yes, Vec no) { return condition ? yes : no; }
 
@@ -59,6 +58,9 @@ DD_HOST_DEVICE Vec sqrt(Vec v) {
 }
 
 DD_HOST_DEVICE Vec abs(Vec v) { return ::fabsf(v); }
+
+// -2 (w + 1) 2^-32, after w is rounded to float: the product is exact.
+DD_HOST_DEVICE Vec minus_two_uniform(VecU w) { return fma(static_cast<float>(w), -0x1p-31f, -0x1p-31f); }
 
 }  // namespace dd::cuda
 

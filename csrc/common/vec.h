@@ -122,8 +122,13 @@ DD_INLINE Vec abs(Vec v) { return (Vec)((VecU)v & 0x7fffffffu); }
 
 DD_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }
 
-// The float nearest to an unsigned integer: the upper half times 2^16 is exact, so only the sum rounds.
-DD_INLINE Vec to_float(VecU v) { return fma(to_float((VecI)(v >> 16)), 65536.0f, to_float((VecI)(v & 0xffffu))); }
+// -2 (w + 1) 2^-32, after w is rounded to float. The halves of w become the last bits of two floats,
+// -2^8 - high 2^-15 and -2^-8 - low 2^-31, and only their sum rounds.
+DD_INLINE Vec minus_two_uniform(VecU w) {
+    Vec high = as_float((w >> 16) | 0xc3800000u);
+    Vec low = as_float((w & 0xffffu) | 0xbb800000u);
+    return (high + (0x1p8f + 0x1p-8f)) + low - 0x1p-31f;
+}
 
 #ifdef __clang__
 #define DD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -167,22 +172,14 @@ DD_INLINE VecU interleave(VecU64 a, VecU64 b) {
 #endif
 }
 
-// Within each 128 bits, lane i of v[j] changes places with lane j of v[i].
-DD_INLINE void transpose_4x4(Vec v[4]) {
+// Within each 128 bits, the lanes of a and b in turn: those of the lower halves, then those of the upper ones.
+DD_INLINE void zip(Vec a, Vec b, Vec& lower, Vec& upper) {
 #if DD_LANES == 8
-    Vec a = DD_SHUFFLE(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13), b = DD_SHUFFLE(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
-    Vec c = DD_SHUFFLE(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13), d = DD_SHUFFLE(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15);
-    v[0] = DD_SHUFFLE(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
-    v[1] = DD_SHUFFLE(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
-    v[2] = DD_SHUFFLE(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
-    v[3] = DD_SHUFFLE(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+    lower = DD_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+    upper = DD_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 #else
-    Vec a = DD_SHUFFLE(v[0], v[1], 0, 4, 1, 5), b = DD_SHUFFLE(v[0], v[1], 2, 6, 3, 7);
-    Vec c = DD_SHUFFLE(v[2], v[3], 0, 4, 1, 5), d = DD_SHUFFLE(v[2], v[3], 2, 6, 3, 7);
-    v[0] = DD_SHUFFLE(a, c, 0, 1, 4, 5);
-    v[1] = DD_SHUFFLE(a, c, 2, 3, 6, 7);
-    v[2] = DD_SHUFFLE(b, d, 0, 1, 4, 5);
-    v[3] = DD_SHUFFLE(b, d, 2, 3, 6, 7);
+    lower = DD_SHUFFLE(a, b, 0, 4, 1, 5);
+    upper = DD_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
 

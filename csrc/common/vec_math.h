@@ -49,31 +49,33 @@ DD_HOST_DEVICE Vec one_plus_exp_minus(Vec v) {
     return result[0];
 }
 
-// ln v for normal v > 0; exactly 0 at 1, and accurate to its own magnitude near 1.
-DD_HOST_DEVICE Vec log(Vec v) {
-    // v = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-    VecI e = (as_int(v) - 0x3f3504f3) >> 23;
-    Vec f = as_float(as_uint(v) - ((VecU)e << 23)) - 1.0f;
-    Vec f2 = f * f;
-    Vec p01 = fma(f, 3.333393157e-1f, -4.999998317e-1f);
-    Vec p23 = fma(f, 1.996353344e-1f, -2.500258036e-1f);
-    Vec p45 = fma(f, 1.488319384e-1f, -1.655185614e-1f);
-    Vec p67 = fma(f, 8.980340650e-2f, -1.442638493e-1f);
-    Vec p = fma(fma(f2, p67, p45), f2 * f2, fma(f2, p23, p01));
-    return fma(to_float(e), 0.693147182f, fma(p, f2, f));
+// -2 ln v of w = -2 v, for normal v > 0: the factor costs nothing there. Exactly 0 at v = 1, and accurate to its own
+// magnitude near 1.
+DD_HOST_DEVICE Vec minus_two_log(Vec w) {
+    // v = 2^e (1 - g / 2) with 1 - g / 2 in [sqrt(1/2), sqrt(2)); exponent is e 2^23.
+    VecU exponent = (as_uint(w) - 0xbfb504f3u) & 0xff800000u;
+    Vec g = as_float(as_uint(w) - exponent) + 2.0f;
+    Vec g2 = g * g;
+    Vec p01 = fma(g, 8.333482593e-2f, 2.499999106e-1f);
+    Vec p23 = fma(g, 1.247720886e-2f, 3.125322610e-2f);
+    Vec p45 = fma(g, 2.325498965e-3f, 5.172455218e-3f);
+    Vec p67 = fma(g, 3.507945512e-4f, 1.127061318e-3f);
+    Vec p = fma(fma(g2, p67, p45), g2 * g2, fma(g2, p23, p01));
+    return fma(to_float((VecI)exponent), -1.652591664e-7f, fma(p, g2, g));
 }
 
-// sin and cos of the angle w 2^-32 turns. The reduction is of the integer, so nothing is lost in it.
-DD_HOST_DEVICE void sincos_turns(VecU w, Vec& sine, Vec& cosine) {
+// sin and cos of the angle w 2^-32 turns, both times -1 where the result, the sign's bit, is set. The reduction is of
+// the integer, so nothing is lost in it.
+DD_HOST_DEVICE VecU sincos_turns(VecU w, Vec& sine, Vec& cosine) {
     // The angle is x plus no or one half turn, x in [-pi/2, pi/2); a half turn changes both signs.
-    VecU sign = (w + 0x40000000u) & 0x80000000u;
     Vec x = to_float((VecI)(w << 1)) * 7.31459055e-10f;  // pi / 2^32
     Vec z = x * x;
     Vec z2 = z * z;
     Vec s = fma(fma(z, 2.608932662e-6f, -1.981111275e-4f), z2, fma(z, 8.333088167e-3f, -1.666666046e-1f));
     Vec c = fma(fma(z, -2.619381514e-7f, 2.476930424e-5f), z2, fma(z, -1.388856916e-3f, 4.166665577e-2f));
-    sine = as_float(as_uint(fma(s, x * z, x)) ^ sign);
-    cosine = as_float(as_uint(fma(c, z2, fma(z, -0.5f, 1.0f))) ^ sign);
+    sine = fma(s, x * z, x);
+    cosine = fma(c, z2, fma(z, -0.5f, 1.0f));
+    return (w + 0x40000000u) & 0x80000000u;
 }
 
 }  // namespace dd::DD_ISA

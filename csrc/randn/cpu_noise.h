@@ -34,27 +34,26 @@ DD_INLINE Words operator^(const Words& a, uint32_t b) {
 
 constexpr int kNoiseBlock = 2 * kChains * kLanes;
 
-// The words of kNoiseBlock elements, the first of them 4 * quad: vectors of radii and of angles.
+// The words of kNoiseBlock elements, the first of them 4 * quad. Each chain gives a vector of radii and one of angles,
+// of two elements for every quad.
 DD_INLINE void random_words(int64_t quad, const NoiseCounter& at, VecU radius[kChains], VecU angle[kChains]) {
-    // Lane i of the words is quad kOrder(i), chosen so that 4x4 transposes alone put the elements in order.
     Words words[4];
     words[0] = each_chain([&](int i) {
-        uint64_t first = static_cast<uint64_t>(quad) + static_cast<uint64_t>(i / 2 * kLanes);
+        uint64_t first = static_cast<uint64_t>(quad) + static_cast<uint64_t>(i * kLanes / 2);
+        // The order which zip() brings into that of the elements.
 #if DD_LANES == 8
-        return (i % 2 ? VecU64{2, 6, 3, 7} : VecU64{0, 4, 1, 5}) + first;
+        return VecU64{0, 2, 1, 3} + first;
 #else
-        return (i % 2 ? VecU64{1, 3} : VecU64{0, 2}) + first;
+        return VecU64{0, 1} + first;
 #endif
     });
     words[1] = each_chain([&](int) { return at.sample - VecU64{}; });
     words[2] = each_chain([&](int) { return at.draw - VecU64{}; });
     words[3] = each_chain([&](int) { return at.stream - VecU64{}; });
     philox4x32_10(words, at.key0, at.key1);
-    for (int i = 0; i < kChains; i += 2) {
-        for (int j = 0; j < 2; ++j) {
-            radius[i + j] = interleave(words[2 * j].chain[i], words[2 * j].chain[i + 1]);
-            angle[i + j] = interleave(words[2 * j + 1].chain[i], words[2 * j + 1].chain[i + 1]);
-        }
+    for (int i = 0; i < kChains; ++i) {
+        radius[i] = interleave(words[0].chain[i], words[2].chain[i]);
+        angle[i] = interleave(words[1].chain[i], words[3].chain[i]);
     }
 }
 
@@ -77,11 +76,13 @@ DD_INLINE void fill_normals(float* z, int64_t first, int64_t n, const NoiseCount
         // Logarithms before square roots: each loop is short enough for the processor to overlap its passes.
         Vec squared_radius[kChains];
         for (int j = 0; j < kChains; ++j) squared_radius[j] = minus_two_log_uniform(radius[j]);
+#pragma GCC unroll 2
         for (int j = 0; j < kChains; j += 2) {
-            Vec v[4];
-            on_circle(squared_radius[j], angle[j], v[0], v[1]);
-            on_circle(squared_radius[j + 1], angle[j + 1], v[2], v[3]);
-            transpose_4x4(v);
+            Vec v[4], cosine, sine;
+            for (int k = 0; k < 2; ++k) {
+                on_circle(squared_radius[j + k], angle[j + k], cosine, sine);
+                zip(cosine, sine, v[2 * k], v[2 * k + 1]);
+            }
             store_part(z, i + 2 * j * kLanes, n, v);
         }
     }

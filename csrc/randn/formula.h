@@ -9,14 +9,14 @@ namespace dd::DD_ISA {
 
 template <class Word>
 DD_HOST_DEVICE auto minus_two_log_uniform(Word radius_word) {
-    return log((to_float(radius_word) + 1.0f) * 0x1p-32f) * -2.0f;
+    return minus_two_log(minus_two_uniform(radius_word));
 }
 
 template <class Value, class Word>
 DD_HOST_DEVICE void on_circle(Value squared_radius, Word angle_word, Value& z0, Value& z1) {
     Value sine, cosine;
-    sincos_turns(angle_word, sine, cosine);
-    Value radius = sqrt(squared_radius);
+    Word sign = sincos_turns(angle_word, sine, cosine);
+    Value radius = as_float(as_uint(sqrt(squared_radius)) ^ sign);
     z0 = radius * cosine;
     z1 = radius * sine;
 }

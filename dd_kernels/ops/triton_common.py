@@ -159,16 +159,16 @@ def words(key, n, draw, stream, quad):
 
 
 @triton.jit
-def logarithm(v):
-    """ln v for normal v > 0, exactly 0 at 1; the polynomial of csrc/common/vec_math.h, as that of sine and cosine."""
-    bits = v.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23  # v = 2^e (1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
-    f = (bits - (e << 23)).to(tl.float32, bitcast=True) - 1.0
-    f2 = f * f
-    p01, p23 = f * 3.333393157e-1 - 4.999998317e-1, f * 1.996353344e-1 - 2.500258036e-1
-    p45, p67 = f * 1.488319384e-1 - 1.655185614e-1, f * 8.980340650e-2 - 1.442638493e-1
-    p = (f2 * p67 + p45) * (f2 * f2) + (f2 * p23 + p01)
-    return e.to(tl.float32) * 0.693147182 + (p * f2 + f)
+def minus_two_log(w):
+    """-2 ln v of w = -2 v, normal v > 0, exactly 0 at v = 1; csrc/common/vec_math.h has it and the sine's too."""
+    bits = w.to(tl.uint32, bitcast=True)
+    exponent = (bits - 0xBFB504F3) & 0xFF800000  # e 2^23: v = 2^e (1 - g / 2), 1 - g / 2 in [sqrt(1/2), sqrt(2))
+    g = (bits - exponent).to(tl.float32, bitcast=True) + 2.0
+    g2 = g * g
+    p01, p23 = g * 8.333482593e-2 + 2.499999106e-1, g * 1.247720886e-2 + 3.125322610e-2
+    p45, p67 = g * 2.325498965e-3 + 5.172455218e-3, g * 3.507945512e-4 + 1.127061318e-3
+    p = (g2 * p67 + p45) * (g2 * g2) + (g2 * p23 + p01)
+    return exponent.to(tl.int32, bitcast=True).to(tl.float32) * -1.652591664e-7 + (p * g2 + g)
 
 
 @triton.jit
@@ -199,8 +199,8 @@ def fast_sine_cosine(word):
 @triton.jit
 def box_muller(even, odd, FAST: tl.constexpr):
     """Two normals from two words: r cos 2 pi v and r sin 2 pi v, with r = sqrt(-2 ln u)."""
-    u = (even.to(tl.float32) + 1.0) * 2.3283064365386963e-10  # 2^-32
-    radius = tl.sqrt(-2.0 * logarithm(u))
+    minus_two_u = even.to(tl.float32) * -4.656612873077393e-10 - 4.656612873077393e-10  # u = (even + 1) 2^-32
+    radius = tl.sqrt(minus_two_log(minus_two_u))
     sine, cosine = fast_sine_cosine(odd) if FAST else sine_cosine(odd)
     return radius * cosine, radius * sine
 
