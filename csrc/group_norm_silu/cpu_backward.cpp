@@ -34,7 +34,7 @@ struct BackwardPass : Backward {
     using Partial = double;
     int64_t partials() const { return 3 * cut.parts * cut.unit_channels; }
     int64_t coefficients() const { return 5 * cut.unit_channels; }
-    int64_t scratch() const { return 2 * cut.unit_channels + 2 * cut.piece_elements(); }
+    int64_t scratch() const { return 2 * cut.unit_channels + 3 * cut.piece_elements(); }
     // dz of a unit, where dx has no room for it and it is no large tensor of its own.
     int64_t kept() const {
         int64_t elements = cut.unit_channels * cut.pixels;

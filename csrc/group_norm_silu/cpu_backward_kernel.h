@@ -45,36 +45,57 @@ struct VecSums {
     }
 };
 
-// A vector at a time: the processor's own reordering overlaps more of them than there are registers for. Lanes
-// beyond the row have dy = 0, and so dz.
+// The denominators of the sigmoids, before they are used: of the operations that a processor can have in flight, two
+// loops of short chains overlap more than one loop of long ones.
+DD_INLINE void set_denominators(const float* x, int64_t n, const Line& line, float* denominators) {
+    for_blocks<2>(n, [&](auto block, int64_t i, int64_t left) DD_INLINE_LAMBDA {
+        Vec z[block.count], denominator[block.count];
+        for (int j = 0; j < block.count; ++j) z[j] = normalised(x + i + j * kLanes, left, line);
+        one_plus_exp_minus(z, denominator);
+        for (int j = 0; j < block.count; ++j) store(denominators + i + j * kLanes, left, denominator[j]);
+    });
+}
+
+// Adds a vector of elements to the sums. With SiLU, dz holds the denominators and gets what its name says.
 template <bool silu>
-DD_INLINE VecSums reduce_row(const float* x, const float* dy, float* dz_out, int64_t pixels, const Line& line) {
-    auto visit = [&](int64_t i, int64_t left, VecSums& sums) {
-        Vec d = load(x + i, left) - line.centre;
-        Vec dz = activation_gradient<silu>(load(dy + i, left), fma(d, line.gain, line.offset));
-        if (dz_out != nullptr) store(dz_out + i, left, dz);
-        sums.add(dz, d);
-    };
+DD_INLINE void reduce_vector(const float* x, const float* dy, float* dz, int64_t left, const Line& line,
+                             VecSums& sums) {
+    Vec d = load(x, left) - line.centre;
+    Vec gradient = load(dy, left);
+    if (silu) {
+        gradient = silu_gradient(gradient, fma(d, line.gain, line.offset), load(dz, left));
+        gradient = keep_some(gradient, left);  // the lanes beyond the row were divided by 0
+        store(dz, left, gradient);
+    }
+    sums.add(gradient, d);
+}
+
+template <bool silu>
+DD_INLINE VecSums reduce_row(const float* x, const float* dy, float* dz, int64_t pixels, const Line& line) {
     constexpr int64_t some = 128;
     VecSums all;
     int64_t i = 0, whole = pixels / kLanes * kLanes;
     while (i < whole) {
         VecSums sums;
-        for (int64_t end = i + some < whole ? i + some : whole; i < end; i += kLanes) visit(i, kLanes, sums);
+        for (int64_t end = i + some < whole ? i + some : whole; i < end; i += kLanes) {
+            reduce_vector<silu>(x + i, dy + i, dz + i, kLanes, line, sums);
+        }
         all.add(sums);
     }
-    if (whole < pixels) visit(whole, pixels - whole, all);
+    if (whole < pixels) reduce_vector<silu>(x + whole, dy + whole, dz + whole, pixels - whole, line, all);
     return all;
 }
 
 template <bool silu>
-DD_INLINE void reduce_rows(const float* x, const float* dy, float* dz_out, const group_norm::Piece& piece,
+DD_INLINE void reduce_rows(const float* x, const float* dy, float* dz, const group_norm::Piece& piece,
                            const float* coefficients, int64_t stride, const ChannelSums& out) {
+    int64_t pixels = piece.pixels;
+    for (int64_t row = 0; silu && row < piece.channels; ++row) {
+        set_denominators(x + row * pixels, pixels, row_line(coefficients + row, stride), dz + row * pixels);
+    }
     for (int64_t row = 0; row < piece.channels; ++row) {
-        int64_t at = row * piece.pixels;
-        Line line{splat(coefficients[row]), splat(coefficients[stride + row]), splat(coefficients[2 * stride + row])};
-        float* dz = dz_out == nullptr ? nullptr : dz_out + at;
-        VecSums sums = reduce_row<silu>(x + at, dy + at, dz, piece.pixels, line);
+        int64_t at = row * pixels;
+        VecSums sums = reduce_row<silu>(x + at, dy + at, dz + at, pixels, row_line(coefficients + row, stride));
         out.dz[row] = sum(sums.dz);
         out.dz_d[row] = sum(sums.dz_d);
     }
@@ -82,21 +103,26 @@ DD_INLINE void reduce_rows(const float* x, const float* dy, float* dz_out, const
 
 // scratch holds 2 floats per channel.
 template <bool silu>
-DD_INLINE void reduce_pixels(const float* x, const float* dy, float* dz_out, const group_norm::Piece& piece,
-                             bool streams, const float* coefficients, float* scratch, const ChannelSums& out) {
+DD_INLINE void reduce_pixels(const float* x, const float* dy, float* dz, const group_norm::Piece& piece, bool streams,
+                             const float* coefficients, float* scratch, const ChannelSums& out) {
     int64_t channels = piece.channels;
     float *sums_dz = scratch, *sums_dz_d = sums_dz + channels;
     fill(scratch, 2 * channels, 0.0f);
     for_pixels<4>(piece.pixels, streams, [&](auto pixels, int64_t pixel) DD_INLINE_LAMBDA {
+        const int64_t first = pixel * channels;
+        for_vectors(silu ? channels : 0, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
+            Line line = line_of(coefficients + c, channels, left);
+            Vec z[pixels.count], denominator[pixels.count];
+            for (int p = 0; p < pixels.count; ++p) z[p] = normalised(x + first + p * channels + c, left, line);
+            one_plus_exp_minus(z, denominator);
+            for (int p = 0; p < pixels.count; ++p) store(dz + first + p * channels + c, left, denominator[p]);
+        });
         for_vectors(channels, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
             Line line = line_of(coefficients + c, channels, left);
             VecSums sums;
             for (int p = 0; p < pixels.count; ++p) {
-                int64_t at = (pixel + p) * channels + c;
-                Vec d = load(x + at, left) - line.centre;
-                Vec dz = activation_gradient<silu>(load(dy + at, left), fma(d, line.gain, line.offset));
-                if (dz_out != nullptr) store(dz_out + at, left, dz);
-                sums.add(dz, d);
+                int64_t at = first + p * channels + c;
+                reduce_vector<silu>(x + at, dy + at, dz + at, left, line, sums);
             }
             store(sums_dz + c, left, load(sums_dz + c, left) + sums.dz);
             store(sums_dz_d + c, left, load(sums_dz_d + c, left) + sums.dz_d);
@@ -128,6 +154,7 @@ void reduce_piece(const Backward& a, const Unit& unit, int64_t index, const floa
     float *x_buffer = scratch + 2 * channels, *dy_buffer = x_buffer + a.cut.piece_elements();
     const float *x = read_tile(a.x, piece, x_buffer), *dy = read_tile(a.dy, piece, dy_buffer);
     float* dz = kept_dz(a, unit, piece, kept);
+    if (dz == nullptr) dz = dy_buffer + a.cut.piece_elements();
     ChannelSums out(sums, channels, piece.part, piece.first_channel);
     coefficients += piece.first_channel;
     if (a.cut.channels_last) {
@@ -204,7 +231,7 @@ DD_INLINE void backward_rows(const float* x, const float* dy, float* dx, const g
                              const float* coefficients, int64_t stride) {
     for (int64_t row = 0; row < piece.channels; ++row) {
         const float* c = coefficients + row;
-        Line line{splat(c[0]), splat(c[stride]), splat(c[2 * stride])};
+        Line line = row_line(c, stride);
         Vec slope = splat(c[3 * stride]), level = splat(c[4 * stride]);
         int64_t start = row * piece.pixels;
         for_blocks(piece.pixels, [&](auto block, int64_t i, int64_t lanes) DD_INLINE_LAMBDA {

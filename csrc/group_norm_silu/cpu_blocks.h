@@ -13,9 +13,8 @@ struct Count {
 
 // visit(Count, first element, lanes): some vectors at a time, whose long chains of operations then
 // overlap, single ones, and a last one of fewer lanes.
-template <class Visit>
+template <int some = 4, class Visit>
 DD_INLINE void for_blocks(int64_t n, Visit visit) {
-    constexpr int64_t some = 4;
     int64_t i = 0;
     for (; i + some * kLanes <= n; i += some * kLanes) visit(Count<some>{}, i, int64_t{kLanes});
     for (; i + kLanes <= n; i += kLanes) visit(Count<1>{}, i, int64_t{kLanes});
@@ -40,6 +39,15 @@ struct Line {
 
 DD_INLINE Line line_of(const float* coefficients, int64_t channels, int64_t lanes) {
     return {load(coefficients, lanes), load(coefficients + channels, lanes), load(coefficients + 2 * channels, lanes)};
+}
+
+// The line of one row, in every lane; `stride` parts centre, gain and offset.
+DD_INLINE Line row_line(const float* coefficients, int64_t stride) {
+    return {splat(coefficients[0]), splat(coefficients[stride]), splat(coefficients[2 * stride])};
+}
+
+DD_INLINE Vec normalised(const float* x, int64_t lanes, const Line& line) {
+    return fma(load(x, lanes) - line.centre, line.gain, line.offset);
 }
 
 DD_INLINE void fill(float* p, int64_t n, float value) {

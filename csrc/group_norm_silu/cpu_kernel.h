@@ -171,15 +171,6 @@ void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moment
     }
 }
 
-DD_INLINE Vec normalised(const float* x, int64_t lanes, const Line& line) {
-    return fma(load(x, lanes) - line.centre, line.gain, line.offset);
-}
-
-// The line of one row, in every lane; `stride` parts centre, gain and offset.
-DD_INLINE Line row_line(const float* coefficients, int64_t stride) {
-    return {splat(coefficients[0]), splat(coefficients[stride]), splat(coefficients[2 * stride])};
-}
-
 // Rows of a few vectors, so many of them at a time that there are four vectors; returns how many rows it did.
 template <bool silu, int vectors>
 DD_INLINE int64_t map_short_rows(const float* x, float* y, int64_t rows, const float* coefficients, int64_t stride) {

@@ -42,13 +42,16 @@ DD_HOST_DEVICE void activate(Value (&z)[n]) {
     }
 }
 
-// dL/dz from dL/dy. With s = 1 / (1 + e^-z), silu'(z) = s (1 + z (1 - s)).
+// dL/dz from dL/dy and the denominator 1 + e^-z of s = sigmoid(z): silu'(z) = s (1 + z (1 - s)).
+template <class Value>
+DD_HOST_DEVICE Value silu_gradient(Value dy, Value z, Value denominator) {
+    Value s = 1.0f / denominator;
+    return dy * s * fma(z, 1.0f - s, 1.0f);
+}
+
 template <bool with_silu, class Value>
 DD_HOST_DEVICE Value activation_gradient(Value dy, Value z) {
-    if constexpr (with_silu) {
-        Value s = 1.0f / one_plus_exp_minus(z);
-        return dy * s * fma(z, 1.0f - s, 1.0f);
-    }
+    if constexpr (with_silu) return silu_gradient(dy, z, one_plus_exp_minus(z));
     return dy;
 }
 
