@@ -88,15 +88,32 @@ DD_INLINE void fill_normals(float* z, int64_t first, int64_t n, const NoiseCount
     }
 }
 
+// z[p][c] = rows[c][p].
+DD_INLINE void weave(const float* rows, int64_t channels, int64_t pixels, float* z) {
+    for (int64_t c = 0; c < channels; ++c) {
+#pragma GCC unroll 8
+        for (int64_t p = 0; p < pixels; ++p) z[p * channels + c] = rows[c * pixels + p];
+    }
+}
+
+// The same of a number of channels that the compiler knows, and makes shuffles of whole vectors.
+template <int channels>
+DD_INLINE void weave(const float* rows, int64_t pixels, float* z) {
+    for (int64_t p = 0; p < pixels; ++p) {
+        for (int64_t c = 0; c < channels; ++c) z[p * channels + c] = rows[c * pixels + p];
+    }
+}
+
 // The noise of a tile, in the order of memory ([pixels][channels]); elements count as [channels][pixels].
 DD_INLINE void fill_noise(float* z, const Layout& layout, const Tile& tile, const NoiseCounter& at, float* scratch) {
-    if (layout.channels == 1) return fill_normals(z, tile.first_pixel, tile.pixels, at);
-    for (int64_t c = 0; c < layout.channels; ++c) {
-        fill_normals(scratch, c * layout.pixels + tile.first_pixel, tile.pixels, at);
-        const int64_t channels = layout.channels, pixels = tile.pixels;  // else read again after every store
-#pragma GCC unroll 8
-        for (int64_t p = 0; p < pixels; ++p) z[p * channels + c] = scratch[p];
+    const int64_t channels = layout.channels, pixels = tile.pixels;
+    if (channels == 1) return fill_normals(z, tile.first_pixel, pixels, at);
+    for (int64_t c = 0; c < channels; ++c) {
+        fill_normals(scratch + c * pixels, c * layout.pixels + tile.first_pixel, pixels, at);
     }
+    if (channels == 3) return weave<3>(scratch, pixels, z);
+    if (channels == 4) return weave<4>(scratch, pixels, z);
+    weave(scratch, channels, pixels, z);
 }
 
 }  // namespace dd::DD_ISA
