@@ -30,7 +30,7 @@ DD_INLINE void for_pixels(int64_t pixels, bool streams, Visit visit) {
     for (; pixel < pixels; ++pixel) visit(Count<1>{}, pixel);
 }
 
-DD_INLINE Vec keep_some(Vec v, int64_t lanes) { return lanes == kLanes ? v : keep_first(v, lanes); }
+DD_INLINE Vec keep_some(Vec v, int64_t lanes) { return lanes >= kLanes ? v : keep_first(v, lanes); }
 
 // Affine, lane by lane.
 struct Line {
