@@ -23,7 +23,6 @@ DD_INLINE Vec as_float(VecU v) { return (Vec)v; }
 
 DD_INLINE Vec splat(float v) { return v - Vec{}; }  // -0 - 0 is -0, where -0 + 0 would not be
 DD_INLINE VecU splat_u(uint32_t v) { return v - VecU{}; }
-DD_INLINE VecI splat_i(int32_t v) { return v - VecI{}; }
 
 DD_INLINE Vec load(const float* p) {
     Vec v;

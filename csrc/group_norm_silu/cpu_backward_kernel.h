@@ -13,9 +13,10 @@ void group_norm_backward_prepare(const Backward& a, const Unit& unit, float* coe
     for (int64_t g = 0; g < cut.unit_groups; ++g) {
         double mean = a.mean[first + g], rstd = a.rstd[first + g];
         auto set = [&](const ChannelOptions<double>& o, auto& values, int64_t i) {
-            float centre = set_line(affine(mean, rstd, o), values, i);
+            Affine line = affine(mean, rstd, o);
+            set_line(line, values, i);
             values[3][i] = static_cast<float>(o.weight * (1 + o.scale));
-            values[4][i] = static_cast<float>(centre_remainder(centre, mean, rstd, o));
+            values[4][i] = static_cast<float>(centre_remainder(line.centre, mean, rstd, o));
         };
         set_coefficients<5>(a.options, cut, unit, g, coefficients, set);
     }
@@ -53,6 +54,18 @@ DD_INLINE void set_denominators(const float* x, int64_t n, const Line& line, flo
         for (int j = 0; j < block.count; ++j) z[j] = normalised(x + i + j * kLanes, left, line);
         one_plus_exp_minus(z, denominator);
         for (int j = 0; j < block.count; ++j) store(denominators + i + j * kLanes, left, denominator[j]);
+    });
+}
+
+// The same of some pixels of all channels.
+template <int pixels>
+DD_INLINE void set_denominators(const float* x, int64_t channels, const float* coefficients, float* denominators) {
+    for_vectors(channels, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
+        Line line = line_of(coefficients + c, channels, left);
+        Vec z[pixels], denominator[pixels];
+        for (int p = 0; p < pixels; ++p) z[p] = normalised(x + p * channels + c, left, line);
+        one_plus_exp_minus(z, denominator);
+        for (int p = 0; p < pixels; ++p) store(denominators + p * channels + c, left, denominator[p]);
     });
 }
 
@@ -110,13 +123,7 @@ DD_INLINE void reduce_pixels(const float* x, const float* dy, float* dz, const g
     fill(scratch, 2 * channels, 0.0f);
     for_pixels<4>(piece.pixels, streams, [&](auto pixels, int64_t pixel) DD_INLINE_LAMBDA {
         const int64_t first = pixel * channels;
-        for_vectors(silu ? channels : 0, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
-            Line line = line_of(coefficients + c, channels, left);
-            Vec z[pixels.count], denominator[pixels.count];
-            for (int p = 0; p < pixels.count; ++p) z[p] = normalised(x + first + p * channels + c, left, line);
-            one_plus_exp_minus(z, denominator);
-            for (int p = 0; p < pixels.count; ++p) store(dz + first + p * channels + c, left, denominator[p]);
-        });
+        if (silu) set_denominators<pixels.count>(x + first, channels, coefficients, dz + first);
         for_vectors(channels, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
             Line line = line_of(coefficients + c, channels, left);
             VecSums sums;
@@ -154,7 +161,7 @@ void reduce_piece(const Backward& a, const Unit& unit, int64_t index, const floa
     float *x_buffer = scratch + 2 * channels, *dy_buffer = x_buffer + a.cut.piece_elements();
     const float *x = read_tile(a.x, piece, x_buffer), *dy = read_tile(a.dy, piece, dy_buffer);
     float* dz = kept_dz(a, unit, piece, kept);
-    if (dz == nullptr) dz = dy_buffer + a.cut.piece_elements();
+    if (dz == nullptr) dz = dy_buffer + a.cut.piece_elements();  // where nobody reads it later
     ChannelSums out(sums, channels, piece.part, piece.first_channel);
     coefficients += piece.first_channel;
     if (a.cut.channels_last) {

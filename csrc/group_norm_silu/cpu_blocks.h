@@ -116,13 +116,12 @@ DD_INLINE void set_coefficients(const group_norm::Options& options, const group_
     });
 }
 
-// An affine map as the first three coefficients of a channel; returns its centre.
+// An affine map as the first three coefficients of a channel.
 template <int n>
-DD_INLINE float set_line(const Affine& line, float (&values)[n][OptionBlock::size], int64_t i) {
+DD_INLINE void set_line(const Affine& line, float (&values)[n][OptionBlock::size], int64_t i) {
     values[0][i] = line.centre;
     values[1][i] = line.gain;
     values[2][i] = line.offset;
-    return line.centre;
 }
 
 // Of values less a centre.

@@ -88,7 +88,7 @@ DD_INLINE void fill_normals(float* z, int64_t first, int64_t n, const NoiseCount
     }
 }
 
-// z[p][c] = rows[c][p].
+// z[p][c] = rows[c][p], a channel at a time: of many, so few rows are read at once.
 DD_INLINE void weave(const float* rows, int64_t channels, int64_t pixels, float* z) {
     for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 8
