@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dd_kernels as dd
-from dd_kernels.ops.reverse_step.reference import COLUMNS
+from dd_kernels.ops.reverse_step.table import COLUMNS
 
 from . import machine
 from .harness import Case, Plan, Row, Target, dtype_name, on_threads, rotated

@@ -84,7 +84,7 @@ def counts(lines: Sequence[str]) -> tuple[dict[str, dict[str, int]], list[str]]:
 
 def _tests() -> list[str]:
     """The suite of the ops, and what else nothing but a GPU shows: that the drop-in schedulers' loops are captured."""
-    captures = "tests/integrations/test_diffusers_capture.py::test_a_whole_loop_captures"
+    captures = "tests/integrations/diffusers/test_diffusers_capture.py::test_a_whole_loop_captures"
     return ["tests/ops", captures] if importlib.util.find_spec("diffusers") is not None else ["tests/ops"]
 
 

@@ -138,7 +138,7 @@ def scheduler_of(sampler: str, device: torch.device | str) -> Any:
 def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device | str) -> Denoiser | str:
     """diffusers' U-Net of the same shape and weights, and its scheduler, as its pipelines call them."""
     try:
-        from dd_kernels.integrations.diffusers_unet import to_diffusers
+        from dd_kernels.integrations.diffusers.unet import to_diffusers
     except ImportError:
         return "diffusers is not installed"
     with torch.device(device):  # else its first weights are drawn on the host, for seconds

@@ -5,19 +5,16 @@
 >>> x = dd.sample(model, (64, 3, 32, 32), dd.ddim(schedule, steps=50), seed=0)
 """
 
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
 from .backend import BackendUnavailableError, use_backend
-from .diffusion import (
-    GaussianDiffusion,
-    LossType,
-    ModelMeanType,
-    ModelVarType,
-    SpacedDiffusion,
-    get_named_beta_schedule,
-    space_timesteps,
-)
 from .nn.fuse import fuse, unfuse
 from .ops import group_norm_silu, q_sample, randn, reverse_step
-from .samplers import Step, ddim_step, ddpm_step, posterior_mean, sample, sample_progressive
+from .ops.reverse_step.table import DynamicThreshold, StepTable
+from .samplers import ddim, ddim_inversion, ddpm, timestep_sequence
+from .sampling import Step, ddim_step, ddpm_step, posterior_mean, sample, sample_progressive
 from .schedules import (
     Schedule,
     cosine_schedule,
@@ -30,7 +27,41 @@ from .schedules import (
     sigmoid_schedule,
     squaredcos_cap_v2_schedule,
 )
-from .tables import DynamicThreshold, StepTable, ddim, ddim_inversion, ddpm, timestep_sequence
+
+if TYPE_CHECKING:
+    from .integrations.guided_diffusion import (
+        GaussianDiffusion,
+        LossType,
+        ModelMeanType,
+        ModelVarType,
+        SpacedDiffusion,
+        get_named_beta_schedule,
+        space_timesteps,
+    )
+
+try:
+    __version__ = version("dd_kernels")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0.0.0"
+
+# guided-diffusion's names are an integration, which the package itself must not import: they are loaded when asked for.
+_GUIDED_DIFFUSION = (
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "SpacedDiffusion",
+    "get_named_beta_schedule",
+    "space_timesteps",
+)
+
+
+def __getattr__(name: str) -> object:
+    """Imports guided-diffusion's names at their first use."""
+    if name in _GUIDED_DIFFUSION:
+        return getattr(import_module(".integrations.guided_diffusion", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "BackendUnavailableError",

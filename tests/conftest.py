@@ -21,7 +21,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def judge():
     """What judges drawn digits: a classifier of real ones, trained once."""
-    from dd_kernels import data
-    from dd_kernels.evaluate import Judge
+    from dd_kernels.apps import data
+    from dd_kernels.apps.evaluate import Judge
 
     return Judge(data.digits("train"), data.digits("test"))

@@ -1,25 +1,9 @@
-"""The interface of guided-diffusion (and improved-diffusion's and DDPM-IP's) over the ops.
+"""The former place of :mod:`dd_kernels.integrations.guided_diffusion`, kept for code that imports it."""
 
-Code written against ``guided_diffusion.gaussian_diffusion`` and ``respace`` runs by changing the
-import. The same ``torch.manual_seed`` gives the same noise, and so the same numbers to rounding.
-"""
+import sys
 
-from .gaussian import GaussianDiffusion
-from .likelihood import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, mean_flat, normal_kl
-from .respace import SpacedDiffusion, space_timesteps
-from .types import LossType, ModelMeanType, ModelVarType, betas_for_alpha_bar, get_named_beta_schedule
+from ..integrations.guided_diffusion import *  # noqa: F403
+from ..integrations.guided_diffusion import gaussian_diffusion, losses, respace
 
-__all__ = [
-    "GaussianDiffusion",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "SpacedDiffusion",
-    "approx_standard_normal_cdf",
-    "betas_for_alpha_bar",
-    "discretized_gaussian_log_likelihood",
-    "get_named_beta_schedule",
-    "mean_flat",
-    "normal_kl",
-    "space_timesteps",
-]
+for _module in (gaussian_diffusion, losses, respace):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from .fuse import FoldedSiLU, FusedGroupNorm, FusedModule
+from .fused import FoldedSiLU, FusedGroupNorm, FusedModule
 
 
 def _conv_and_bias(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -112,7 +112,7 @@ def _theirs(name: str, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_a_diffusers_folder_and_back(name: str, tmp_path: Any) -> None:
-    from dd_kernels.integrations.diffusers_unet import from_diffusers, to_diffusers
+    from dd_kernels.integrations.diffusers.unet import from_diffusers, to_diffusers
 
     theirs = _theirs(name)
     theirs.save_pretrained(tmp_path)
@@ -165,7 +165,7 @@ def test_a_diffusers_folder_and_back(name: str, tmp_path: Any) -> None:
     ],
 )
 def test_what_the_unet_does_not_have_is_named(options: dict[str, Any], message: str) -> None:
-    from dd_kernels.integrations.diffusers_unet import from_diffusers
+    from dd_kernels.integrations.diffusers.unet import from_diffusers
 
     with pytest.raises(ValueError, match=message):
         from_diffusers(_theirs("plain", **options))
@@ -173,7 +173,7 @@ def test_what_the_unet_does_not_have_is_named(options: dict[str, Any], message: 
 
 def test_what_diffusers_does_not_have_is_named() -> None:
     pytest.importorskip("diffusers")
-    from dd_kernels.integrations.diffusers_unet import to_diffusers
+    from dd_kernels.integrations.diffusers.unet import to_diffusers
 
     small = {"image_size": 8, "in_channels": 3, "channels": (32, 64), "num_res_blocks": 1}
     for options, message in (

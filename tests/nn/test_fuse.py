@@ -23,11 +23,11 @@ from model_checks import assert_all_within_budget, assert_within_budget, double,
 from torch import nn
 
 import dd_kernels
-from dd_kernels.nn.fuse import FusedModule
+from dd_kernels.nn.fused import FusedModule
 
 pytest.importorskip("diffusers")
 
-fuse_module = sys.modules["dd_kernels.nn.fuse"]
+fuse_module = sys.modules["dd_kernels.nn.fused"]
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

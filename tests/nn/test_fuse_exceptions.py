@@ -11,7 +11,7 @@ from model_checks import randomise
 from torch import nn
 
 import dd_kernels
-from dd_kernels.nn.fuse import FusedGroupNorm
+from dd_kernels.nn.fused import FusedGroupNorm
 
 pytest.importorskip("diffusers")
 

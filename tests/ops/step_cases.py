@@ -5,7 +5,7 @@ import torch
 from budget import assert_within_budget
 
 import dd_kernels as dd
-from dd_kernels.tables import DynamicThreshold, from_columns
+from dd_kernels.ops.reverse_step.table import DynamicThreshold, from_columns
 
 SCHEDULE = dd.linear_schedule(1000)
 THRESHOLD = DynamicThreshold(0.9, 3.0)

@@ -13,7 +13,7 @@ from step_cases import TABLES, check, double, largest_sigma, tensors
 
 import dd_kernels as dd
 from dd_kernels.ops.randn import noise_key
-from dd_kernels.tables import from_columns
+from dd_kernels.ops.reverse_step.table import from_columns
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES.keys())

@@ -8,14 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_backward_split import split_backward
-from .triton_gradients import (
-    GRADIENTS,
-    PER_CHANNEL,
-    channel_gradients,
-    input_gradient,
-    sum_rows,
-    through_activation,
-)
+from .triton_gradients import GRADIENTS, PER_CHANNEL, channel_gradients, input_gradient, sum_rows, through_activation
 from .triton_tiles import dimensions, group_sum, group_values, plan, tile_options, whole_tile, whole_tile_options
 
 

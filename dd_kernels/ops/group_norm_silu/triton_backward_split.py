@@ -7,14 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_gradients import (
-    GRADIENTS,
-    PER_CHANNEL,
-    channel_gradients,
-    input_gradient,
-    sum_rows,
-    through_activation,
-)
+from .triton_gradients import GRADIENTS, PER_CHANNEL, channel_gradients, input_gradient, sum_rows, through_activation
 from .triton_tiles import Plan, affine, combine_options, dimensions, group_values, place, split_tile
 
 

@@ -15,7 +15,7 @@ from ..randn import noise_key
 from . import reference
 
 if TYPE_CHECKING:
-    from ...tables import DynamicThreshold, StepTable
+    from .table import DynamicThreshold, StepTable
 
 torch.library.define(
     "dd_kernels::reverse_step",

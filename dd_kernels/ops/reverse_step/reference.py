@@ -7,20 +7,7 @@ from torch import Tensor
 
 from ..randn import STREAM_REVERSE_STEP
 from ..randn.reference import normals
-
-# What the columns of a row hold; csrc/reverse_step/formula.h and triton.py count in this order.
-COLUMNS = (
-    "x0_num_x",
-    "x0_num_out",
-    "x0_den",
-    "x0_clip",
-    "prev_from_x0",
-    "prev_from_x",
-    "prev_from_out",
-    "sigma",
-    "log_var_min",
-    "log_var_max",
-)
+from .table import COLUMNS
 
 
 def predict_x0(x: Tensor, out: Tensor, row: dict[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..randn import STREAM_REVERSE_STEP
 from ..triton_common import coefficient, normals, plan, sample_index, tile_of
-from .reference import COLUMNS
+from .table import COLUMNS
 
 _SHARED = ["threshold", "rows", "timesteps", "step", "key"]  # read as scalars, wherever they lie
 

@@ -1,0 +1,208 @@
+"""Arguments and steps that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import backend as backends
+from ...nn import UNet
+from ...ops.reverse_step.table import DynamicThreshold
+from ...samplers.timesteps import SPACINGS
+from .. import checkpoint
+from ..checkpoint import ModelInfo
+from ..data import class_indices
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """An argparse type: an int in [minimum, maximum]."""
+    wanted = f"an integer of at least {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum or (maximum is not None and value > maximum):
+            raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}")
+        return value
+
+    return parse
+
+
+def number(text: str) -> float:
+    """An argparse type: a float that is not NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"must be a number; got {text!r}")
+    return value
+
+
+seed = integer(0, 2**64 - 1)
+count = integer(1)
+
+
+def device(text: str | None) -> torch.device:
+    """The device called ``text``, or the best there is.
+
+    Raises:
+        ValueError: no such device, or not here.
+    """
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(text)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def backend_of(args: argparse.Namespace, where: torch.device) -> AbstractContextManager[None]:
+    """What --backend asks for, around the work.
+
+    Raises:
+        ValueError: it cannot run on the device.
+    """
+    if args.backend is None:
+        return contextlib.nullcontext()
+    reason = backends.unavailable(args.backend, where)
+    if reason is not None:
+        raise ValueError(f"--backend {args.backend} cannot run on {where}: {reason}")
+    return backends.use_backend(args.backend)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """--device, --backend and --no-progress."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
+    parser.add_argument(
+        "--backend", choices=backends.BACKENDS, help="what runs the ops (default: DD_KERNELS_BACKEND, or auto)"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -> None:
+    """The model, and what it is run with; ``classes``: --classes too."""
+    parser.add_argument("--model", help="a model file that train wrote (default: the digits model of this package)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's weights (default: fp32)")
+    if classes:
+        parser.add_argument("--classes", help="names or numbers, 0,3,7 or all or none (default: all)")
+    parser.add_argument(
+        "--guidance", type=number, default=1.0, help="classifier-free guidance; 1 is without (default: 1)"
+    )
+    parser.add_argument("--batch-size", type=count, default=256, help="images per model call (default: 256)")
+    add_run_arguments(parser)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, and what is known of it."""
+
+    model: UNet
+    info: ModelInfo
+    device: torch.device
+    guidance: float
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> LoadedModel:
+        """What --model, --dtype, --device and --guidance ask for."""
+        where = device(args.device)
+        model, info = checkpoint.load_model(args.model)
+        if args.guidance != 1 and model.null_label is None:
+            raise ValueError(
+                f"--guidance needs a model trained with dropped labels; got {args.guidance} for one without"
+            )
+        if not math.isfinite(args.guidance):
+            raise ValueError(f"--guidance must be a finite number; got {args.guidance}")
+        return cls(model.to(where, DTYPES[args.dtype]), info, where, args.guidance)
+
+    def labels(self, text: str | None, default: str = "all") -> list[int] | None:
+        """The labels that --classes names; None for a model without classes."""
+        names = self.info.classes
+        num_classes = self.model.config["num_classes"]
+        if num_classes is None:
+            if text is not None:
+                raise ValueError(f"--classes must be left out: the model has no classes; got {text!r}")
+            return None
+        text = default if text is None else text
+        if text == "all":
+            return list(range(num_classes))
+        if text == "none":
+            if self.model.null_label is None:
+                raise ValueError("--classes none needs a model trained with dropped labels; got one without")
+            return [self.model.null_label]
+        return class_indices([part.strip() for part in text.split(",")], names, num_classes)
+
+    def conditions(self, labels: Sequence[int] | None) -> dict[str, Any]:
+        """The keyword arguments of ``sample`` that give each image its class, and guidance its scale."""
+        if labels is None:
+            return {}
+        y = torch.tensor(labels, device=self.device)
+        if self.guidance == 1:
+            return {"model_kwargs": {"y": y}}
+        uncond = torch.full_like(y, self.model.null_label)
+        return {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": uncond}, "guidance_scale": self.guidance}
+
+    def backend_that_runs(self) -> str:
+        """The implementation that the reverse step takes."""
+        return backends.choose("reverse_step", "auto", self.device)
+
+
+def clip(text: str) -> float | DynamicThreshold | None:
+    """An argparse type: what x_0 is clipped to."""
+    if text in ("none", "dynamic"):
+        return None if text == "none" else DynamicThreshold()
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be none, dynamic or a positive number; got {text!r}")
+    return value
+
+
+def add_step_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """--steps and --spacing."""
+    parser.add_argument("--steps", type=count, help=f"(default: {default})")
+    parser.add_argument("--spacing", choices=SPACINGS, help="(default: leading; linspace for ddpm)")
+
+
+def ddim_options(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """What --steps (50, or the model's T if that is less) and --spacing mean to ``ddim`` and its inversion."""
+    steps = min(50, loaded.info.num_timesteps) if args.steps is None else args.steps
+    return {"steps": steps, "spacing": args.spacing or "leading", "prediction": loaded.info.prediction}
+
+
+def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    r"""Spherical interpolation of latents, eq. 67 of DDIM (Song et al., 2021).
+
+    .. math:: \frac{\sin((1 - w)\theta)}{\sin\theta} a + \frac{\sin(w\theta)}{\sin\theta} b, \qquad
+        \cos\theta = \frac{a \cdot b}{\|a\| \|b\|}
+
+    Args:
+        a, b: [N, ...], one latent per sample; float.
+        weight: [F] in [0, 1], 0 is ``a``.
+
+    Returns:
+        [N, F, ...]. Along a straight line where a and b point the same way, or opposite ways.
+    """
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    norms = (flat_a.norm(dim=1) * flat_b.norm(dim=1)).clamp(min=1e-300)
+    theta = torch.acos(((flat_a * flat_b).sum(1) / norms).clamp(-1, 1))[:, None]  # [N, 1]
+    w, sine = weight.double().to(a.device)[None], theta.sin()
+    straight = sine < 1e-6
+    safe = torch.where(straight, 1.0, sine)
+    share_a = torch.where(straight, 1 - w, ((1 - w) * theta).sin() / safe)  # [N, F]
+    share_b = torch.where(straight, w, (w * theta).sin() / safe)
+    mixed = share_a[..., None] * flat_a[:, None] + share_b[..., None] * flat_b[:, None]
+    return mixed.reshape(a.shape[0], -1, *a.shape[1:]).to(a.dtype)

@@ -1,0 +1,122 @@
+"""Measure the quality and speed of a digits model's samples: table 1 of DDIM (Song et al., 2021).
+
+For every sampler (rows) and number of steps (columns): the Fréchet distance of the samples to held-out
+real digits, in the features of a classifier that is trained on real digits first (seconds); the share
+of samples that it is sure of; images/s. The floor is the same distance of real training digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+import time
+from collections.abc import Callable
+
+from ...samplers.timesteps import SPACINGS
+from .. import data
+from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown
+from ..evaluate.table import LARGE, ROWS, SAMPLES, STEPS
+from ..files import atomic_write, check_writable
+from . import common
+from .common import LoadedModel
+
+WRITERS: dict[str, Callable[..., str]] = {".md": markdown, ".json": as_json}
+
+
+def row(text: str) -> float | str:
+    """An argparse type: eta, or "fixed_large"."""
+    if text == LARGE:
+        return text
+    try:
+        eta = float(text)
+    except ValueError:
+        eta = math.nan
+    if not 0 <= eta <= 1:
+        raise argparse.ArgumentTypeError(f"must be numbers in [0, 1] or {LARGE}; got {text!r}")
+    return eta
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "--steps", type=common.count, nargs="+", default=STEPS, help="the columns (default: 10 20 50 100 1000)"
+    )
+    parser.add_argument(
+        "--etas",
+        type=row,
+        nargs="+",
+        default=ROWS,
+        help="the rows: DDIM's eta, or fixed_large for DDPM's larger variance (default: 0 0.2 0.5 1 fixed_large)",
+    )
+    parser.add_argument(
+        "-n",
+        "--num-samples",
+        type=common.integer(2),
+        default=SAMPLES,
+        help=f"samples per cell; a distance of fewer is biased upwards more (default: {SAMPLES})",
+    )
+    parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the timesteps (default: leading)")
+    parser.add_argument("--seed", type=common.seed, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--out", nargs="+", default=[], help="files to write too: .md (the tables), .json (everything)")
+    common.add_model_arguments(parser, classes=False)
+
+
+def _outputs(paths: list[str]) -> list[pathlib.Path]:
+    """Where --out writes, found writable before the work is done."""
+    for path in paths:
+        if pathlib.Path(path).suffix.lower() not in WRITERS:
+            raise ValueError(f"--out must name .md or .json files; got {path!r}")
+    return [check_writable("--out", path) for path in paths]
+
+
+def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
+    shape, classes = tuple(digits.images.shape[1:]), loaded.model.config["num_classes"]
+    if loaded.info.sample_shape != shape:
+        raise ValueError(f"--model must draw digits, {shape}; got a model that draws {loaded.info.sample_shape}")
+    if classes not in (None, len(digits.classes)):
+        raise ValueError(f"--model must have the {len(digits.classes)} classes of the digits, or none; got {classes}")
+
+
+def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
+    train, test = data.digits("train"), data.digits("test")
+    _check_fits(loaded, test)
+    judge = Judge(train, test)
+    classes = None if loaded.model.config["num_classes"] is None else judge.labels(args.num_samples).tolist()
+    return evaluate(
+        loaded.model,
+        loaded.info.make_schedule(),
+        judge,
+        n=args.num_samples,
+        steps=args.steps,
+        rows=args.etas,
+        prediction=loaded.info.prediction,
+        learned_variance=loaded.model.config["learn_variance"],
+        spacing=args.spacing,
+        seed=args.seed,
+        progress=not args.no_progress,
+        batch_size=args.batch_size,
+        **loaded.conditions(classes),
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the tables, writes them."""
+    loaded = LoadedModel.from_arguments(args)
+    with common.backend_of(args, loaded.device):
+        outputs = _outputs(args.out)
+        start = time.perf_counter()
+        evaluation = _measure(loaded, args)
+        facts = {
+            **environment(loaded.device, loaded.backend_that_runs()),
+            "seconds": round(time.perf_counter() - start, 1),
+            "model": args.model or "digits",
+            "dtype": args.dtype,
+            "guidance": args.guidance,
+            "batch_size": args.batch_size,
+        }
+    print(markdown(evaluation, facts), end="")
+    for path in outputs:
+        text = WRITERS[path.suffix.lower()](evaluation, facts)
+        atomic_write(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+    return 0

@@ -1,0 +1,93 @@
+"""Draw images with a trained model; without arguments, 64 handwritten digits into samples.png.
+
+--out NAME.png is one grid, NAME.npz holds the arrays images [N, H, W, C] and labels, any other name is
+a folder of single PNGs. An image depends on its number and --seed, not on -n or --batch-size: image 37
+is --first-sample 37 -n 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from ...ops.reverse_step.table import StepTable
+from ...samplers import ddim, ddpm
+from ...sampling import sample
+from ..images import Output
+from . import common
+from .common import LoadedModel
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("-n", "--num-samples", type=common.count, default=64, help="how many (default: 64)")
+    parser.add_argument("--out", default="samples.png", help="a .png, a .npz or a folder (default: samples.png)")
+    parser.add_argument("--overwrite", action="store_true", help="a folder that holds files may be written to")
+    parser.add_argument("--columns", type=common.count, help="images per row of the grid (default: a square)")
+    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: ddim)")
+    common.add_step_arguments(parser, "50 for ddim, all of the model's for ddpm")
+    parser.add_argument("--eta", type=common.number, help="ddim: noise of each step, in [0, 1] (default: 0)")
+    parser.add_argument("--variance", choices=("fixed_small", "fixed_large"), help="ddpm (default: fixed_small)")
+    parser.add_argument("--clip", type=common.clip, default=1.0, help="x0 to this range, none or dynamic (default: 1)")
+    parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
+    parser.add_argument("--first-sample", type=common.integer(0, 2**32 - 1), default=0, help="(default: 0)")
+    common.add_model_arguments(parser)
+
+
+def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
+    """The sampler that the arguments ask for."""
+    unfit = {"ddim": "variance", "ddpm": "eta"}[args.sampler]
+    if getattr(args, unfit) is not None:
+        raise ValueError(f"--{unfit} must be left out with --sampler {args.sampler}; got {getattr(args, unfit)}")
+    schedule = loaded.info.make_schedule()
+    if args.sampler == "ddim":
+        return ddim(schedule, eta=args.eta or 0.0, clip=args.clip, **common.ddim_options(loaded, args))
+    return ddpm(
+        schedule,
+        args.steps,
+        variance=args.variance or "fixed_small",
+        prediction=loaded.info.prediction,
+        clip=args.clip,
+        spacing=args.spacing or "linspace",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws, writes, and says how fast."""
+    loaded = LoadedModel.from_arguments(args)
+    with common.backend_of(args, loaded.device):
+        table, classes = _table(loaded, args), loaded.labels(args.classes)
+        first, n = args.first_sample, args.num_samples
+        if first + n > 2**32:
+            raise ValueError(f"--first-sample and -n must stay below 2^32 together; got {first} + {n}")
+        labels = None if classes is None else [classes[(first + i) % len(classes)] for i in range(n)]
+        output = Output(args.out, args.overwrite)
+        start = time.perf_counter()
+        x = sample(
+            loaded.model,
+            (n, *loaded.info.sample_shape),
+            table,
+            seed=args.seed,
+            first_sample=first,
+            batch_size=args.batch_size,
+            progress=not args.no_progress,
+            **loaded.conditions(labels),
+        )
+        x = x.cpu()  # waits for the device, so that the time is the whole time
+        seconds = time.perf_counter() - start
+        steps = len(table) * -(-n // args.batch_size)
+        output.write(x, labels, columns=args.columns, first_sample=first)
+        print(
+            f"{args.out}: {n} images, {args.sampler} with {len(table)} steps, in {seconds:.2f} s: "
+            f"{n / seconds:.1f} images/s, {steps / seconds:.1f} steps/s on {_device_name(loaded.device)}, "
+            f"backend {loaded.backend_that_runs()}"
+        )
+    return 0
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

@@ -1,0 +1,120 @@
+"""Train a U-Net on digits, a folder of images or a .npz file.
+
+Writes three files: --out MODEL.safetensors (the averaged weights, what sample loads),
+MODEL.training.safetensors (what --resume continues from) and MODEL.samples.png (64 samples of now).
+Ctrl-C and SIGTERM save first. Options left out have DDPM's values for CIFAR-10; with --data digits,
+those that the digits model of this package was trained with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from typing import Any
+
+from ...nn import CONFIGS
+from ...samplers.rows import PREDICTIONS
+from ...schedules import SCHEDULES
+from .. import training
+from ..training import DIGITS, PRECISIONS, TrainOptions
+from . import common
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """An argparse type: NAME=VALUE, the value as JSON or else a string."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE; got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments; those of ``TrainOptions`` are absent unless given."""
+    parser.add_argument("--out", required=True, help="the model file to write, a .safetensors")
+    parser.add_argument("--resume", action="store_true", help="continue the run that wrote --out")
+    parser.add_argument("--overwrite", action="store_true", help="a model that is there already may be lost")
+    parser.add_argument(
+        "--save-every", type=common.integer(0), default=1000, help="steps (default: 1000; 0: at the end)"
+    )
+    parser.add_argument(
+        "--sample-every", type=common.integer(0), default=1000, help="steps (default: 1000; 0: at the end)"
+    )
+    common.add_run_arguments(parser)
+
+    options = parser.add_argument_group("options of the run (with --resume as before, but for --steps)")
+
+    def add(flag: str, **keywords: Any) -> None:
+        options.add_argument(flag, default=argparse.SUPPRESS, **keywords)
+
+    add("--data", help="digits, a folder of images (subfolders are classes) or a .npz (images, labels)")
+    add("--image-size", type=common.count, help="side in pixels that a folder's images are cropped and resized to")
+    add("--grey", action="store_true", help="read a folder's images as grey")
+    add("--flip", action="store_true", help="mirror half of the images")
+    add("--config", choices=CONFIGS, help="U-Net to start from")
+    add(
+        "--set",
+        dest="model",
+        type=_assignment,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="U-Net options, channels=[64,128]",
+    )
+    add("--schedule", choices=SCHEDULES, help="noise schedule")
+    add("--num-timesteps", type=common.count, help="T")
+    add("--prediction", choices=PREDICTIONS, help="what the model predicts")
+    add("--label-drop", type=common.number, help="share of labels dropped, for guidance")
+    add("--unconditional", action="store_true", help="ignore the labels")
+    add("--steps", type=common.count, help="optimizer steps in all")
+    add("--batch-size", type=common.count, help="images per step")
+    add("--lr", type=common.number, help="learning rate")
+    add("--weight-decay", type=common.number, help="AdamW's")
+    add("--beta1", type=common.number, help="AdamW's")
+    add("--beta2", type=common.number, help="AdamW's")
+    add("--warmup", type=common.integer(0), help="steps over which the learning rate grows")
+    add("--clip-grad", type=common.number, help="greatest norm of the gradient; inf: any")
+    add("--ema", type=common.number, help="decay of the averaged weights")
+    add("--precision", choices=PRECISIONS, help="of the forward pass")
+    add("--seed", type=common.seed, help="of everything random")
+
+
+def _options(args: argparse.Namespace) -> TrainOptions:
+    """What was given, over what the resumed run had, or over the defaults for the data."""
+    given = {name: value for name, value in vars(args).items() if name in TrainOptions.__dataclass_fields__}
+    if "model" in given:
+        given["model"] = dict(given["model"])
+    if args.resume:
+        before = training.resumed_options(args.out)
+        return replace(before, **given)
+    if "data" not in given:
+        raise ValueError("--data must be given: digits, a folder of images or a .npz file")
+    return TrainOptions(**{**(DIGITS if given["data"] == "digits" else {}), **given})
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, and says what came of it."""
+    training.check_out(args.out, args.resume, args.overwrite)
+    options, device = _options(args), common.device(args.device)
+    with common.backend_of(args, device):
+        start = time.perf_counter()
+        trainer = training.train(
+            options,
+            args.out,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            save_every=args.save_every,
+            sample_every=args.sample_every,
+            device=device,
+            progress=not args.no_progress,
+        )
+    seconds = time.perf_counter() - start
+    loss = f"loss {trainer.loss:.4f}, {seconds:.0f} s on {device}"
+    if trainer.stopped_by is not None:
+        print(f"stopped by {trainer.stopped_by.name} and saved at step {trainer.step}: {loss}; --resume goes on")
+        return 128 + trainer.stopped_by
+    print(f"{args.out}: step {trainer.step}, {loss}; samples in {training.grid_path(args.out)}")
+    return 0

@@ -1,0 +1,191 @@
+"""Quality and speed of a model's samples for every sampler and number of steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...ops.reverse_step.table import StepTable
+from ...samplers.ddim import ddim
+from ...samplers.ddpm import ddpm
+from ...sampling.loop import sample
+from ...schedules import Schedule
+from .judge import FEATURES, SURE, Judge
+
+LARGE = "fixed_large"
+STEPS = (10, 20, 50, 100, 1000)
+ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, LARGE)
+SAMPLES = 200
+
+
+def row_name(row: float | str) -> str:
+    """A row of the table in words."""
+    return "DDPM, larger variance" if row == LARGE else f"eta {row:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One sampler at one number of steps.
+
+    Attributes:
+        row: eta, or "fixed_large" for DDPM with its larger variance.
+        steps: model calls per sample.
+        distance: Fréchet distance to the held-out images.
+        sure: share of the samples that the classifier is sure of.
+        images_per_second: of sampling alone.
+    """
+
+    row: float | str
+    steps: int
+    distance: float
+    sure: float
+    images_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` measured.
+
+    Attributes:
+        cells: row by row, steps in the order asked for.
+        samples: per cell.
+        floor, floor_sure, floor_images: distance of real training images to the held-out ones, the share of
+            them that the classifier is sure of, and how many they are.
+        test_sure, test_images: the share of the held-out images, and how many they are.
+        accuracy: of the classifier on the held-out images.
+        features: dimension of its features.
+        sure_probability: what it gives at least to one class of an image that it is sure of.
+        settings: what else decides the figures, as plain JSON values.
+    """
+
+    cells: list[Cell]
+    samples: int
+    floor: float
+    floor_sure: float
+    floor_images: int
+    test_sure: float
+    test_images: int
+    accuracy: float
+    features: int
+    sure_probability: float
+    settings: dict[str, Any]
+
+
+def sampler_table(
+    schedule: Schedule,
+    row: float | str,
+    steps: int,
+    *,
+    spacing: str = "leading",
+    prediction: str = "epsilon",
+    learned_variance: bool = False,
+) -> StepTable:
+    """DDIM with ``row`` as eta, or DDPM with its larger variance ("fixed_large"), on the same timesteps.
+
+    A learned variance plays no part: the variance is the row's.
+
+    Raises:
+        ValueError: ``row`` is neither in [0, 1] nor "fixed_large"; steps or spacing do not fit the schedule.
+    """
+    options = {"spacing": spacing, "prediction": prediction}
+    if row == LARGE:
+        table = ddpm(schedule, steps, variance=LARGE, **options)
+        return dataclasses.replace(table, learned_variance=learned_variance)
+    if isinstance(row, str):
+        raise ValueError(f"rows must be eta in [0, 1] or {LARGE!r}; got {row!r}")
+    return ddim(schedule, steps, eta=row, learned_variance=learned_variance, **options)
+
+
+@contextlib.contextmanager
+def _calls_counted(model: nn.Module, bar: tqdm) -> Iterator[None]:
+    """Moves ``bar`` by one for every image that the model is called with."""
+
+    def count(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+        bar.update(len(arguments[0]))
+
+    hook = model.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def evaluate(
+    model: nn.Module,
+    schedule: Schedule,
+    judge: Judge,
+    *,
+    n: int = SAMPLES,
+    steps: Sequence[int] = STEPS,
+    rows: Sequence[float | str] = ROWS,
+    prediction: str = "epsilon",
+    learned_variance: bool = False,
+    spacing: str = "leading",
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> Evaluation:
+    r"""Fréchet distance, confidence and images/s in the layout of table 1 of DDIM (Song et al., 2021).
+
+    The distance of n samples is biased upwards, the more the fewer they are. The floor therefore is that of
+    as many real images, of the same classes as the samples are to have (:meth:`Judge.labels`).
+
+    Args:
+        model: an epsilon, x_0 or v model (``prediction``) trained on ``schedule``.
+        judge: the real images, and the classifier in whose features samples are compared with them.
+        n: samples per cell, at least 2.
+        steps: the columns: model calls per sample, in [1, T].
+        rows: DDIM's eta in [0, 1], or "fixed_large": DDPM with the larger variance, \hat\sigma in the paper.
+        learned_variance: the model's output is [N, 2 C, ...]; its second half plays no part.
+        spacing: see :func:`dd_kernels.timestep_sequence`; "leading" is the paper's floor(c i).
+        seed: of the samples; all cells start from the same x_T.
+        progress: show a tqdm bar.
+        options: batch_size, model_kwargs, uncond_kwargs, guidance_scale, backend, as in :func:`dd_kernels.sample`.
+
+    Raises:
+        ValueError, TypeError: an argument out of range; samples that are not finite.
+    """
+    if n < 2:
+        raise ValueError(f"n must be at least 2, for a covariance; got {n}")
+    kind = {"spacing": spacing, "prediction": prediction, "learned_variance": learned_variance}
+    # All tables first: what does not fit is found before the work.
+    plan = [(row, count, sampler_table(schedule, row, count, **kind)) for row in rows for count in steps]
+
+    def draw(table: StepTable) -> Tensor:
+        return sample(model, (n, *judge.shape), table, seed=seed, **options).cpu()  # waits for the device
+
+    # This one allocates memory and compiles kernels, so that no cell's time has it.
+    draw(sampler_table(schedule, 0.0, 1, **kind))
+    calls = n * sum(count for _, count, _ in plan) * (1 if options.get("uncond_kwargs") is None else 2)
+    bar = tqdm(total=calls, desc="evaluating", unit="call", unit_scale=True, disable=not progress)
+    cells = []
+    with bar, _calls_counted(model, bar):
+        for row, count, table in plan:
+            bar.set_postfix_str(f"{row_name(row)}, {count} steps")
+            start = time.perf_counter()
+            images = draw(table)
+            speed = n / (time.perf_counter() - start)
+            if not torch.isfinite(images).all():
+                raise ValueError(f"model must draw finite samples; got NaN or inf, {row_name(row)}, {count} steps")
+            cells.append(Cell(row, count, judge.distance(images), judge.sure(images), speed))
+    real, test = judge.real(judge.labels(n)), judge.test_images
+    return Evaluation(
+        cells=cells,
+        samples=n,
+        floor=judge.distance(real),
+        floor_sure=judge.sure(real),
+        floor_images=len(real),
+        test_sure=judge.sure(test),
+        test_images=len(test),
+        accuracy=judge.accuracy,
+        features=FEATURES,
+        sure_probability=SURE,
+        settings={"seed": seed, "classifier_seed": judge.seed, "timesteps": len(schedule), **kind},
+    )

@@ -1,0 +1,87 @@
+"""How to train: the options, their checks, and the defaults for a kind of data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...samplers.rows import PREDICTIONS
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How to train. The defaults are DDPM's for CIFAR-10 (Ho et al., 2020, appendix B); ``DIGITS`` is for digits.
+
+    Args:
+        data: "digits", a folder of images or a .npz file.
+        image_size, grey, flip: side that a folder's images are resized to; grey instead of RGB;
+            mirror half of the images (not for digits, whose mirror images mean nothing).
+        config: a name in ``dd_kernels.nn.CONFIGS``; model: U-Net options that replace the configuration's.
+        schedule, num_timesteps, prediction: the forward process, and what the model predicts.
+        label_drop: share of the labels replaced by "no class", for classifier-free guidance;
+            unconditional: ignore the labels altogether.
+        steps, batch_size: optimizer steps in all, images in each.
+        lr, weight_decay, beta1, beta2, warmup: AdamW; the learning rate grows linearly over ``warmup`` steps.
+        clip_grad: greatest norm of the gradient. ema: decay of the averaged weights, which are the ones shipped.
+        precision: "fp32", or "bf16" / "fp16" for the forward pass (autocast; fp16 with a loss scale).
+        seed: of everything random.
+    """
+
+    data: str = "digits"
+    image_size: int | None = None
+    grey: bool = False
+    flip: bool = False
+    config: str = "cifar10"
+    model: dict[str, Any] = field(default_factory=dict)
+    schedule: str = "linear"
+    num_timesteps: int = 1000
+    prediction: str = "epsilon"
+    label_drop: float = 0.1
+    unconditional: bool = False
+    steps: int = 800_000
+    batch_size: int = 128
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warmup: int = 5000
+    clip_grad: float = 1.0
+    ema: float = 0.9999
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check("steps", self.steps >= 1, "at least 1")
+        self._check("batch_size", self.batch_size >= 1, "at least 1")
+        self._check("num_timesteps", self.num_timesteps >= 1, "at least 1")
+        self._check("warmup", self.warmup >= 0, "at least 0")
+        self._check("seed", 0 <= self.seed < 1 << 64, "in [0, 2^64)")
+        self._check("lr", 0 < self.lr < math.inf, "a positive number")
+        self._check("clip_grad", self.clip_grad > 0, "a positive number (inf: no clipping)")
+        self._check("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
+        for name in ("ema", "beta1", "beta2", "label_drop"):
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._check("prediction", self.prediction in PREDICTIONS, f"one of {', '.join(PREDICTIONS)}")
+        self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        if self.model.get("learn_variance"):
+            raise ValueError("model: learn_variance must be false, since L_simple teaches no variance; got true")
+
+    def _check(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {wanted}; got {getattr(self, name)!r}")
+
+
+# 8 x 8 images of ten classes: a small model, soon trained. models/README.md says what they give.
+DIGITS: dict[str, Any] = {
+    "config": "digits",
+    "steps": 4000,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "warmup": 200,
+    "ema": 0.999,
+}

@@ -1,0 +1,259 @@
+"""q and p of one diffusion process: its arrays, its step tables, and what a model's output says about x_{t-1}."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...ops.reverse_step.table import COLUMNS, StepTable, from_columns
+from ...samplers import ddim, ddpm
+from ...sampling.guidance import Model, model_output
+from ...schedules import Schedule, check_timesteps
+from .types import ModelMeanType, ModelVarType
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in at least float32: results are float32 for 16-bit inputs, as in guided-diffusion."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Process:
+    """The part of :class:`GaussianDiffusion` that needs neither noise nor a loss."""
+
+    def __init__(
+        self,
+        betas: Sequence[float] | np.ndarray,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        rescale_timesteps: bool,
+    ) -> None:
+        self.model_mean_type = ModelMeanType(model_mean_type)
+        self.model_var_type = ModelVarType(model_var_type)
+        self.rescale_timesteps = rescale_timesteps
+        self.schedule = Schedule(betas)
+        self.num_timesteps = len(self.schedule)
+        self.timestep_map = list(range(self.num_timesteps))
+        self._name_arrays()
+        self._tables: dict[tuple, StepTable] = {}
+        self._uploads: dict[tuple, Tensor] = {}
+
+    def _name_arrays(self) -> None:
+        """The schedule under guided-diffusion's names, and the model's variance where it is fixed."""
+        s = self.schedule
+        self.betas, self.log_betas = s.beta, np.log(s.beta)
+        self.alphas_cumprod, self.alphas_cumprod_prev = s.alpha_bar, s.alpha_bar_prev
+        self.alphas_cumprod_next = np.append(s.alpha_bar[1:], 0.0)
+        self.one_minus_alphas_cumprod = 1.0 - s.alpha_bar
+        self.sqrt_alphas_cumprod = np.sqrt(s.alpha_bar)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(self.one_minus_alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(self.one_minus_alphas_cumprod)
+        with np.errstate(divide="ignore"):  # 1 / 0 at a step of zero SNR
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / s.alpha_bar)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / s.alpha_bar - 1)
+        self.posterior_mean_coef1 = s.posterior_mean_coef_x_start
+        self.posterior_mean_coef2 = s.posterior_mean_coef_x_t
+        self.posterior_variance = self.fixed_variance = s.posterior_variance
+        self.posterior_log_variance_clipped = self.fixed_log_variance = s.posterior_log_variance_clipped
+        if self.model_var_type == ModelVarType.FIXED_LARGE:
+            # At t = 0 the small one: a better likelihood of the decoder.
+            self.fixed_log_variance = np.append(s.posterior_log_variance_clipped[:1], self.log_betas[1:])
+            self.fixed_variance = np.exp(self.fixed_log_variance)
+
+    @property
+    def _learned(self) -> bool:
+        return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """The array ``name`` at the timesteps t [N], expanded to ``like``'s shape; uploaded once per device."""
+        check_timesteps("t", t, self.num_timesteps, like.shape[0])
+        key = (name, like.device, torch.promote_types(like.dtype, torch.float32))
+        if key not in self._uploads:
+            self._uploads[key] = torch.from_numpy(np.array(getattr(self, name))).to(*key[1:])
+        return self._uploads[key][t].reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+
+    # How the model is called; SpacedDiffusion calls it with the original process's timesteps.
+
+    def _wrap_model(self, model: Model) -> Model:
+        return model
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+
+    def _call(self, function: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None) -> Any:
+        return self._wrap_model(function)(x, self._scale_timesteps(t), **(model_kwargs or {}))
+
+    def _predict(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None) -> Tensor:
+        """The model's output, [N, C, ...], or [N, 2 C, ...] where the variance is learned."""
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t must have the shape [{x.shape[0]}], one per sample; got {list(t.shape)}")
+        out = model_output(self._call(model, x, t, model_kwargs))
+        wanted = [x.shape[0], x.shape[1] * (2 if self._learned else 1), *x.shape[2:]]
+        if list(out.shape) != wanted:
+            raise ValueError(f"model must return {wanted} ({self.model_var_type.name}); got {list(out.shape)}")
+        return out
+
+    # Tables for reverse_step, whose row t is timestep t.
+
+    def _table(self, kind: str, clip: bool = False, eta: float = 0.0) -> StepTable:
+        """``kind`` says what is given and what comes out:
+
+        "mean", "sample", "ddim", "ddim_reverse": the model's output; the mean of p(x_{t-1} | x_t), a sample
+            of it, DDIM's x_{t-1} and x_{t+1}
+        "posterior", "ddim_of_x0", "ddim_reverse_of_x0": the same of a given x_0
+        "sample_of_mean": a sample, of a given mean and log-variance [N, 2 C, ...]
+        """
+        key = (kind, clip, eta)
+        if key not in self._tables:
+            build = self._sample_of_mean_columns if kind == "sample_of_mean" else self._columns
+            columns = build(kind, 1.0 if clip else None, eta)
+            self._tables[key] = from_columns(np.array(self.timestep_map), **columns)
+        return self._tables[key]
+
+    def _columns(self, kind: str, clip: float | None, eta: float) -> dict[str, Any]:
+        of_x0 = kind == "posterior" or kind.endswith("_of_x0")
+        epsilon = self.model_mean_type == ModelMeanType.EPSILON and not of_x0
+        options: dict[str, Any] = {"prediction": "epsilon" if epsilon else "x_start", "clip": clip}
+        if kind.startswith("ddim"):
+            everything = range(self.num_timesteps)
+            learned = self._learned and not of_x0
+            table = ddim(self.schedule, timesteps=everything, eta=eta, learned_variance=learned, **options)
+        else:
+            variance = self.model_var_type.name.lower() if kind == "sample" else "fixed_small"
+            table = ddpm(self.schedule, variance=variance, **options)
+        columns: dict[str, Any] = {name: table.column(name).flip(0).numpy() for name in COLUMNS}
+        columns["learned_variance"] = table.learned_variance
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X and not of_x0:
+            columns |= self._x0_of_previous_x_columns()
+            if not kind.startswith("ddim"):
+                columns |= {"prev_from_x0": 0.0, "prev_from_x": 0.0, "prev_from_out": 1.0}
+        if kind in ("mean", "posterior"):
+            columns["sigma"] = 0.0
+        if kind.startswith("ddim_reverse"):
+            columns |= self._reverse_columns()
+        return columns
+
+    def _x0_of_previous_x_columns(self) -> dict[str, Any]:
+        """x_0 where the model predicts the mean of x_{t-1}: eq. 7 of DDPM solved for x_0."""
+        return {"x0_num_x": -self.posterior_mean_coef2, "x0_num_out": 1.0, "x0_den": self.posterior_mean_coef1}
+
+    def _reverse_columns(self) -> dict[str, Any]:
+        """x_{t+1} instead of x_{t-1}: eq. 12 of DDIM with alpha_bar_{t+1}; that after the last is 0."""
+        from_x = np.sqrt(1.0 - self.alphas_cumprod_next) / self.sqrt_one_minus_alphas_cumprod
+        from_x0 = np.sqrt(self.alphas_cumprod_next) - from_x * self.sqrt_alphas_cumprod
+        return {"prev_from_x0": from_x0, "prev_from_x": from_x}
+
+    def _sample_of_mean_columns(self, *_: Any) -> dict[str, Any]:
+        # Half-way between -1 and 1 by (v + 1) / 2 is v itself: the log-variance as it is given.
+        log_variance = {"learned_variance": True, "log_var_min": -1.0, "log_var_max": 1.0}
+        return {"prev_from_out": 1.0, "sigma": np.append(0.0, np.ones(self.num_timesteps - 1)), **log_variance}
+
+    # The forward process q.
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t | x_0), eq. 4 of DDPM (Ho et al., 2020)."""
+        mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+        variance = self._at("one_minus_alphas_cumprod", t, x_start)
+        return mean, variance, self._at("log_one_minus_alphas_cumprod", t, x_start)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """A sample of q(x_t | x_0), see :func:`dd_kernels.q_sample`; without noise, torch.randn_like draws it."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return ops.q_sample(wide(x_start), t, self.schedule, noise)
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), eq. 6 and 7 of DDPM."""
+        mean = ops.reverse_step(wide(x_t), x_start, self._table("posterior"), t)
+        variance = self._at("posterior_variance", t, x_t)
+        return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
+
+    # The model's p(x_{t-1} | x_t).
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """What the model says about x_{t-1}: "mean", "variance", "log_variance" and "pred_xstart", of x's shape.
+
+        Args:
+            model: model(x, t, **model_kwargs) -> output, [N, C, ...], or [N, 2 C, ...] with learned variance.
+            x, t: x_t [N, C, ...] and timesteps [N].
+            clip_denoised: clip x_0 to [-1, 1].
+            denoised_fn: applied to x_0 before it is clipped.
+        """
+        out = self._predict(model, x, t, model_kwargs)
+        values = None
+        if self._learned:
+            out, values = out.chunk(2, dim=1)
+        variance, log_variance = self._variance(values, x, t)
+        if denoised_fn is None:
+            mean, x0 = ops.reverse_step(wide(x), out, self._table("mean", clip_denoised), t, return_x0=True)
+        else:
+            x0 = denoised_fn(self._x0(out, x, t))
+            x0 = x0.clamp(-1, 1) if clip_denoised else x0
+            previous = self.model_mean_type == ModelMeanType.PREVIOUS_X
+            mean = out if previous else self.q_posterior_mean_variance(x0, x, t)[0]
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x0}
+
+    def _variance(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(variance, log-variance) of p; ``values`` are the model's second half, None where it is fixed."""
+        if values is None:
+            return self._at("fixed_variance", t, x), self._at("fixed_log_variance", t, x)
+        log_variance = values
+        if self.model_var_type == ModelVarType.LEARNED_RANGE:
+            low, high = self._at("posterior_log_variance_clipped", t, x), self._at("log_betas", t, x)
+            fraction = (values + 1) / 2
+            log_variance = fraction * high + (1 - fraction) * low
+        return torch.exp(log_variance), log_variance
+
+    def _x0(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            return self._predict_xstart_from_xprev(x, t, out)
+        return self._predict_xstart_from_eps(x, t, out) if self.model_mean_type == ModelMeanType.EPSILON else out
+
+    def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        scale = self._at("sqrt_recip_alphas_cumprod", t, x_t)
+        return scale * x_t - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+
+    def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
+        mean_of_x_t = self._at("posterior_mean_coef2", t, x_t) * x_t
+        return (xprev - mean_of_x_t) / self._at("posterior_mean_coef1", t, x_t)
+
+    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        scale = self._at("sqrt_recip_alphas_cumprod", t, x_t)
+        return (scale * x_t - pred_xstart) / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
+
+    def condition_mean(
+        self,
+        cond_fn: Model,
+        p_mean_var: Mapping[str, Tensor],
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """The mean shifted by variance * cond_fn(x, t), the gradient of log p(y | x): Sohl-Dickstein et al. (2015)."""
+        gradient = self._call(cond_fn, x, t, model_kwargs)
+        return wide(p_mean_var["mean"]) + p_mean_var["variance"] * wide(gradient)
+
+    def condition_score(
+        self,
+        cond_fn: Model,
+        p_mean_var: Mapping[str, Tensor],
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """``p_mean_var`` of the score plus cond_fn(x, t): Song et al. (2021), algorithm 2 of Dhariwal & Nichol."""
+        eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
+        eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * self._call(cond_fn, x, t, model_kwargs)
+        x0 = self._predict_xstart_from_eps(x, t, eps)
+        return {**p_mean_var, "pred_xstart": x0, "mean": self.q_posterior_mean_variance(x0, x, t)[0]}

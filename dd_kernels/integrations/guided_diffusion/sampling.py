@@ -1,0 +1,203 @@
+"""Sampling with guided-diffusion's interface: single steps and whole loops of DDPM and DDIM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ... import ops
+from ...sampling.guidance import Model, device_of
+from .process import Process, wide
+
+Denoised = Callable[[Tensor], Tensor]
+Kwargs = Mapping[str, Any]
+
+
+def _last(results: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The last of the results; there is one, since a process has at least one step."""
+    for result in results:  # noqa: B007
+        pass
+    return result
+
+
+class Sampler(Process):
+    """The sampling methods of :class:`GaussianDiffusion`."""
+
+    def _is_fused(self, denoised_fn: Denoised | None, cond_fn: Model | None) -> bool:
+        """Whether one reverse_step on the model's output is the whole step: nobody looks at what lies between."""
+        untouched = type(self).p_mean_variance is Process.p_mean_variance
+        return untouched and denoised_fn is None and cond_fn is None
+
+    def _step(
+        self, kind: str, x: Tensor, out: Tensor, t: Tensor, seed: int | None, first_sample: int, **table: Any
+    ) -> dict[str, Tensor]:
+        """One reverse_step, its noise from torch's generator or from the seed."""
+        # guided-diffusion draws at every step, also where sigma is 0: whoever samples next must find the same state.
+        noise = torch.randn_like(x) if seed is None else None
+        rows = self._table(kind, **table)
+        source = {"noise": noise if rows.stochastic else None, "seed": seed, "first_sample": first_sample}
+        sample, x0 = ops.reverse_step(wide(x), out, rows, t, return_x0=True, **source)
+        return {"sample": sample, "pred_xstart": x0}
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs | None = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> dict[str, Tensor]:
+        """One step of algorithm 2 of DDPM: "sample", x_{t-1}, and "pred_xstart", x_0.
+
+        Args:
+            model, x, t, clip_denoised, denoised_fn, model_kwargs: see :meth:`p_mean_variance`.
+            cond_fn: cond_fn(x, t, **model_kwargs) -> gradient of log p(y | x_t), see :meth:`condition_mean`.
+            seed, first_sample: noise from a seed instead of torch's generator.
+        """
+        if self._is_fused(denoised_fn, cond_fn):
+            out = self._predict(model, x, t, model_kwargs)
+            return self._step("sample", x, out, t, seed, first_sample, clip=clip_denoised)
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        # Drawn before cond_fn is called, which may draw too.
+        noise = torch.randn_like(x) if seed is None else None
+        mean = p["mean"] if cond_fn is None else self.condition_mean(cond_fn, p, x, t, model_kwargs)
+        given = torch.cat((wide(mean), wide(p["log_variance"])), dim=1)
+        table = self._table("sample_of_mean")
+        sample = ops.reverse_step(wide(x), given, table, t, noise=noise, seed=seed, first_sample=first_sample)
+        return {"sample": sample, "pred_xstart": p["pred_xstart"]}
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs | None = None,
+        eta: float = 0.0,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> dict[str, Tensor]:
+        """One step of DDIM (Song et al., 2021, eq. 12), epsilon re-derived from x_0; arguments as :meth:`p_sample`."""
+        if self._is_fused(denoised_fn, cond_fn):
+            kind, given = "ddim", self._predict(model, x, t, model_kwargs)
+        else:
+            p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+            if cond_fn is not None:
+                p = self.condition_score(cond_fn, p, x, t, model_kwargs)
+            kind, given, clip_denoised = "ddim_of_x0", p["pred_xstart"], False
+        return self._step(kind, x, given, t, seed, first_sample, clip=clip_denoised, eta=eta)
+
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised | None = None,
+        model_kwargs: Kwargs | None = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """x_{t+1} from x_t by DDIM's ODE; eta must be 0, since only that path is deterministic."""
+        if eta != 0:
+            raise ValueError(f"eta must be 0 for ddim_reverse_sample; got {eta}")
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        sample = ops.reverse_step(wide(x), p["pred_xstart"], self._table("ddim_reverse_of_x0"), t)
+        return {"sample": sample, "pred_xstart": p["pred_xstart"]}
+
+    def _progressive(
+        self,
+        step: Callable[..., dict[str, Tensor]],
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
+        seed: int | None,
+        first_sample: int,
+        **options: Any,
+    ) -> Iterator[dict[str, Tensor]]:
+        if not isinstance(shape, (tuple, list)):
+            raise TypeError(f"shape must be a tuple or list, (N, C, H, W); got {type(shape).__name__}")
+        device = device_of(model) if device is None else torch.device(device)
+        if seed is not None:
+            options |= {"seed": seed, "first_sample": first_sample}
+        if noise is not None:
+            x = noise
+        elif seed is not None:
+            x = ops.randn(shape, seed=seed, first_sample=first_sample, device=device)
+        else:
+            x = torch.randn(*shape, device=device)
+        timesteps = torch.arange(self.num_timesteps, device=x.device)
+        for i in tqdm(range(self.num_timesteps - 1, -1, -1), disable=not progress):
+            with torch.no_grad():
+                result = step(model, x, timesteps[i].expand(shape[0]), **options)
+            yield result
+            x = result["sample"]
+
+    def p_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Samples by DDPM, t = T-1 .. 0, and yields what :meth:`p_sample` returns after every step.
+
+        Args:
+            shape: (N, C, H, W) of the samples.
+            noise: x_T; drawn if None, on ``device`` (the model's if None).
+            progress: show a tqdm bar.
+            model, clip_denoised, denoised_fn, cond_fn, model_kwargs, seed, first_sample: see :meth:`p_sample`.
+        """
+        options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        run = (model, shape, noise, device, progress, seed, first_sample)
+        yield from self._progressive(self.p_sample, *run, model_kwargs=model_kwargs, **options)
+
+    def ddim_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Samples by DDIM; as :meth:`p_sample_loop_progressive`, with :meth:`ddim_sample`."""
+        options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        run = (model, shape, noise, device, progress, seed, first_sample)
+        yield from self._progressive(self.ddim_sample, *run, eta=eta, model_kwargs=model_kwargs, **options)
+
+    def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The samples that :meth:`p_sample_loop_progressive`, which takes the same arguments, ends with."""
+        return _last(self.p_sample_loop_progressive(*args, **kwargs))["sample"]
+
+    def ddim_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The samples that :meth:`ddim_sample_loop_progressive`, which takes the same arguments, ends with."""
+        return _last(self.ddim_sample_loop_progressive(*args, **kwargs))["sample"]

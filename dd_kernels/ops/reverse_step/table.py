@@ -1,0 +1,128 @@
+r"""A sampler is a table: DDPM, DDIM, inversion and every parameterisation as rows of one update.
+
+.. math::
+    x_0 &= clip\big((x0\_num\_x\, x_t + x0\_num\_out\, out) / x0\_den\big) \\
+    x_{prev} &= prev\_from\_x0\, x_0 + prev\_from\_x\, x_t + prev\_from\_out\, out + \sigma z
+
+The coefficients are computed here in float64 and read by :func:`dd_kernels.reverse_step` in float32.
+Numerator and denominator of x_0 stay apart: at a step with alpha_bar = 0 (zero terminal SNR) the
+quotient is +-inf, which clipping makes finite, where folded factors would give inf - inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What the columns of a row hold; csrc/reverse_step/formula.h and triton.py count in this order.
+COLUMNS = (
+    "x0_num_x",
+    "x0_num_out",
+    "x0_den",
+    "x0_clip",
+    "prev_from_x0",
+    "prev_from_x",
+    "prev_from_out",
+    "sigma",
+    "log_var_min",
+    "log_var_max",
+)
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Dynamic thresholding of x_0 (Imagen, Saharia et al., 2022, section 2.3).
+
+    Each sample's x_0 is clipped to [-s, s] and divided by s, where s is the ``ratio`` quantile of
+    \\|x_0\\|, at least 1 and at most ``max_value``.
+    """
+
+    ratio: float = 0.995
+    max_value: float = float("inf")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1]; got {self.ratio}")
+        if not self.max_value >= 1:
+            raise ValueError(f"max_value must be at least 1; got {self.max_value}")
+
+
+class DeviceTable(NamedTuple):
+    """A table on a device: rows [S, 10] (float32), timesteps [S] and every step's index as a tensor [1]."""
+
+    rows: Tensor
+    timesteps: Tensor
+    steps: Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """The coefficients of a sampler, one row per step, in the order in which steps are taken.
+
+    Attributes:
+        rows: [S, 10] float64 on the CPU; the columns are named in ``COLUMNS``.
+        timesteps: [S] int64, what the model is called with (and the draw of the step's noise).
+        learned_variance: the model's output is [N, 2 C, ...], its second half the variance.
+        threshold: dynamic thresholding, or None.
+    """
+
+    rows: Tensor
+    timesteps: Tensor
+    learned_variance: bool = False
+    threshold: DynamicThreshold | None = None
+    stochastic: bool = field(init=False)
+    _on: dict[torch.device, DeviceTable] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 2 or self.rows.shape[1] != len(COLUMNS):
+            raise ValueError(f"rows must have the shape [S, {len(COLUMNS)}]; got {list(self.rows.shape)}")
+        if self.timesteps.shape != self.rows.shape[:1]:
+            wanted = list(self.rows.shape[:1])
+            raise ValueError(f"timesteps must have the shape {wanted}; got {list(self.timesteps.shape)}")
+        object.__setattr__(self, "stochastic", bool((self.column("sigma") != 0).any()))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, name: str) -> Tensor:
+        """One coefficient of every step, [S] float64."""
+        return self.rows[:, COLUMNS.index(name)]
+
+    def on(self, device: torch.device) -> DeviceTable:
+        """The table on ``device``, uploaded at the first call, or while torch.compile traces it."""
+        there = None if torch.compiler.is_compiling() else self._on.get(device)
+        if there is None:
+            self._upload(device)
+            there = self._on[device]
+        return there
+
+    @torch.compiler.assume_constant_result
+    def _upload(self, device: torch.device) -> None:
+        if device not in self._on:
+            steps = torch.arange(len(self), device=device).split(1)
+            self._on[device] = DeviceTable(self.rows.to(device, torch.float32), self.timesteps.to(device), steps)
+
+
+def from_columns(
+    timesteps: np.ndarray,
+    *,
+    learned_variance: bool = False,
+    threshold: DynamicThreshold | None = None,
+    **columns: object,
+) -> StepTable:
+    """A table from named columns (arrays [S] or numbers); those not named are 0, ``x0_den`` 1, ``x0_clip`` inf."""
+    defaults = {"x0_den": 1.0, "x0_clip": np.inf}
+    values = [np.broadcast_to(columns.pop(name, defaults.get(name, 0.0)), timesteps.shape) for name in COLUMNS]
+    if columns:
+        raise TypeError(f"a table has the columns {', '.join(COLUMNS)}; got {', '.join(columns)}")
+    rows = torch.from_numpy(np.stack(values, axis=1).astype(np.float64))
+    if threshold is not None:
+        # There is no quantile of x_0 = +-inf; a finite x_0 as large is clipped to the same.
+        rows[:, COLUMNS.index("x0_den")].clamp_(min=2.0**-64)
+    steps = torch.tensor(timesteps.tolist(), dtype=torch.int64)
+    return StepTable(rows, steps, learned_variance, threshold)

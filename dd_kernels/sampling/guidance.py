@@ -1,0 +1,101 @@
+"""Guidance: how a model's prediction is pushed towards a condition before the step is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..schedules import Schedule
+
+Model = Callable[..., Any]
+
+
+def float_parameter(model: Model) -> Tensor | None:
+    """A floating parameter of the model, which says where and in what dtype it runs; None for a function."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    return next((p for p in model.parameters() if p.is_floating_point()), None)
+
+
+def device_of(model: Model) -> torch.device:
+    """Where the model runs; the CPU for a function."""
+    parameter = float_parameter(model)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def model_output(result: Any) -> Tensor:
+    """The tensor in what a model returns: itself, diffusers' ``output.sample``, or the first of a tuple."""
+    if isinstance(result, Tensor):
+        return result
+    result = result[0] if isinstance(result, tuple) else getattr(result, "sample", None)
+    if not isinstance(result, Tensor):
+        raise TypeError("model must return a tensor, a tuple that starts with one, or an object with .sample")
+    return result
+
+
+def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any], batch: int) -> dict[str, Any] | None:
+    """Both sets of arguments as one of twice the batch, or None where some cannot be joined."""
+    if cond.keys() != uncond.keys():
+        return None
+    joined: dict[str, Any] = {}
+    for name, value in cond.items():
+        other = uncond[name]
+        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
+            if value.ndim == 0 or value.shape[0] != batch:
+                return None
+            joined[name] = torch.cat((value, other))
+        elif type(value) is type(other) and not isinstance(value, Tensor) and value == other:
+            joined[name] = value
+        else:
+            return None
+    return joined
+
+
+def predict(
+    model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+) -> tuple[Tensor, Tensor | None]:
+    """(conditional, unconditional) output for classifier-free guidance (Ho & Salimans, 2022).
+
+    One call of twice the batch where the arguments are tensors of one shape, two calls otherwise.
+    Without ``uncond_kwargs`` the second is None.
+    """
+    if uncond_kwargs is None:
+        return model_output(model(x, t, **model_kwargs)), None
+    joined = _joined(model_kwargs, uncond_kwargs, x.shape[0])
+    if joined is None:
+        return model_output(model(x, t, **model_kwargs)), model_output(model(x, t, **uncond_kwargs))
+    out, uncond = model_output(model(torch.cat((x, x)), torch.cat((t, t)), **joined)).chunk(2)
+    return out, uncond
+
+
+def classifier_guided(
+    model: Model, log_probability: Callable[..., Tensor], schedule: Schedule, scale: float = 1.0
+) -> Model:
+    r"""An epsilon model guided by a classifier: algorithm 2 of Dhariwal & Nichol (2021).
+
+    .. math:: \hat\epsilon = \epsilon(x_t, t) - scale\, \sqrt{1 - \bar\alpha_t}\, \nabla_{x_t} \log p(y | x_t)
+
+    Args:
+        model: model(x, t, **kwargs) -> epsilon [N, C, ...], or [N, 2 C, ...] with learned variance.
+        log_probability: log_probability(x, t, **kwargs) -> log p(y | x_t), [N], differentiable in x.
+        schedule: where alpha_bar comes from.
+        scale: strength; 0 is the model itself.
+
+    Returns:
+        A model to be passed to :func:`dd_kernels.sample`; called with the same ``kwargs``.
+    """
+
+    def guided(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        out = model_output(model(x, t, **kwargs))
+        with torch.enable_grad():
+            x_in = x.detach().requires_grad_()
+            gradient = torch.autograd.grad(log_probability(x_in, t, **kwargs).sum(), x_in)[0]
+        channels = x.shape[1]
+        sigma = schedule.on(x.device).rows[t, 1].reshape(-1, *[1] * (x.ndim - 1))
+        epsilon = out[:, :channels] - (scale * sigma * gradient).to(out.dtype)
+        return epsilon if out.shape[1] == channels else torch.cat((epsilon, out[:, channels:]), dim=1)
+
+    return guided

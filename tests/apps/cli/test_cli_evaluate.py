@@ -1,0 +1,107 @@
+"""``evaluate``: the table's layout, its files, every error in one line."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dd_kernels.apps.checkpoint import ModelInfo, save_model
+from dd_kernels.apps.cli import evaluate as command
+from dd_kernels.apps.cli import main
+from dd_kernels.nn import UNet
+
+
+def tiny_model(path, **overrides):
+    torch.manual_seed(0)
+    options = {"image_size": 8, "in_channels": 1, "channels": (8,), "num_res_blocks": 1, "middle_attention": False}
+    model = UNet(**{**options, "num_groups": 4, "num_classes": 10, "null_class": True, **overrides})
+    for parameter in model.parameters():
+        if not parameter.any():  # an untrained model's last layer, with which it would predict 0
+            nn.init.normal_(parameter, std=0.1)
+    classes = tuple(str(c) for c in range(model.config["num_classes"] or 0))
+    save_model(path, model.state_dict(), ModelInfo(model.config, "linear", 1000, "epsilon", classes, {}))
+    return str(path)
+
+
+@pytest.fixture
+def run(judge, monkeypatch):
+    """Runs the command with the classifier that is trained already."""
+    monkeypatch.setattr(command, "Judge", lambda train, test: judge)
+    return lambda *arguments: main(["evaluate", "--no-progress", "-n", "12", *arguments])
+
+
+class TestCommand:
+    def test_layout_and_files(self, run, tmp_path, capsys):
+        model = tiny_model(tmp_path / "model.safetensors")
+        assert run("--model", model, "--steps", "2", "3", "--out", "table.md", "table.json", "--seed", "5") == 0
+        printed = capsys.readouterr().out
+        assert printed == (tmp_path / "table.md").read_text(encoding="utf-8")
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
+        rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "DDPM, larger variance"]
+        assert [line[0] for line in lines if line[0] and not line[0].startswith("-")] == rows * 3
+        assert [line[1:] for line in lines if not line[0]] == [["2 steps", "3 steps"]] * 3
+
+        found = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+        etas = [0.0, 0.2, 0.5, 1.0, "fixed_large"]
+        assert [(c["row"], c["steps"]) for c in found["cells"]] == [(row, s) for row in etas for s in (2, 3)]
+        assert found["samples"] == 12
+        assert found["settings"]["seed"] == 5
+        assert found["run"]["backend"] in ("cpu", "reference")
+        assert {"device", "threads", "torch", "numpy", "python", "model", "dtype", "guidance"} <= found["run"].keys()
+        assert f"the floor is {found['floor']:.1f}" in printed
+        assert f"accuracy {found['accuracy']:.1%}" in printed
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "table.json", "table.md"]
+
+    def test_same_seed_same_figures(self, run, tmp_path):
+        model = tiny_model(tmp_path / "model.safetensors")
+        cells = []
+        for batch_size in ("12", "5"):
+            run("--model", model, "--steps", "3", "--etas", "1", "--batch-size", batch_size, "--out", "t.json")
+            cells.append(json.loads((tmp_path / "t.json").read_text())["cells"][0])
+        assert cells[0]["distance"] == pytest.approx(cells[1]["distance"], rel=1e-3)
+
+    def test_guidance_changes_the_samples(self, run, tmp_path):
+        model = tiny_model(tmp_path / "model.safetensors")
+        distances = []
+        for guidance in ([], ["--guidance", "4"]):
+            assert run("--model", model, "--steps", "3", "--etas", "0", "--out", "t.json", *guidance) == 0
+            distances.append(json.loads((tmp_path / "t.json").read_text())["cells"][0]["distance"])
+        assert distances[0] != distances[1]
+
+    @pytest.mark.parametrize("overrides", [{"num_classes": None, "null_class": False}, {"learn_variance": True}])
+    def test_other_models(self, run, tmp_path, overrides):
+        model = tiny_model(tmp_path / "model.safetensors", **overrides)
+        assert run("--model", model, "--steps", "2", "--etas", "0", "fixed_large") == 0
+
+    @pytest.mark.parametrize(
+        ("overrides", "arguments", "message"),
+        [
+            ({}, ["--out", "table.txt"], "--out must name .md or .json files; got 'table.txt'"),
+            ({}, ["--out", "kept.md", "no/table.md"], "--out: cannot write 'no/table.md'"),
+            ({}, ["--steps", "2000"], "steps must be an int in [1, 1000]; got 2000"),
+            ({"null_class": False}, ["--guidance", "2"], "--guidance needs a model trained with dropped labels"),
+            ({"num_classes": 3}, [], "--model must have the 10 classes of the digits, or none; got 3"),
+            ({"in_channels": 3}, [], "--model must draw digits, (1, 8, 8); got a model that draws (3, 8, 8)"),
+            ({}, ["--model", "absent.safetensors"], "there is no model 'absent.safetensors'"),
+            ({}, ["--device", "nowhere"], "--device 'nowhere' cannot be used"),
+        ],
+    )
+    def test_one_clear_line(self, run, tmp_path, capsys, overrides, arguments, message):
+        model = tiny_model(tmp_path / "model.safetensors", **overrides)
+        (tmp_path / "kept.md").write_text("kept")
+        assert run("--model", model, "--steps", "2", "--etas", "0", *arguments) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.count("\n") == 1
+        assert message in output.err
+        assert (tmp_path / "kept.md").read_text() == "kept"
+
+    @pytest.mark.parametrize(
+        "arguments", [["--etas", "1.5"], ["--etas", "small"], ["--etas", "nan"], ["--steps", "0"], ["-n", "1"]]
+    )
+    def test_bad_values(self, run, capsys, arguments):
+        with pytest.raises(SystemExit) as stop:
+            run(*arguments)
+        assert stop.value.code == 2
+        assert "must be" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,174 @@
+"""``train``: flags, data, resuming, and what is kept when it is stopped."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from commands import SMALL, TINY, fails, run
+from PIL import Image
+
+import dd_kernels as dd
+from dd_kernels.apps import checkpoint, cli
+from dd_kernels.apps.training import Trainer
+
+
+def test_train_resume_and_overwrite(capsys):
+    train = ["train", "--out", "m.safetensors", *SMALL]
+    assert run(*train, "--data", "digits", "--sample-every", 2, "--save-every", 2) == 0
+    assert "m.safetensors: step 3, loss" in capsys.readouterr().out
+    assert sorted(os.listdir()) == ["m.safetensors", "m.samples.png", "m.training.safetensors"]
+    assert "is there already (--resume" in fails(capsys, *train, "--data", "digits")
+    assert "lr must be 0.001" in fails(capsys, "train", "--out", "m.safetensors", "--resume", "--lr", 1)
+    assert run("train", "--out", "m.safetensors", "--resume", "--steps", 5, "--no-progress") == 0
+    assert "step 5" in capsys.readouterr().out
+    assert checkpoint.load_model("m.safetensors")[1].training["steps"] == 5
+    assert run(*train, "--data", "digits", "--overwrite") == 0
+    assert checkpoint.load_model("m.safetensors")[1].training["step"] == 3
+
+
+def test_every_flag_of_train_reaches_the_options(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        cli.train.training, "train", lambda options, out, **k: seen.update(k, options=options) or _Done()
+    )
+    flags = {
+        "data": "digits", "image_size": 16, "config": "cifar10", "schedule": "sigmoid", "num_timesteps": 7,
+        "prediction": "v", "label_drop": 0.3, "steps": 9, "batch_size": 3, "lr": 0.5, "weight_decay": 0.1,
+        "beta1": 0.5, "beta2": 0.6, "warmup": 2, "clip_grad": 4.0, "ema": 0.7, "precision": "bf16", "seed": 11,
+    }  # fmt: skip
+    line = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    switches = ["grey", "flip", "unconditional"]
+    extra = [
+        "--save-every",
+        5,
+        "--sample-every",
+        6,
+        "--device",
+        "cpu",
+        "--backend",
+        "reference",
+        "--set",
+        "dropout=0.2",
+    ]
+    assert run("train", "--out", "m.safetensors", *line, *[f"--{s}" for s in switches], *extra) == 0
+    options = seen["options"]
+    for name, value in {**flags, **dict.fromkeys(switches, True), "model": {"dropout": 0.2}}.items():
+        assert getattr(options, name) == value
+    assert set(flags) | set(switches) | {"model"} == set(type(options).__dataclass_fields__)
+    assert (seen["save_every"], seen["sample_every"], seen["device"], seen["progress"]) == (
+        5,
+        6,
+        torch.device("cpu"),
+        True,
+    )
+
+
+class _Done:
+    step, loss, stopped_by = 1, 0.0, None
+
+
+def test_train_on_a_folder_and_on_npz(capsys):
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(("ant", "ant", "bee")):
+        pathlib.Path("pictures", name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).save(f"pictures/{name}/{i}.png")
+    base = ["--config", "digits", *SMALL, "--sample-every", 0]
+    assert run("train", "--data", "pictures", "--image-size", 8, "--out", "f.safetensors", *base) == 0
+    info = checkpoint.load_model("f.safetensors")[1]
+    assert info.classes == ("ant", "bee")
+    assert info.sample_shape == (3, 8, 8)
+    assert info.training["data"] == "pictures"
+    assert run("sample", "--model", "f.safetensors", "-n", 2, "--steps", 1, "--classes", "bee", "--out", "s.npz") == 0
+    with np.load("s.npz") as file:
+        assert file["labels"].tolist() == [1, 1]
+    np.savez("a.npz", images=rng.integers(0, 255, (4, 8, 8), dtype=np.uint8))
+    assert run("train", "--data", "a.npz", "--out", "n.safetensors", *base) == 0
+    assert checkpoint.load_model("n.safetensors")[1].sample_shape == (1, 8, 8)
+    pathlib.Path("pictures/bee/broken.png").write_text("no image")
+    error = fails(capsys, "train", "--data", "pictures", "--image-size", 8, "--out", "g.safetensors", *base)
+    assert "broken.png" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--data must be given: digits, a folder of images or a .npz file"),
+        (["--data", "nowhere"], "data must be 'digits', a folder of images or a .npz file; got 'nowhere'"),
+        (["--data", "."], "image_size must be given for the folder of images '.'"),
+        (["--data", ".", "--image-size", "8"], "holds no images"),
+        (["--data", "text.npz"], "cannot read 'text.npz' as .npz"),
+        (["--data", "digits", "--image-size", "16"], "image_size must be that of the data, 8; got 16"),
+        (["--data", "digits", "--resume"], "resume: there is no training state 'm.training.safetensors'"),
+        (["--data", "digits", "--lr", "0"], "lr must be a positive number; got 0.0"),
+        (["--data", "digits", "--ema", "1"], "ema must be in [0, 1); got 1.0"),
+        (["--data", "digits", "--steps", "0"], "argument --steps: must be an integer of at least 1; got '0'"),
+        (["--data", "digits", "--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+        (["--data", "digits", "--config", "huge"], "argument --config: invalid choice: 'huge'"),
+        (["--data", "digits", "--set", "dropout"], "argument --set: must be NAME=VALUE; got 'dropout'"),
+        (["--data", "digits", "--set", "flavour=mint"], "model: flavour must be one of"),
+        (["--data", "digits", "--set", "channels=[8,x]"], "channels"),
+        (["--data", "digits", "--set", "learn_variance=true"], "learn_variance must be false"),
+        (["--data", "digits", "--device", "nowhere"], "--device 'nowhere' cannot be used"),
+        (["--data", "digits", "--backend", "cuda"], "--backend cuda cannot run on cpu"),
+        (["--data", "digits", "--out", "m.pt"], "out must end in .safetensors; got 'm.pt'"),
+        (["--data", "digits", "--out", "no/m.safetensors"], "out: cannot write 'no/m.safetensors'"),
+    ],
+)
+def test_train_errors(capsys, flags, message):
+    pathlib.Path("text.npz").write_text("no arrays")
+    out = [] if "--out" in flags else ["--out", "m.safetensors"]
+    assert message in fails(capsys, "train", *out, "--no-progress", *flags)
+
+
+def test_train_diverging_is_status_1(monkeypatch, capsys):
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: tuple(v * torch.nan for v in step(self)))
+    assert run("train", "--data", "digits", "--out", "m.safetensors", *SMALL) == 1
+    assert capsys.readouterr().err == (
+        "dd_kernels train: error: the loss of step 1 is not a number: try a smaller lr or a longer warmup\n"
+    )
+    assert os.listdir() == []
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
+    step = Trainer.train_step
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        assert run("train", "--data", "digits", "--out", "m.safetensors", *SMALL) == 130
+    assert "stopped by SIGINT and saved at step 1: loss" in capsys.readouterr().out
+    assert sorted(os.listdir()) == ["m.safetensors", "m.training.safetensors"]
+    assert run("train", "--out", "m.safetensors", "--resume", "--no-progress") == 0
+    assert "m.safetensors: step 3" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_saved():
+    command = [sys.executable, "-m", "dd_kernels", "train", "--data", "digits", "--out", "m.safetensors"]
+    flags = ["--num-timesteps", "4", "--batch-size", "1", "--steps", "1000000", "--save-every", "5", *TINY]
+    process = subprocess.Popen(
+        [*command, *flags, "--no-progress"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(dd.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not pathlib.Path("m.safetensors").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert "stopped by SIGTERM and saved at step" in out
+    step = int(out.split("saved at step ")[1].split(":")[0])
+    assert checkpoint.load_model("m.safetensors")[1].training["step"] == step
+    assert sorted(os.listdir()) == ["m.safetensors", "m.training.safetensors"]  # and no temporary file

@@ -1,0 +1,180 @@
+"""Model files: safetensors in, one clear ValueError for everything else."""
+
+import json
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dd_kernels.apps import checkpoint
+from dd_kernels.apps.checkpoint import ModelInfo
+from dd_kernels.nn import UNet
+
+TINY = {"channels": [8, 16], "num_heads": 2, "num_groups": 4}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = UNet.from_config("digits", **TINY).eval()
+    with torch.no_grad():  # the zeroed layers too must be seen to come back
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1)
+    return model
+
+
+def _info(model, **changes):
+    values = {
+        "config": model.config,
+        "schedule": "cosine",
+        "num_timesteps": 50,
+        "prediction": "v",
+        "classes": tuple("0123456789"),
+        "training": {"seed": 3},
+    }
+    return ModelInfo(**{**values, **changes})
+
+
+@pytest.fixture
+def path(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, model.state_dict(), _info(model))
+    return path
+
+
+def test_a_model_comes_back_as_it_was(path, model):
+    loaded, info = checkpoint.load_model(path)
+    assert info == _info(model)
+    assert info.sample_shape == (1, 8, 8)
+    assert len(info.make_schedule()) == 50
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+    x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([3, 40]), torch.tensor([1, 10])
+    with torch.no_grad():
+        assert torch.equal(loaded(x, t, y), model(x, t, y))
+    assert loaded.down[0].resnets[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_packaged_model_is_small_and_whole():
+    assert checkpoint.packaged_model().stat().st_size < 4_000_000
+    model, info = checkpoint.load_model()
+    assert info.sample_shape == (1, 8, 8)
+    assert info.classes == tuple("0123456789")
+    assert model.null_label == 10
+
+
+def test_every_truncation_is_one_clear_error(path):
+    whole = path.read_bytes()
+    for size in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cannot read .*model\.safetensors.* as a model") as error:
+            checkpoint.load_model(path)
+        assert "\n" not in str(error.value)
+
+
+class Bomb:
+    """Pickled, it would write a file where it is loaded."""
+
+    def __reduce__(self):
+        return exec, ("open('exploded', 'w')",)
+
+
+def test_nothing_is_ever_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="cannot read"):
+        checkpoint.load_model(path)
+    torch.save({"weight": torch.zeros(2), "bomb": Bomb()}, path)
+    with pytest.raises(ValueError, match="cannot read"):
+        checkpoint.load_model(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_missing_foreign_and_wrong_kinds(tmp_path, path):
+    with pytest.raises(ValueError, match="there is no model"):
+        checkpoint.load_model(tmp_path / "missing.safetensors")
+    with pytest.raises(ValueError, match="is a folder"):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(ValueError, match="is a model; wanted is a training state"):
+        checkpoint.load(path, checkpoint.TRAINING)
+    foreign = tmp_path / "foreign.safetensors"
+    for metadata in (None, {"format": "pt"}, {"dd_kernels": "not json"}, {"dd_kernels": "3"}, {"dd_kernels": "{}"}):
+        save_file({"x": torch.zeros(1)}, foreign, metadata=metadata)
+        with pytest.raises(ValueError, match="no model that dd_kernels wrote"):
+            checkpoint.load_model(foreign)
+    header = json.dumps({"format": 99, "kind": "model"})
+    save_file({"x": torch.zeros(1)}, foreign, metadata={"dd_kernels": header})
+    with pytest.raises(ValueError, match="has the format 99; this version reads 1"):
+        checkpoint.load_model(foreign)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "wavy"}, "does not describe its model: schedule 'wavy'"),
+        ({"prediction": "future"}, "does not describe its model"),
+        ({"num_timesteps": 0}, "does not describe its model: num_timesteps must be at least 1"),
+        ({"num_timesteps": "many"}, "does not describe its model"),
+        ({"config": {"image_size": 8}}, "does not describe a U-Net"),
+        ({"config": {"flavour": "mint"}}, "does not describe a U-Net"),
+    ],
+)
+def test_headers_that_make_no_sense(tmp_path, model, changes, message):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, model.state_dict(), _info(model, **changes))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(path)
+
+
+def test_a_header_without_info(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for metadata in ({}, {"info": 3}, {"info": {"classes": []}}, {"info": {"classes": [], "extra": 1}}):
+        checkpoint.save(path, checkpoint.MODEL, {"x": torch.zeros(1)}, metadata)
+        with pytest.raises(ValueError, match="does not describe its model"):
+            checkpoint.load_model(path)
+
+
+def test_weights_of_another_model(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    weights = model.state_dict()
+    without = {name: value for name, value in weights.items() if name != "conv_out.bias"}
+    for changed, message in (
+        (without, r"conv_out\.bias is missing, wanted \(1,\) \(1 such\)"),
+        ({**weights, "extra": torch.zeros(2)}, r"extra is \(2,\), wanted none"),
+        ({**weights, "conv_out.bias": torch.zeros(5)}, r"conv_out\.bias is \(5,\), wanted \(1,\)"),
+    ):
+        checkpoint.save_model(path, changed, _info(model))
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_model(path)
+
+
+def test_a_header_that_lies_about_sizes_allocates_nothing(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    huge = {**model.config, "channels": [1 << 20, 1 << 20]}  # weights of 40 TB
+    checkpoint.save_model(path, model.state_dict(), _info(model, config=huge))
+    with pytest.raises(ValueError, match="does not hold the weights that it describes"):
+        checkpoint.load_model(path)
+
+
+def test_a_header_longer_than_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    with pytest.raises(ValueError, match="cannot read"):
+        checkpoint.load_model(path)
+
+
+def test_a_failing_save_leaves_the_old_file(path, monkeypatch):
+    old = path.read_bytes()
+
+    def fail(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(path, checkpoint.MODEL, {"x": torch.ones(1)}, {})
+    assert path.read_bytes() == old
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,0 +1,165 @@
+"""Whole runs: the same bits after a stop, nothing lost."""
+
+import math
+import signal
+import threading
+
+import pytest
+import torch
+from training_runs import options, same, train
+
+from dd_kernels.apps import checkpoint, training
+from dd_kernels.apps.training import Trainer, TrainingDivergedError, loop, state_path
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp16", "flip": True}, {"precision": "bf16", "prediction": "v"}])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, images, changes):
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    train(whole, images, **changes)
+    train(parts, images, steps=2, **changes)
+    assert not same(whole, parts)
+    torch.manual_seed(99)  # whatever the new process' generator holds
+    train(parts, images, resume=True, **changes)
+    assert same(state_path(whole), state_path(parts))
+    assert same(whole, parts)
+    assert (
+        checkpoint.load(state_path(whole), "training state")[1]
+        == checkpoint.load(state_path(parts), "training state")[1]
+    )
+
+
+def test_training_leaves_the_callers_generator_alone(tmp_path, images):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(tmp_path / "a.safetensors", images, steps=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_model_file_is_the_average_and_says_how_it_was_made(tmp_path, images):
+    out = tmp_path / "a.safetensors"
+    run = train(out, images)
+    model, info = checkpoint.load_model(out)
+    for name, value in run.ema.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    assert not torch.equal(model.conv_out.weight, run.model.conv_out.weight)
+    assert (info.schedule, info.num_timesteps, info.prediction) == ("cosine", 4, "epsilon")
+    assert info.training["step"] == 6
+    assert info.training["loss"] == run.loss
+    assert (tmp_path / "a.samples.png").stat().st_size > 100
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_a_number_stops_and_keeps_the_last_good_state(tmp_path, images, monkeypatch, where):
+    out = tmp_path / "a.safetensors"
+    train(out, images, steps=4)
+    kept = [p.read_bytes() for p in (out, state_path(out))]
+    step = Trainer.train_step
+
+    def spoiled(self):
+        loss, norm = step(self)
+        if self.step == 6:
+            loss, norm = (loss * math.nan, norm) if where == "loss" else (loss, norm * math.inf)
+        return loss, norm
+
+    monkeypatch.setattr(Trainer, "train_step", spoiled)
+    with pytest.raises(TrainingDivergedError, match=f"the {where} of step 6 is not a number"):
+        train(out, images, resume=True, steps=20)
+    assert [p.read_bytes() for p in (out, state_path(out))] == kept
+
+
+def test_a_state_is_never_saved_from_a_step_that_was_not_checked(tmp_path, images, monkeypatch):
+    # Step 7 is bad and step 8 would be saved, before the block of 10 losses is full.
+    out = tmp_path / "a.safetensors"
+    step = Trainer.train_step
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda self: tuple(v * (math.nan if self.step == 7 else 1) for v in step(self))
+    )
+    with pytest.raises(TrainingDivergedError, match="step 7"):
+        train(out, images, steps=20)
+    assert checkpoint.load(state_path(out), "training state")[1]["step"] == 4
+
+
+def test_fp16_overflow_is_left_out_by_the_scaler(tmp_path, images, monkeypatch):
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (step(self)[0], torch.tensor(math.inf)))
+    assert train(tmp_path / "a.safetensors", images, steps=1, precision="fp16").step == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step_it_came_in(tmp_path, images, monkeypatch, number):
+    out, whole = tmp_path / "a.safetensors", tmp_path / "whole.safetensors"
+    step = Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            signal.raise_signal(number)
+        return step(self)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        stopped = train(out, images)
+    assert stopped.stopped_by == number
+    assert stopped.step == 3
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert train(out, images, resume=True).stopped_by is None
+    train(whole, images)
+    assert same(out, whole)
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the suite runs in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_a_second_signal_interrupts_at_once(tmp_path, images, monkeypatch):
+    def twice(self):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "train_step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "a.safetensors", images)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_in_a_thread_takes_no_signals(tmp_path, images):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(train(tmp_path / "a.safetensors", images, steps=1)))
+    thread.start()
+    thread.join()
+    assert done[0].step == 1
+
+
+def test_a_run_that_was_stopped_before_its_first_step_resumes(tmp_path, images, monkeypatch):
+    out, whole = tmp_path / "a.safetensors", tmp_path / "whole.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop._Losses,
+            "__init__",
+            lambda self, t: (setattr(self, "unread", []), signal.raise_signal(signal.SIGTERM))[0],
+        )
+        assert train(out, images).step == 0
+    train(out, images, resume=True)
+    train(whole, images)
+    assert same(out, whole)
+
+
+def test_grids_and_saves_come_when_asked_for(tmp_path, images, monkeypatch):
+    events = []
+    monkeypatch.setattr(Trainer, "save", lambda self, out: events.append(("save", self.step)))
+    monkeypatch.setattr(loop, "draw_grid", lambda run, out: events.append(("grid", run.step)))
+    training.train(options(steps=6), tmp_path / "a.safetensors", dataset=images, save_every=3, sample_every=2)
+    assert events == [("grid", 2), ("save", 3), ("grid", 4), ("save", 6), ("save", 6), ("grid", 6)]
+
+
+def test_drawing_a_grid_changes_nothing(tmp_path, images):
+    a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    training.train(options(), a, dataset=images, sample_every=2)
+    training.train(options(), b, dataset=images, sample_every=0)
+    assert same(state_path(a), state_path(b))

@@ -1,0 +1,35 @@
+"""Training runs of a few steps on a few digits."""
+
+import torch
+from safetensors.torch import load_file
+
+from dd_kernels.apps import training
+from dd_kernels.apps.training import TrainOptions
+
+TINY = {"channels": [8, 16], "num_heads": 2, "num_groups": 4, "attention_resolutions": [4]}
+CPU = torch.device("cpu")
+
+
+def options(**changes):
+    values = {
+        "config": "digits",
+        "model": TINY,
+        "schedule": "cosine",
+        "num_timesteps": 4,
+        "steps": 6,
+        "batch_size": 6,
+        "lr": 1e-2,
+        "warmup": 3,
+        "ema": 0.9,
+    }
+    return TrainOptions(**{**values, **changes})
+
+
+def train(out, images, resume=False, **changes):
+    return training.train(options(**changes), out, dataset=images, resume=resume, save_every=4, sample_every=0)
+
+
+def same(a, b):
+    first, second = load_file(a), load_file(b)
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,129 @@
+"""Calls of DDIMSampler whose results are recorded in ``data/latent_diffusion.npz``.
+
+``results(sampler_class)`` makes the calls on any class with that interface. Recorded with torch 2.13.0
+on a CPU from Stability-AI/stablediffusion at cf1d67a6fd5ea1aa600c4df58e5b47da45f6bdbf, which has CompVis'
+sampler with ``encode`` and ``decode``, by ``python tests/integrations/latent_diffusion/latent_cases.py CHECKOUT``
+(its ``register_buffer``, which wants a GPU, replaced by ``setattr``).
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dd_kernels as dd
+
+DATA = pathlib.Path(__file__).parents[2] / "data" / "latent_diffusion.npz"
+SHAPE = (2, 3, 4)
+
+
+class Model:
+    """The part of LatentDiffusion that the sampler sees, its network a smooth function."""
+
+    def __init__(self, parameterization: str = "eps") -> None:
+        schedule = dd.scaled_linear_schedule(100, 0.0015, 0.0195)
+        self.num_timesteps, self.parameterization, self.device = len(schedule), parameterization, "cpu"
+        tensors = {"betas": schedule.beta, "alphas_cumprod": schedule.alpha_bar}
+        tensors |= {"alphas_cumprod_prev": schedule.alpha_bar_prev}
+        for name, values in tensors.items():
+            setattr(self, name, torch.tensor(values, dtype=torch.float32))
+        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        self.first_stage_model = SimpleNamespace(quantize=lambda x: (torch.round(x * 4) / 4, None))
+
+    def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def apply_model(self, x: Tensor, t: Tensor, c: Any) -> Tensor:
+        c = c["c"][0] if isinstance(c, dict) else c
+        return torch.sin(1.5 * x + 0.03 * t.reshape(-1, 1, 1, 1)) + (0 if c is None else c.reshape(-1, 1, 1, 1))
+
+    def q_sample(self, x0: Tensor, t: Tensor) -> Tensor:
+        signal, noise = self._scales(t)
+        return signal * x0 + noise * torch.randn_like(x0)
+
+    def predict_eps_from_z_and_v(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        signal, noise = self._scales(t)
+        return signal * v + noise * x
+
+    def predict_start_from_z_and_v(self, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        signal, noise = self._scales(t)
+        return signal * x - noise * v
+
+
+class Corrector:
+    """A score_corrector."""
+
+    def modify_score(self, model: Any, e_t: Tensor, x: Tensor, t: Tensor, c: Any, factor: float) -> Tensor:
+        return e_t * factor
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.sin(torch.arange(count * 24, dtype=torch.float64)).reshape(count, *SHAPE).float()
+
+
+def results(sampler_class: Any) -> dict[str, np.ndarray]:
+    """Every recorded call."""
+    c, uncond = torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.0, 0.1, -0.1])
+    guidance = {"unconditional_guidance_scale": 3.0, "unconditional_conditioning": uncond}
+    in_dicts = {"conditioning": {"c": [c]}, **guidance, "unconditional_conditioning": {"c": [uncond]}}
+    mask = (images() > 0).float()[:, :1]
+    options: dict[str, dict[str, Any]] = {
+        "plain": {"S": 10},
+        "seven": {"S": 7, "eta": 0.6, "log_every_t": 3},
+        "start": {"S": 10, "x_T": images(), "temperature": 0.5, "eta": 1.0, "conditioning": c},
+        "guided": {"S": 10, "conditioning": c, **guidance, "eta": 0.3},
+        "dict": {"S": 5, **in_dicts},
+        "mask": {"S": 5, "mask": mask, "x0": images()},
+        "dropout": {"S": 5, "eta": 1.0, "noise_dropout": 0.3},
+        "corrected": {"S": 5, "score_corrector": Corrector(), "corrector_kwargs": {"factor": 0.9}},
+        "quantized": {"S": 5, "quantize_x0": True, "eta": 0.5, "conditioning": c, **guidance},
+    }
+    flat: dict[str, Any] = {}
+    for parameterization in ("eps", "v"):
+        for name, call in options.items():
+            if parameterization == "v" and name == "corrected":
+                continue
+            torch.manual_seed(0)
+            sampler = sampler_class(Model(parameterization))
+            x, between = sampler.sample(batch_size=3, shape=SHAPE, verbose=False, **call)
+            flat[f"{parameterization}/{name}/x"] = x
+            flat[f"{parameterization}/{name}/x_inter"] = torch.stack(between["x_inter"])
+            flat[f"{parameterization}/{name}/pred_x0"] = torch.stack(between["pred_x0"])
+            flat[f"{parameterization}/{name}/next"] = torch.randn(2)
+    sampler = sampler_class(Model())
+    sampler.make_schedule(10, verbose=False)
+    t = torch.tensor([0, 4, 9])
+    torch.manual_seed(0)
+    for original in (False, True):
+        flat[f"stochastic_{original}"] = sampler.stochastic_encode(images(), t, use_original_steps=original)
+    # With a schedule of fewer steps, theirs asks the model at the step's number, not at its timestep.
+    x, kept = sampler.encode(images(), c, 8, use_original_steps=True, return_intermediates=3)
+    flat |= {"encoded": x, "steps": torch.tensor(kept["intermediate_steps"])}
+    flat["between"] = torch.stack(kept["intermediates"])
+    flat["guided_encode"] = sampler.encode(images(), c, 5, use_original_steps=True, **guidance)[0]
+    flat["decoded"] = sampler.decode(images(), c, 8, **guidance)
+    sampler.make_schedule(6, ddim_discretize="quad", verbose=False)
+    flat["quad/decoded"] = sampler.decode(images(), c, 6)
+    return {name: value.numpy() for name, value in flat.items()}
+
+
+def _record(checkout: str) -> None:
+    sys.path.insert(0, checkout)
+    from ldm.models.diffusion.ddim import DDIMSampler
+
+    class OnCpu(DDIMSampler):
+        def register_buffer(self, name: str, value: Any) -> None:
+            setattr(self, name, value)
+
+    np.savez_compressed(DATA, **results(OnCpu))
+
+
+if __name__ == "__main__":
+    _record(sys.argv[1])

@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+
+import dd_kernels as dd
+from dd_kernels.sampling.guidance import classifier_guided, predict
+
+SCHEDULE = dd.linear_schedule(1000)
+SHAPE = (3, 2, 4, 4)
+
+
+def model(x, t, y):
+    return x * y.reshape(-1, 1, 1, 1)
+
+
+def test_classifier_free_guidance_is_one_call_of_twice_the_batch():
+    sizes = []
+
+    def counted(x, t, y, mode="a"):
+        sizes.append(len(x))
+        return model(x, t, y)
+
+    x, t, y = torch.randn(SHAPE), torch.full((3,), 5), torch.tensor([1.0, 2.0, 3.0])
+    out, uncond = predict(counted, x, t, {"y": y, "mode": "a"}, {"y": torch.zeros(3), "mode": "a"})
+    assert sizes == [6]
+    assert torch.equal(out, model(x, t, y))
+    assert torch.equal(uncond, torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize(
+    "uncond_kwargs", [{"y": torch.zeros(1)}, {"y": torch.zeros(3), "extra": 1}, {"y": torch.tensor(0.0)}]
+)
+def test_arguments_that_cannot_be_joined_take_two_calls(uncond_kwargs):
+    sizes = []
+
+    def counted(x, t, y, extra=None):
+        sizes.append(len(x))
+        return x * y.reshape(-1, 1, 1, 1)
+
+    x, y = torch.randn(SHAPE), torch.ones(3)
+    out, uncond = predict(counted, x, torch.zeros(3), {"y": y}, uncond_kwargs)
+    assert sizes == [3, 3]
+    assert torch.equal(out, x)
+    assert not uncond.any()
+
+
+def test_guided_sampling_extrapolates_from_the_unconditional():
+    table = dd.ddim(SCHEDULE, 5)
+    y = torch.tensor([0.1, 0.2, 0.3])
+    kwargs = {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": torch.zeros(3)}, "seed": 0}
+    guided = dd.sample(model, SHAPE, table, guidance_scale=2.5, **kwargs)
+    # The model is linear in y, so that guidance from y = 0 is the model at scale * y.
+    torch.testing.assert_close(guided, dd.sample(model, SHAPE, table, seed=0, model_kwargs={"y": 2.5 * y}))
+    torch.testing.assert_close(
+        dd.sample(model, SHAPE, table, guidance_scale=1.0, **kwargs),
+        dd.sample(model, SHAPE, table, seed=0, model_kwargs={"y": y}),
+    )
+
+
+def gaussian_epsilon(x, t):
+    """Exact for data N(0, 1): x_t is N(0, 1) too, and epsilon its share of the noise."""
+    return math.sqrt(1 - SCHEDULE.alpha_bar[int(t[0])]) * x
+
+
+def log_probability(x, t):
+    """log p(y | x_t), up to a constant, of a y seen as x_0 + N(0, 1) at y = 1: known in closed form."""
+    alpha_bar = SCHEDULE.alpha_bar[int(t[0])]
+    variance = 1 + (1 - alpha_bar)  # of y given x_t, where x_0 given x_t is N(sqrt(alpha_bar) x_t, 1 - alpha_bar)
+    return (-((1.0 - math.sqrt(alpha_bar) * x) ** 2) / (2 * variance)).flatten(1).sum(1)
+
+
+def test_classifier_guidance_samples_the_posterior():
+    guided = classifier_guided(gaussian_epsilon, log_probability, SCHEDULE)
+    x = dd.sample(guided, (20, 1024), dd.ddim(SCHEDULE, 200, clip=None), seed=0)
+    # N(0, 1) given y = 1 with noise 1 is N(1/2, 1/2).
+    assert float(x.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(x.var()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_classifier_guidance_keeps_the_learned_variance_and_scale_0_the_model():
+    def learned(x, t):
+        return torch.cat((gaussian_epsilon(x, t), torch.full_like(x, 0.25)), dim=1)
+
+    x, t = torch.randn(SHAPE), torch.full((3,), 400)
+    out = classifier_guided(learned, log_probability, SCHEDULE, scale=2.0)(x, t)
+    assert torch.equal(out[:, 2:], learned(x, t)[:, 2:])
+    assert not torch.equal(out[:, :2], learned(x, t)[:, :2])
+    assert torch.equal(classifier_guided(learned, log_probability, SCHEDULE, scale=0.0)(x, t), learned(x, t))
