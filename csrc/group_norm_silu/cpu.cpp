@@ -54,9 +54,9 @@ float* statistics(const Tensor& x) { return x.numel() == 0 ? nullptr : static_ca
 
 void group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                      std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                     bool silu, Tensor y, Tensor mean, Tensor rstd, std::optional<Tensor> /*partials*/) {
+                     int64_t activation, Tensor y, Tensor mean, Tensor rstd, std::optional<Tensor> /*partials*/) {
     InputFloats w(weight), b(bias), before(pre_shift), factor(scale), after(shift);
-    Options options{w, b, before, factor, after, eps, silu};
+    Options options{w, b, before, factor, after, eps, has_silu(activation)};
     run(ForwardPass{{cut_of(x, num_groups), operand(x), operand(y), statistics(mean), statistics(rstd), options}});
 }
 

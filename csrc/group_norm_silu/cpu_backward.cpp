@@ -75,11 +75,11 @@ void sum_samples(const double* parts, int64_t samples, int64_t channels, float* 
 void group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
                               std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                               std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                              bool silu, Tensor dx, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
+                              int64_t activation, Tensor dx, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
                               std::optional<Tensor> dpre_shift, std::optional<Tensor> dscale,
                               std::optional<Tensor> dshift, std::optional<Tensor> /*partials*/) {
     InputFloats w(weight), b(bias), before(pre_shift), factor(scale), after(shift);
-    Options options{w, b, before, factor, after, eps, silu};
+    Options options{w, b, before, factor, after, eps, has_silu(activation)};
     OutputFloats dw(dweight), db(dbias), dbefore(dpre_shift), dfactor(dscale), dafter(dshift);
     Cut cut = cut_of(x, num_groups);
     std::unique_ptr<double[]> parts(new double[static_cast<size_t>(2 * cut.samples * cut.channels)]);

@@ -29,14 +29,9 @@ NormShape norm_shape(const Tensor& x, int64_t groups, bool aligned, int64_t x_ch
 
 NormOptions norm_options(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                          const std::optional<Tensor>& pre_shift, const std::optional<Tensor>& scale,
-                         const std::optional<Tensor>& shift, double eps, bool silu) {
-    return {data<float>(weight),
-            data<float>(bias),
-            data<float>(pre_shift),
-            data<float>(scale),
-            data<float>(shift),
-            static_cast<float>(eps),
-            silu};
+                         const std::optional<Tensor>& shift, double eps, int64_t activation) {
+    return {data<float>(weight), data<float>(bias),       data<float>(pre_shift), data<float>(scale),
+            data<float>(shift),  static_cast<float>(eps), has_silu(activation)};
 }
 
 float* floats(const std::optional<Tensor>& x) { return static_cast<float*>(output(x)); }
@@ -63,21 +58,21 @@ void run_forward(NormForward& a, const NormOptions& options, const Tensor& y, co
 
 void group_norm_silu_op(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
                         double eps, std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
-                        std::optional<Tensor> shift, bool silu, Tensor y, Tensor mean, Tensor rstd,
+                        std::optional<Tensor> shift, int64_t activation, Tensor y, Tensor mean, Tensor rstd,
                         std::optional<Tensor> partials) {
     if (y.numel() == 0) return;
     OnDevice device(x);
     NormForward a{};
     a.shape = norm_shape(y, num_groups, is_aligned({x, y}), x.size(1));
     a.x = x.const_data_ptr();
-    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, partials,
+    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, activation), y, mean, rstd, partials,
                 device.stream);
 }
 
 void join_group_norm_silu_op(Tensor x, std::optional<Tensor> residual, std::optional<Tensor> skip, int64_t num_groups,
                              std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                              std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                             bool silu, Tensor y, std::optional<Tensor> sum, Tensor mean, Tensor rstd,
+                             int64_t activation, Tensor y, std::optional<Tensor> sum, Tensor mean, Tensor rstd,
                              std::optional<Tensor> partials) {
     if (y.numel() == 0) return;
     OnDevice device(x);
@@ -87,7 +82,7 @@ void join_group_norm_silu_op(Tensor x, std::optional<Tensor> residual, std::opti
     a.residual = input(residual);
     a.skip = input(skip);
     a.sum = output(sum);
-    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), y, mean, rstd, partials,
+    run_forward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, activation), y, mean, rstd, partials,
                 device.stream);
 }
 
@@ -121,25 +116,25 @@ void run_backward(NormBackward& a, const NormOptions& options, const Tensor& mea
 void group_norm_silu_backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
                                  std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
                                  std::optional<Tensor> pre_shift, std::optional<Tensor> scale,
-                                 std::optional<Tensor> shift, bool silu, Tensor dx, std::optional<Tensor> dweight,
-                                 std::optional<Tensor> dbias, std::optional<Tensor> dpre_shift,
-                                 std::optional<Tensor> dscale, std::optional<Tensor> dshift,
-                                 std::optional<Tensor> partials) {
+                                 std::optional<Tensor> shift, int64_t activation, Tensor dx,
+                                 std::optional<Tensor> dweight, std::optional<Tensor> dbias,
+                                 std::optional<Tensor> dpre_shift, std::optional<Tensor> dscale,
+                                 std::optional<Tensor> dshift, std::optional<Tensor> partials) {
     OnDevice device(x);
     NormBackward a{};
     a.shape = norm_shape(dy, num_groups, is_aligned({dy, x, dx}), x.size(1));
     a.dy = dy.const_data_ptr();
     a.x = x.const_data_ptr();
     a.dx = dx.mutable_data_ptr();
-    run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), mean, rstd,
+    run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, activation), mean, rstd,
                  {dweight, dbias, dpre_shift, dscale, dshift}, partials, device.stream);
 }
 
 void join_group_norm_silu_backward_op(Tensor dy, std::optional<Tensor> dsum, Tensor x, std::optional<Tensor> skip,
                                       Tensor mean, Tensor rstd, int64_t num_groups, std::optional<Tensor> weight,
                                       std::optional<Tensor> bias, double eps, std::optional<Tensor> pre_shift,
-                                      std::optional<Tensor> scale, std::optional<Tensor> shift, bool silu, Tensor dx,
-                                      std::optional<Tensor> dskip, std::optional<Tensor> dweight,
+                                      std::optional<Tensor> scale, std::optional<Tensor> shift, int64_t activation,
+                                      Tensor dx, std::optional<Tensor> dskip, std::optional<Tensor> dweight,
                                       std::optional<Tensor> dbias, std::optional<Tensor> dpre_shift,
                                       std::optional<Tensor> dscale, std::optional<Tensor> dshift,
                                       std::optional<Tensor> partials) {
@@ -152,7 +147,7 @@ void join_group_norm_silu_backward_op(Tensor dy, std::optional<Tensor> dsum, Ten
     a.skip = input(skip);
     a.dx = dx.mutable_data_ptr();
     a.dskip = output(dskip);
-    run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, silu), mean, rstd,
+    run_backward(a, norm_options(weight, bias, pre_shift, scale, shift, eps, activation), mean, rstd,
                  {dweight, dbias, dpre_shift, dscale, dshift}, partials, device.stream);
 }
 

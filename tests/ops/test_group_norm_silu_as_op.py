@@ -144,7 +144,12 @@ X = torch.zeros(2, 8, 3, 3)
         ),
         (ValueError, "eps must be at least 0; got -1", (X, 2), {"eps": -1.0}),
         (ValueError, "eps must be at least 0; got nan", (X, 2), {"eps": float("nan")}),
-        (ValueError, "activation must be 'silu' or 'none'; got 'relu'", (X, 2), {"activation": "relu"}),
+        (
+            ValueError,
+            "activation must be one of 'none', 'silu', 'mish', 'gelu', 'gelu_tanh'; got 'relu'",
+            (X, 2),
+            {"activation": "relu"},
+        ),
         (ValueError, r"weight must have the shape \[8\]; got \[4\]", (X, 2, torch.ones(4)), {}),
         (ValueError, r"bias must have the shape \[8\]; got \[2, 8\]", (X, 2, None, torch.ones(2, 8)), {}),
         (TypeError, "bias must be a torch.Tensor; got float", (X, 2, None, 1.0), {}),

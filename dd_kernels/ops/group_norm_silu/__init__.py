@@ -7,10 +7,12 @@ from torch import Tensor
 
 from ... import backend as backends
 from .. import checks
+from ..activation import Activation, activation_of
 from . import kernels, reference
 
 _SMALL = ("weight", "bias", "pre_shift", "scale", "shift")  # [C], [C], [N, C], [N, C], [N, C]
 _FLOAT64 = "the kernels take float32, bfloat16 and float16, and an input is float64"
+_RARE = "the kernels compute SiLU or no activation"
 _READ_TWO = ("cuda",)  # backends whose kernels take a residual or a skip
 
 
@@ -18,7 +20,6 @@ def _check(
     x: Tensor,
     num_groups: int,
     eps: float,
-    activation: str,
     small: tuple[Tensor | None, ...],
     skip: Tensor | None = None,
 ) -> None:
@@ -40,8 +41,6 @@ def _check(
         raise ValueError(f"x must have at least one element per sample; got the shape {list(shape)}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0; got {eps}")
-    if activation not in ("silu", "none"):
-        raise ValueError(f"activation must be 'silu' or 'none'; got {activation!r}")
     per_channel, per_sample = (channels,), (shape[0], channels)
     for i, v in enumerate(small):
         if v is not None:
@@ -73,10 +72,12 @@ def _of_two(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """With a residual or a skip: by one kernel where the backend has it, else by what it stands for."""
-    _check(x, num_groups, eps, activation, small, skip)
+    _check(x, num_groups, eps, small, skip)
     if residual is not None:
         _check_alike("residual", residual, x, x.shape)
     obstacle = _FLOAT64 if any(v is not None and v.dtype == torch.float64 for v in (x, *small)) else None
+    if activation_of(activation) > Activation.SILU:
+        obstacle = obstacle or _RARE
     chosen = backends.choose("group_norm_silu", backend, x.device, obstacle)
     weight, bias, *per_sample = small
     plain = {"activation": activation, "backend": chosen, **dict(zip(_SMALL[2:], per_sample, strict=True))}
@@ -88,10 +89,10 @@ def _of_two(
 
     x = checks.dense(x)
     small = tuple(v if v is None else v.to(torch.float32).contiguous() for v in small)
-    silu = activation == "silu"
+    act = activation_of(activation)
     if checks.needs_grad(x, residual, skip, *small):
-        return kernels.JoinGroupNormSiLU.apply(x, residual, skip, *small, num_groups, eps, silu)
-    y, total, _, _ = kernels.join_forward(x, residual, skip, (num_groups, *small[:2], eps, *small[2:], silu))
+        return kernels.JoinGroupNormSiLU.apply(x, residual, skip, *small, num_groups, eps, act)
+    y, total, _, _ = kernels.join_forward(x, residual, skip, (num_groups, *small[:2], eps, *small[2:], act))
     return y if total is None else (y, total)
 
 
@@ -140,7 +141,7 @@ def group_norm_silu(
         pre_shift, scale, shift: [N, C], any float dtype.
         residual: of x's shape and dtype.
         skip: [N, C2, ...], of x's dtype. C above is then the sum of both tensors' channels.
-        activation: "silu" or "none".
+        activation: "none", "silu", "mish", "gelu" (exact) or "gelu_tanh".
         backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
@@ -153,19 +154,21 @@ def group_norm_silu(
     small = (weight, bias, pre_shift, scale, shift)
     if residual is not None or skip is not None:
         return _of_two(x, residual, skip, num_groups, small, eps, activation, backend)
-    _check(x, num_groups, eps, activation, small)
+    _check(x, num_groups, eps, small)
+    act = activation_of(activation)
     as_they_are, obstacle = _are_dense_float32(small), None
     if x.dtype == torch.float64 or (not as_they_are and any(v is not None and v.dtype == torch.float64 for v in small)):
         obstacle = _FLOAT64
+    if act > Activation.SILU:
+        obstacle = obstacle or _RARE
     chosen = backends.choose("group_norm_silu", backend, x.device, obstacle)
-    silu = activation == "silu"
     if chosen == "reference":
-        return reference.group_norm_silu(x, num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
+        return reference.group_norm_silu(x, num_groups, weight, bias, eps, pre_shift, scale, shift, act)
 
     x = checks.dense(x)
     if not as_they_are:  # the CPU's kernels widen them; for the others autograd casts their gradients back
         small = tuple(v if v is None else (v if chosen == "cpu" else v.to(torch.float32)).contiguous() for v in small)
     if checks.needs_grad(x, *small):
-        return kernels.GroupNormSiLU.apply(x, *small, num_groups, eps, silu, chosen)
+        return kernels.GroupNormSiLU.apply(x, *small, num_groups, eps, act, chosen)
     weight, bias, pre_shift, scale, shift = small
-    return kernels.inference(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))
+    return kernels.inference(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, act))

@@ -18,22 +18,22 @@ _SCHEMAS = {
     # On the CPU mean and rstd may be empty, where nobody will read them. partials is room for the CUDA library's blocks
     # to leave one another their sums: no op allocates on the GPU.
     "group_norm_silu": (
-        f"(Tensor x, {_OPTIONS}, bool silu, "
+        f"(Tensor x, {_OPTIONS}, int activation, "
         "Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor(d!)? partials=None) -> ()"
     ),
     "group_norm_silu_backward": (
-        f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, Tensor(a!) dx, Tensor(b!)? dweight, "
-        "Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift, "
+        f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}, int activation, "
+        "Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift, "
         "Tensor(g!)? partials=None) -> ()"
     ),
     # Of x + residual, which is written to sum, followed by skip along the channels, which nobody joins: the CUDA
     # library's alone. dsum is added to dx.
     "join_group_norm_silu": (
-        f"(Tensor x, Tensor? residual, Tensor? skip, {_OPTIONS}, bool silu, "
+        f"(Tensor x, Tensor? residual, Tensor? skip, {_OPTIONS}, int activation, "
         "Tensor(a!) y, Tensor(b!)? sum, Tensor(c!) mean, Tensor(d!) rstd, Tensor(e!)? partials=None) -> ()"
     ),
     "join_group_norm_silu_backward": (
-        f"(Tensor dy, Tensor? dsum, Tensor x, Tensor? skip, Tensor mean, Tensor rstd, {_OPTIONS}, bool silu, "
+        f"(Tensor dy, Tensor? dsum, Tensor x, Tensor? skip, Tensor mean, Tensor rstd, {_OPTIONS}, int activation, "
         "Tensor(a!) dx, Tensor(b!)? dskip, Tensor(c!)? dweight, Tensor(d!)? dbias, Tensor(e!)? dpre_shift, "
         "Tensor(f!)? dscale, Tensor(g!)? dshift, Tensor(h!)? partials=None) -> ()"
     ),
@@ -144,10 +144,10 @@ def _room_for_gradients(small: Sequence[Tensor | None], needed: Sequence[bool]) 
 def _backward(ctx: Any, dy: Tensor, saved: tuple, needed: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
     """dx, and the gradients of weight, bias, pre_shift, scale and shift that are needed."""
     x, mean, rstd, weight, bias, pre_shift, scale, shift = saved
-    num_groups, eps, silu, chosen = ctx.options
+    num_groups, eps, activation, chosen = ctx.options
     gradients = _room_for_gradients(saved[3:], needed)
     dx = torch.empty_like(x)
-    options = (num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
+    options = (num_groups, weight, bias, eps, pre_shift, scale, shift, activation)
     dy = _as_laid_out(dy, x)
     written = (dx, *gradients, *backward_partials(chosen, dy))
     run(chosen, "group_norm_silu_backward", (dy, x, mean, rstd, *options, *written))
@@ -179,12 +179,12 @@ class GroupNormSiLU(torch.autograd.Function):
         shift: Tensor | None,
         num_groups: int,
         eps: float,
-        silu: bool,
+        activation: int,
         chosen: str,
     ) -> Tensor:
-        y, mean, rstd = forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, silu))
+        y, mean, rstd = forward(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, activation))
         ctx.save_for_backward(x, mean, rstd, weight, bias, pre_shift, scale, shift)
-        ctx.options = (num_groups, eps, silu, chosen)
+        ctx.options = (num_groups, eps, activation, chosen)
         return y
 
     @staticmethod
@@ -210,19 +210,19 @@ class JoinGroupNormSiLU(torch.autograd.Function):
         shift: Tensor | None,
         num_groups: int,
         eps: float,
-        silu: bool,
+        activation: int,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        options = (num_groups, weight, bias, eps, pre_shift, scale, shift, silu)
+        options = (num_groups, weight, bias, eps, pre_shift, scale, shift, activation)
         y, total, mean, rstd = join_forward(x, residual, skip, options)
         ctx.save_for_backward(x if total is None else total, skip, mean, rstd, weight, bias, pre_shift, scale, shift)
-        ctx.options = (num_groups, eps, silu)
+        ctx.options = (num_groups, eps, activation)
         return y if total is None else (y, total)
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         x, skip, mean, rstd, *small = ctx.saved_tensors
-        num_groups, eps, silu = ctx.options
+        num_groups, eps, activation = ctx.options
         needed = ctx.needs_input_grad
         gradients = _room_for_gradients(small, needed[3:8])
         dx, dskip, layout = torch.empty_like(x), None, checks.memory_format(x)
@@ -231,7 +231,7 @@ class JoinGroupNormSiLU(torch.autograd.Function):
             dskip = torch.empty_like(skip)
         if dtotal is not None:
             dtotal = _as_laid_out(dtotal, x)
-        options = (num_groups, *small[:2], eps, *small[2:], silu)
+        options = (num_groups, *small[:2], eps, *small[2:], activation)
         dy = dy.contiguous(memory_format=layout)
         written = (dx, dskip, *gradients, *backward_partials("cuda", dy))
         run("cuda", "join_group_norm_silu_backward", (dy, dtotal, x, skip, mean, rstd, *options, *written))

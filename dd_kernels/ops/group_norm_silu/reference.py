@@ -1,10 +1,11 @@
-"""GroupNorm and SiLU in plain PyTorch, differentiable by autograd."""
+"""GroupNorm and an activation in plain PyTorch, differentiable by autograd."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..activation import activate
 
 
 def group_norm_silu(
@@ -16,7 +17,7 @@ def group_norm_silu(
     pre_shift: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    silu: bool,
+    activation: int,
 ) -> Tensor:
     """act(GroupNorm(x + pre_shift) (1 + scale) + shift), computed in float32 (float64 for float64)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -35,4 +36,4 @@ def group_norm_silu(
         y = y * (1 + per_channel(scale))
     if shift is not None:
         y = y + per_channel(shift)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    return activate(y, activation).to(x.dtype)
