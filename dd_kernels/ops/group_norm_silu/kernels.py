@@ -23,8 +23,8 @@ _SCHEMAS = {
     ),
     "group_norm_silu_backward": (
         f"(Tensor dy, Tensor x, Tensor mean, Tensor rstd, {_OPTIONS}, int activation, "
-        "Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dpre_shift, Tensor(e!)? dscale, Tensor(f!)? dshift, "
-        "Tensor(g!)? partials=None) -> ()"
+        "Tensor(a!) dx, Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dpre_shift, "
+        "Tensor(e!)? dscale, Tensor(f!)? dshift, Tensor(g!)? partials=None) -> ()"
     ),
     # Of x + residual, which is written to sum, followed by skip along the channels, which nobody joins: the CUDA
     # library's alone. dsum is added to dx.
