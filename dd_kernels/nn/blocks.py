@@ -1,9 +1,10 @@
-"""What the U-Net is built from: norm, residual block, self-attention, resampling, timestep embedding."""
+"""The modules of the U-Net: norm, residual block, self-attention, resampling, timestep embedding."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from ..ops import group_norm_silu
 from .configs import UNetConfig
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
 
 def timestep_embedding(t: Tensor, channels: int, convention: str = "ddpm", max_period: float = 10000.0) -> Tensor:
-    r"""Sinusoids of the timestep (Vaswani et al. 2017, section 3.5), in float32.
+    r"""Returns sinusoids of the timestep (Vaswani et al. 2017, section 3.5), in float32.
 
     .. math:: e_i = \sin(t\,\omega_i),\ e_{half+i} = \cos(t\,\omega_i), \qquad \omega_i = max\_period^{-i / d}
 
@@ -23,13 +26,16 @@ def timestep_embedding(t: Tensor, channels: int, convention: str = "ddpm", max_p
 
     Args:
         t: [N], int or float.
+        channels: length of one embedding.
+        convention: "ddpm" or "guided".
+        max_period: the longest wavelength, divided by 2 pi.
 
     Returns:
         [N, channels] float32.
     """
     half = channels // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    # In the papers' order of operations: at t = 1000 another one is 1e-5 away.
+    # Follows the papers' order of operations: at t = 1000 another order differs by 1e-5.
     frequencies = torch.exp(-math.log(max_period) * steps / (half - 1 if convention == "ddpm" else half))
     angles = t.to(torch.float32)[:, None] * frequencies
     waves = [angles.sin(), angles.cos()]
@@ -48,7 +54,7 @@ class GroupNormSiLU(nn.GroupNorm):
     def forward(
         self, x: Tensor, *, pre_shift: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        """act(GroupNorm(x + pre_shift) (1 + scale) + shift); x [N, C, ...], the others [N, C]."""
+        """Returns act(GroupNorm(x + pre_shift) (1 + scale) + shift); x is [N, C, ...], the others are [N, C]."""
         return group_norm_silu(
             x,
             self.num_groups,
@@ -62,20 +68,25 @@ class GroupNormSiLU(nn.GroupNorm):
         )
 
 
-def zeroed(layer: nn.Module) -> nn.Module:
-    """``layer`` with its parameters set to 0: the last of a residual branch, which so starts as the identity."""
+def channels_last(module: ModuleT) -> ModuleT:
+    """Moves the convolution weights of ``module`` to the memory format channels_last, and returns it."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def zeroed(layer: ModuleT) -> ModuleT:
+    """Sets the parameters of ``layer`` to 0 and returns it; a residual block that ends in it starts as the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def halve(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, H/2, W/2], the mean of 2 x 2 pixels."""
+    """Averages 2 x 2 pixels: [N, C, H, W] -> [N, C, H/2, W/2]."""
     return F.avg_pool2d(x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """[N, C, H, W] -> [N, C, 2H, 2W], each pixel four times."""
+    """Repeats each pixel 2 x 2 times: [N, C, H, W] -> [N, C, 2H, 2W]."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
@@ -89,7 +100,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, 2, padding) if config.resample == "conv" else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """Called like a residual block, whose place it takes; it needs no embedding."""
+        """Returns [N, C, H/2, W/2]; ``embedding`` is ignored, so that a residual block can stand here instead."""
         if self.conv is None:
             return halve(x)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.bottom_right else x)
@@ -103,16 +114,15 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if config.resample == "conv" else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """Called like a residual block, whose place it takes; it needs no embedding."""
+        """Returns [N, C, 2H, 2W]; ``embedding`` is ignored, so that a residual block can stand here instead."""
         x = double(x)
         return x if self.conv is None else self.conv(x)
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, convolution, twice, the embedding entering at the second norm; plus a shortcut.
+    """The residual block: twice (norm, SiLU, convolution), with the embedding in the second norm, plus a shortcut.
 
-    ``resample`` (:func:`halve`, :func:`double`) changes the resolution after the first SiLU, and on
-    the shortcut.
+    ``resample`` (:func:`halve` or :func:`double`) changes the resolution after the first SiLU and on the shortcut.
     """
 
     def __init__(
@@ -135,13 +145,15 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if channels_in == channels_out else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [N, C, H, W] and SiLU(embedding) [N, E] -> [N, C', H', W']."""
+        """Returns [N, C', H', W'] for x [N, C, H, W] and SiLU(embedding) [N, E]."""
         h = self.norm1(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        # conv1's bias is added by norm2, which reads h anyway: one pass over memory less.
-        h = self.conv1._conv_forward(h, self.conv1.weight, None)
-        bias = self.conv1.bias.expand(h.shape[0], -1)
+        # norm2 adds conv1's bias, because it reads h anyway: that saves one pass over memory.
+        weight, conv_bias = self.conv1.weight, self.conv1.bias
+        assert conv_bias is not None
+        h = self.conv1._conv_forward(h, weight, None)
+        bias = conv_bias.expand(h.shape[0], -1)
         emb = self.embedding(embedding)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
@@ -165,9 +177,9 @@ class Attention(nn.Module):
         self.proj = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> the same shape."""
+        """Returns the same shape as x [N, C, H, W]."""
         n, c, height, width = x.shape
-        # In channels_last the tokens [N, H, W, C] are a view, and so is the way back.
+        # Of a channels_last x these tokens [N, H, W, C] are a view, and so is the permutation back.
         tokens = self.norm(x).permute(0, 2, 3, 1)
         qkv = self.qkv(tokens).reshape(n, height * width, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, H*W, C/heads]

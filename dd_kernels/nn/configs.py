@@ -13,14 +13,14 @@ PADDINGS = ("symmetric", "bottom_right")
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """What a U-Net is built from; every field has a plain JSON value.
+    """The options of a U-Net; every field has a plain JSON value.
 
     Args:
-        image_size: side of the training images, in pixels; tells at which level a resolution lies.
+        image_size: side of the training images, in pixels; the levels' resolutions follow from it.
         in_channels: C of x.
         channels: feature channels of each level, finest first; a level halves the resolution.
-        out_channels: C of what is predicted (epsilon, x0, v); None: ``in_channels``.
-        num_res_blocks: residual blocks per level on the way down; one more on the way up.
+        out_channels: C of the prediction (epsilon, x0 or v); None: ``in_channels``.
+        num_res_blocks: residual blocks per level of the encoder; a level of the decoder has one more.
         attention_resolutions: sides, in pixels, of the levels that have self-attention.
         middle_attention: self-attention between the two residual blocks of the middle.
         num_heads: attention heads, where ``head_channels`` is None.
@@ -38,9 +38,9 @@ class UNetConfig:
         num_groups: groups of every GroupNorm.
         eps: of every GroupNorm: 1e-6 in the original DDPM, 1e-5 in guided-diffusion.
         num_classes: classes of a conditional model, or None.
-        null_class: one more label, ``num_classes``, that means "no class": what a model trained for
-            classifier-free guidance (Ho & Salimans 2022) sees where its label was dropped.
-        learn_variance: twice the output channels: the second half is the model's variance
+        null_class: adds the label ``num_classes``, which means "no class": training for classifier-free
+            guidance (Ho & Salimans 2022) puts it in place of dropped labels.
+        learn_variance: doubles the output channels: the second half is the model's variance
             (Nichol & Dhariwal 2021, eq. 15).
 
     Raises:
@@ -70,7 +70,7 @@ class UNetConfig:
     learn_variance: bool = False
 
     def __post_init__(self) -> None:
-        # Lists, so that the fields equal what comes back from JSON.
+        # JSON gives lists back, so the fields are lists from the start.
         for name in ("channels", "attention_resolutions"):
             object.__setattr__(self, name, list(getattr(self, name)))
         self._check_sizes()
@@ -128,7 +128,7 @@ class UNetConfig:
 
     @property
     def factor(self) -> int:
-        """By how much the coarsest level is smaller than the image."""
+        """The image's side divided by that of the coarsest level."""
         return 2 ** (len(self.channels) - 1)
 
     @property
@@ -143,7 +143,7 @@ class UNetConfig:
 
     @property
     def model_channels_out(self) -> int:
-        """Channels of the model's output, a learned variance counted."""
+        """Channels of the model's output, those of a learned variance included."""
         predicted = self.in_channels if self.out_channels is None else self.out_channels
         return predicted * (2 if self.learn_variance else 1)
 
@@ -188,7 +188,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_channels": None,
     },
     "imagenet256": {**_ADM, "image_size": 256, "channels": (256, 256, 512, 512, 1024, 1024)},
-    # The 1,797 images of 8 x 8 in scikit-learn: trained in minutes on a CPU, sampled in seconds.
+    # For the 1,797 images of 8 x 8 in scikit-learn: trains in minutes on a CPU, samples in seconds.
     "digits": {
         "image_size": 8,
         "in_channels": 1,

@@ -10,12 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.checks import check_float
-from .blocks import Attention, Downsample, GroupNormSiLU, ResBlock, Upsample, double, halve, timestep_embedding, zeroed
+from .blocks import (
+    Attention,
+    Downsample,
+    GroupNormSiLU,
+    ResBlock,
+    Upsample,
+    channels_last,
+    double,
+    halve,
+    timestep_embedding,
+    zeroed,
+)
 from .configs import CONFIGS, UNetConfig
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution: residual blocks, an attention after each or none, then resampling."""
+    """The blocks of one resolution: residual blocks, each followed by an attention or none, then resampling."""
 
     def __init__(self, resnets: list[ResBlock], attentions: list[Attention], resample: nn.Module | None = None) -> None:
         super().__init__()
@@ -24,18 +35,47 @@ class Stage(nn.Module):
         self.resample = resample
 
     def block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
-        """Residual block i, and the attention after it."""
+        """Returns the output of residual block i and the attention after it."""
         x = self.resnets[i](x, embedding)
         return self.attentions[i](x) if i < len(self.attentions) else x
 
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Returns the output of the last block; x is [N, C, H, W], embedding [N, E]."""
+        for i in range(len(self.resnets)):
+            x = self.block(i, x, embedding)
+        return x
+
+
+class EncoderStage(Stage):
+    """A stage that keeps its feature maps for the decoder."""
+
+    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+        """Returns the stage's output; appends the output of every block, and of the resampling, to ``skips``."""
+        for i in range(len(self.resnets)):
+            x = self.block(i, x, embedding)
+            skips.append(x)
+        if self.resample is not None:
+            x = self.resample(x, embedding)
+            skips.append(x)
+        return x
+
+
+class DecoderStage(Stage):
+    """A stage that reads the encoder's feature maps."""
+
+    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+        """Returns the stage's output; each residual block takes the last of ``skips`` behind x's channels."""
+        for i in range(len(self.resnets)):
+            x = self.block(i, torch.cat([x, skips.pop()], dim=1), embedding)
+        return x if self.resample is None else self.resample(x, embedding)
+
 
 class UNet(nn.Module):
-    """The model: what a noisy image and its timestep predict, [N, C, H, W] -> [N, C', H, W].
+    """A U-Net that predicts from noisy images and their timesteps, [N, C, H, W] -> [N, C', H, W].
 
-    Built from the options of :class:`~dd_kernels.nn.UNetConfig`. ``config`` holds them as a dict of
-    plain JSON values, and ``UNet(**model.config)`` is the same model. All features and convolution
-    weights are channels_last. The last layer of every residual branch and the output convolution
-    start at 0, as in both papers.
+    Takes the options of :class:`~dd_kernels.nn.UNetConfig`. ``config`` holds them as a dict of plain JSON
+    values, and ``UNet(**model.config)`` is the same model. All features and convolution weights are
+    channels_last. The last layer of every residual branch and the output convolution start at 0, as in both papers.
 
     >>> model = UNet(image_size=32, in_channels=3, channels=(64, 128), attention_resolutions=(16,))
     >>> model = UNet.from_config("cifar10", dropout=0.0)
@@ -61,11 +101,11 @@ class UNet(nn.Module):
         self.up = _up_stages(config, skips)
         self.norm_out = GroupNormSiLU(config.num_groups, channels[0], config.eps)
         self.conv_out = zeroed(nn.Conv2d(channels[0], config.model_channels_out, 3, padding=1))
-        self.to(memory_format=torch.channels_last)
+        channels_last(self)
 
     @classmethod
     def from_config(cls, name: str, **overrides: Any) -> UNet:
-        """The configuration called ``name`` (``dd_kernels.nn.CONFIGS``), with some options replaced.
+        """Builds the configuration called ``name`` in ``dd_kernels.nn.CONFIGS``, with some options replaced.
 
         "cifar10", "lsun256": Ho et al. 2020, appendix B. "imagenet64", "imagenet128", "imagenet256":
         ADM of Dhariwal & Nichol 2021. "digits": small, for 8 x 8 grey images of 10 classes.
@@ -76,7 +116,7 @@ class UNet(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The options the model was built from, as plain JSON values."""
+        """The options that the model was built from, as plain JSON values."""
         return dataclasses.asdict(self._config)
 
     @property
@@ -85,44 +125,36 @@ class UNet(nn.Module):
         return self._config.num_classes if self._config.null_class else None
 
     def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
-        """The prediction for images x at timesteps t, of classes y.
+        """Returns the prediction for images x at timesteps t, of classes y.
 
         Args:
             x: [N, in_channels, H, W]; H and W divisible by 2 per level below the first. Cast to the
                 dtype of the model's weights.
-            t: [N] or one for all, int or float: the timestep as the model was trained on it.
-            y: [N] int64 labels in [0, num_classes), or ``null_label``. None means ``null_label`` for
-                a model that has it, and is right for a model without classes.
+            t: [N], or one for all samples; int or float, on the scale that the model was trained with.
+            y: [N] int64 labels in [0, num_classes), or ``null_label``. None stands for ``null_label`` in
+                a model that has one, and is the only value for a model without classes.
 
         Returns:
             [N, out_channels, H, W] (2 out_channels with ``learn_variance``), channels_last, in the
             dtype of the weights, or of autocast.
 
         Raises:
-            ValueError, TypeError: wrong shape, dtype or label. Labels on an accelerator are not read.
+            ValueError, TypeError: wrong shape, dtype or label. Labels on an accelerator are not checked,
+                since that would wait for the device.
         """
         self._check_images(x)
         embedding = F.silu(self._embedding(x, t, y))
         h = self.conv_in(x.to(self.conv_in.weight.dtype))
         skips = [h]
         for stage in self.down:
-            for i in range(len(stage.resnets)):
-                h = stage.block(i, h, embedding)
-                skips.append(h)
-            if stage.resample is not None:
-                h = stage.resample(h, embedding)
-                skips.append(h)
-        for i in range(len(self.middle.resnets)):
-            h = self.middle.block(i, h, embedding)
+            h = stage(h, embedding, skips)
+        h = self.middle(h, embedding)
         for stage in self.up:
-            for i in range(len(stage.resnets)):
-                h = stage.block(i, torch.cat([h, skips.pop()], dim=1), embedding)
-            if stage.resample is not None:
-                h = stage.resample(h, embedding)
+            h = stage(h, embedding, skips)
         return self.conv_out(self.norm_out(h))
 
     def _embedding(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Tensor:
-        """Time and class embedding, [N, E]."""
+        """Returns the sum of the time and class embeddings, [N, E]."""
         config = self._config
         t = torch.as_tensor(t, device=x.device)
         if t.dtype in (torch.bool, torch.complex64, torch.complex128):
@@ -132,10 +164,10 @@ class UNet(nn.Module):
         waves = timestep_embedding(t.reshape(-1), config.sinusoid_channels, config.timestep_embedding)
         embedding = self.time_embedding(waves.to(self.conv_in.weight.dtype)).expand(x.shape[0], -1)
         y = self._labels(x, y)
-        return embedding if y is None else embedding + self.class_embedding(y)
+        return embedding if y is None or self.class_embedding is None else embedding + self.class_embedding(y)
 
     def _labels(self, x: Tensor, y: Tensor | None) -> Tensor | None:
-        """The checked labels [N], or None for a model without classes."""
+        """Returns the checked labels [N], or None for a model without classes."""
         classes, null = self._config.num_classes, self.null_label
         if classes is None:
             if y is not None:
@@ -173,7 +205,7 @@ class UNet(nn.Module):
 
 
 def _down_stages(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """The way down, and the channels of every feature map that it hands to the way up."""
+    """Builds the encoder; returns its stages and the channels of every feature map that it hands to the decoder."""
     stages, skips = nn.ModuleList(), [config.channels[0]]
     last = len(config.channels) - 1
     for level, channels in enumerate(config.channels):
@@ -181,27 +213,27 @@ def _down_stages(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
         resnets = [ResBlock(c, channels, config) for c in inputs]
         attentions = [Attention(channels, config) for _ in resnets if config.has_attention(level)]
         skips += [channels] * config.num_res_blocks
-        resample = None
+        resample: nn.Module | None = None
         if level < last:
             block = config.resample == "resblock"
             resample = ResBlock(channels, channels, config, halve) if block else Downsample(channels, config)
             skips.append(channels)
-        stages.append(Stage(resnets, attentions, resample))
+        stages.append(EncoderStage(resnets, attentions, resample))
     return stages, skips
 
 
 def _up_stages(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
-    """The way up, coarsest level first; every residual block reads one feature map of the way down."""
+    """Builds the decoder, coarsest level first; each residual block reads one feature map of the encoder."""
     stages, skips = nn.ModuleList(), list(skips)
     below = config.channels[-1]
     for level, channels in reversed(list(enumerate(config.channels))):
         inputs = [below] + [channels] * config.num_res_blocks
         resnets = [ResBlock(c + skips.pop(), channels, config) for c in inputs]
         attentions = [Attention(channels, config) for _ in resnets if config.has_attention(level)]
-        resample = None
+        resample: nn.Module | None = None
         if level > 0:
             block = config.resample == "resblock"
             resample = ResBlock(channels, channels, config, double) if block else Upsample(channels, config)
-        stages.append(Stage(resnets, attentions, resample))
+        stages.append(DecoderStage(resnets, attentions, resample))
         below = channels
     return stages
