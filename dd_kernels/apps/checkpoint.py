@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..nn import UNet
+from ..nn.blocks import channels_last
 from ..samplers.rows import PREDICTIONS
 from ..schedules import SCHEDULES, Schedule, named_schedule
 from .files import PathLike, atomic_write
@@ -128,7 +129,7 @@ def build_model(path: PathLike, info: ModelInfo, weights: Mapping[str, Tensor]) 
             f"{found.get(wrong[0], 'missing')}, wanted {wanted.get(wrong[0], 'none')} ({len(wrong)} such)"
         )
     model.load_state_dict(dict(weights), assign=True)
-    return model.to(memory_format=torch.channels_last)
+    return channels_last(model)
 
 
 def save_model(path: PathLike, weights: Mapping[str, Tensor], info: ModelInfo) -> None:

@@ -46,9 +46,9 @@ class ImageData:
     def fingerprint(self) -> str:
         """A hash of every byte and label: tells whether a resumed run has the data that it began with."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.classes, self.maximum)).encode())
-        digest.update(np.ascontiguousarray(self.images.numpy()))
+        digest.update(self.images.contiguous().numpy().data)
         if self.labels is not None:
-            digest.update(np.ascontiguousarray(self.labels.numpy()))
+            digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -103,8 +103,8 @@ def load_image(path: str | pathlib.Path, size: int, channels: int = 3) -> Tensor
         ValueError: the file, which is named, cannot be read as an image.
     """
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB" if channels == 3 else "L")
+        with Image.open(path) as file:
+            image: Image.Image = file.convert("RGB" if channels == 3 else "L")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise ValueError(f"cannot read the image {str(path)!r}: {_first_line(error)}") from error
     side = min(image.size)

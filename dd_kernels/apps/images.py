@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def save_png(picture: Image.Image, path: PathLike) -> None:
 
 
 def _save_npz(path: PathLike, images: Tensor, labels: Sequence[int] | None) -> None:
-    arrays = {"images": images.numpy()}
+    arrays: dict[str, Any] = {"images": images.numpy()}
     if labels is not None:
         arrays["labels"] = np.asarray(labels, dtype=np.int64)
 

@@ -39,6 +39,10 @@ class Stage(nn.Module):
         x = self.resnets[i](x, embedding)
         return self.attentions[i](x) if i < len(self.attentions) else x
 
+
+class MiddleStage(Stage):
+    """The stage between encoder and decoder."""
+
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Returns the output of the last block; x is [N, C, H, W], embedding [N, E]."""
         for i in range(len(self.resnets)):
@@ -49,7 +53,7 @@ class Stage(nn.Module):
 class EncoderStage(Stage):
     """A stage that keeps its feature maps for the decoder."""
 
-    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
         """Returns the stage's output; appends the output of every block, and of the resampling, to ``skips``."""
         for i in range(len(self.resnets)):
             x = self.block(i, x, embedding)
@@ -63,7 +67,7 @@ class EncoderStage(Stage):
 class DecoderStage(Stage):
     """A stage that reads the encoder's feature maps."""
 
-    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
         """Returns the stage's output; each residual block takes the last of ``skips`` behind x's channels."""
         for i in range(len(self.resnets)):
             x = self.block(i, torch.cat([x, skips.pop()], dim=1), embedding)
@@ -94,7 +98,7 @@ class UNet(nn.Module):
         self.class_embedding = nn.Embedding(labels, width) if labels else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.down, skips = _down_stages(config)
-        self.middle = Stage(
+        self.middle = MiddleStage(
             [ResBlock(channels[-1], channels[-1], config) for _ in range(2)],
             [Attention(channels[-1], config)] if config.middle_attention else [],
         )

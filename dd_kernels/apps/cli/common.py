@@ -151,9 +151,10 @@ class LoadedModel:
         if labels is None:
             return {}
         y = torch.tensor(labels, device=self.device)
-        if self.guidance == 1:
+        null_label = self.model.null_label
+        if self.guidance == 1 or null_label is None:
             return {"model_kwargs": {"y": y}}
-        uncond = torch.full_like(y, self.model.null_label)
+        uncond = torch.full_like(y, null_label)
         return {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": uncond}, "guidance_scale": self.guidance}
 
     def backend_that_runs(self) -> str:

@@ -1,8 +1,8 @@
 """Measure the quality and speed of a digits model's samples: table 1 of DDIM (Song et al., 2021).
 
-For every sampler (rows) and number of steps (columns): the Fréchet distance of the samples to held-out
-real digits, in the features of a classifier that is trained on real digits first (seconds); the share
-of samples that it is sure of; images/s. The floor is the same distance of real training digits.
+Prints three tables, of samplers (rows) and numbers of steps (columns): the Fréchet distance of the samples
+to held-out real digits, in the features of a classifier that is trained on real digits first (seconds); the
+share of samples that the classifier is sure of; images/s. The floor is that distance of real training digits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ...samplers.timesteps import SPACINGS
 from .. import data
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _outputs(paths: list[str]) -> list[pathlib.Path]:
-    """Where --out writes, found writable before the work is done."""
+    """Returns the files of --out, checked to be writable."""
     for path in paths:
         if pathlib.Path(path).suffix.lower() not in WRITERS:
             raise ValueError(f"--out must name .md or .json files; got {path!r}")
@@ -118,5 +119,5 @@ def run(args: argparse.Namespace) -> int:
     print(markdown(evaluation, facts), end="")
     for path in outputs:
         text = WRITERS[path.suffix.lower()](evaluation, facts)
-        atomic_write(path, lambda temporary, text=text: temporary.write_text(text, encoding="utf-8"))
+        atomic_write(path, partial(pathlib.Path.write_text, data=text, encoding="utf-8"))
     return 0

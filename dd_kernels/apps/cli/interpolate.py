@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _ends_of_seeds(loaded: LoadedModel, seeds: tuple[int, int], rows: int) -> tuple[Tensor, Tensor]:
     shape = (rows, *loaded.info.sample_shape)
-    return tuple(randn(shape, seed=seed, device=loaded.device) for seed in seeds)
+    first, second = (randn(shape, seed=seed, device=loaded.device) for seed in seeds)
+    return first, second
 
 
 def _ends_of_images(
@@ -50,7 +51,8 @@ def _ends_of_images(
     both = x_start.repeat_interleave(rows, dim=0)  # [2 rows, C, H, W]
     conditions = loaded.conditions(None if labels is None else labels * 2)
     x_T = sample(loaded.model, both, table, batch_size=args.batch_size, progress=not args.no_progress, **conditions)
-    return x_T.chunk(2)
+    first, second = x_T.chunk(2)
+    return first, second
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 
 def moments(features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D, D], in float64, of features [N, D].
+    """Returns the mean [D] and the unbiased covariance [D, D], in float64, of features [N, D].
 
     Raises:
         ValueError: features is not [N, D] with N of at least 2, or not finite.
@@ -21,13 +21,13 @@ def moments(features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_distance(mean_a: ArrayLike, cov_a: ArrayLike, mean_b: ArrayLike, cov_b: ArrayLike) -> float:
-    r"""Fréchet distance of two Gaussians, eq. 6 of Heusel et al. (2017): what "FID" is the value of.
+    r"""Returns the Fréchet distance of two Gaussians, eq. 6 of Heusel et al. (2017); "FID" is its value.
 
     .. math:: |\mu_a - \mu_b|^2 + Tr(\Sigma_a + \Sigma_b - 2 (\Sigma_a \Sigma_b)^{1/2})
 
-    The product's square root has the eigenvalues of the symmetric
-    (\Sigma_a^{1/2} \Sigma_b \Sigma_a^{1/2})^{1/2}; only their sum is needed, so that no general
-    matrix root is taken and singular covariances are fine.
+    The square root of the product has the eigenvalues of the symmetric matrix
+    (\Sigma_a^{1/2} \Sigma_b \Sigma_a^{1/2})^{1/2}. Only their sum enters, so no general matrix root is
+    taken, and singular covariances are allowed.
 
     Args:
         mean_a, mean_b: [D].
@@ -47,7 +47,7 @@ def frechet_distance(mean_a: ArrayLike, cov_a: ArrayLike, mean_b: ArrayLike, cov
         if value.shape != shape:
             raise ValueError(f"{name} must have the shape {list(shape)}; got {list(value.shape)}")
     values, vectors = np.linalg.eigh(cov_a)
-    # Rounding leaves eigenvalues that are 0 slightly negative.
+    # Rounding makes eigenvalues that should be 0 slightly negative.
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
     product = np.linalg.eigvalsh(root @ cov_b @ root)
     trace = np.trace(cov_a) + np.trace(cov_b) - 2.0 * np.sqrt(np.maximum(product, 0.0)).sum()

@@ -1,4 +1,4 @@
-"""The classifier whose features and confidence real and sampled digits are compared by."""
+"""A classifier of real digits, and the comparison of samples with real digits by its features and confidence."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from ..data import ImageData
 from .frechet import frechet_distance, moments
 
 FEATURES = 16
-"""Dimension of the features: low, because the distance's bias at n samples grows with it."""
+"""Dimension of the features. It is low because the bias of the distance at n samples grows with it."""
 SURE = 0.95
 """The classifier is sure of an image where it gives one class at least this probability."""
-# Few epochs and dropout: features of images learnt by heart lie far from those of held-out ones.
+# Few epochs and dropout prevent overfitting, which would move the features of training images away from held-out ones.
 EPOCHS, BATCH, LEARNING_RATE, DROPOUT = 15, 64, 4e-3, 0.3
+
+
+def image_shape(images: Tensor) -> tuple[int, int, int]:
+    """Returns (C, H, W) of images [N, C, H, W]."""
+    _, channels, height, width = images.shape
+    return channels, height, width
 
 
 class Classifier(nn.Module):
@@ -42,13 +48,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(FEATURES, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> logits [N, num_classes]."""
+        """Returns logits [N, num_classes] for x [N, C, H, W]."""
         return self.head(self.body(x))
 
 
 @contextlib.contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
-    """One thread, whose sums have one order, and a seed of its own that leaves torch's generator alone."""
+    """Runs the block on one thread, which fixes the order of sums, with a seed; restores torch's generator after."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -60,7 +66,7 @@ def _deterministic(seed: int) -> Iterator[None]:
 
 
 def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> Classifier:
-    """A classifier trained on the CPU in seconds; the same arguments give the same weights.
+    """Returns a classifier trained on the CPU, in seconds; the same arguments give the same weights.
 
     Args:
         images: [N, C, H, W] in [-1, 1], on the CPU.
@@ -68,7 +74,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> Classifie
         seed: of the initial weights and of the order of the images.
     """
     with _deterministic(seed):
-        model = Classifier(tuple(images.shape[1:]), int(labels.max()) + 1)
+        model = Classifier(image_shape(images), int(labels.max()) + 1)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
         total = EPOCHS * -(-len(images) // BATCH)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total)
@@ -79,6 +85,14 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> Classifie
                 optimizer.step()
                 rate.step()
     return model.eval()
+
+
+def _labelled(name: str, data: ImageData) -> tuple[Tensor, Tensor]:
+    """Returns all images [N, C, H, W] in [-1, 1] and their labels [N]."""
+    images, labels = data.batch(torch.arange(len(data)))
+    if labels is None:
+        raise ValueError(f"{name} must have labels, for the classifier; got none")
+    return images, labels
 
 
 class Judge:
@@ -99,33 +113,29 @@ class Judge:
     """
 
     def __init__(self, train: ImageData, test: ImageData, seed: int = 0) -> None:
-        for name, data in (("train", train), ("test", test)):
-            if data.labels is None:
-                raise ValueError(f"{name} must have labels, for the classifier; got none")
-        self.shape = tuple(test.images.shape[1:])
-        if tuple(train.images.shape[1:]) != self.shape:
-            raise ValueError(
-                f"train must have images of {self.shape}, as test has; got {tuple(train.images.shape[1:])}"
-            )
-        self.seed, self._train, self._test_labels = seed, train, test.labels
-        self.test_images, labels = test.batch(torch.arange(len(test)))
-        self.classifier = train_classifier(*train.batch(torch.arange(len(train))), seed)
+        self._train_images, self._train_labels = _labelled("train", train)
+        self.test_images, self._test_labels = _labelled("test", test)
+        self.seed, self.shape = seed, image_shape(test.images)
+        if image_shape(train.images) != self.shape:
+            raise ValueError(f"train must have images of {self.shape}, as test has; got {image_shape(train.images)}")
+        self.classifier = train_classifier(self._train_images, self._train_labels, seed)
         features = self._features(self.test_images)
-        self.accuracy = float((self._probabilities(features).argmax(1) == labels).float().mean())
+        self.accuracy = float(self._probabilities(features).argmax(1).eq(self._test_labels).float().mean())
         self._moments = moments(features)
 
     def labels(self, n: int) -> Tensor:
-        """[n] int64: classes as the held-out images have them, one after the other, again from the first at the end."""
+        """Returns n labels [n] int64: those of the held-out images in order, repeated where n is more."""
         return self._test_labels.repeat(-(-n // len(self._test_labels)))[:n]
 
     def real(self, labels: Tensor) -> Tensor:
-        """Training images [N, C, H, W] in [-1, 1] of these classes, each once (so N is less where they run out)."""
-        of_class = [(self._train.labels == c).nonzero()[:, 0][: int((labels == c).sum())] for c in labels.unique()]
-        return self._train.batch(torch.cat(of_class))[0]
+        """Returns as many training images of each class as ``labels`` names, [N, C, H, W] in [-1, 1]; N is less where a
+        class has fewer."""
+        of_class = [self._train_labels.eq(c).nonzero()[:, 0][: int(labels.eq(c).sum())] for c in labels.unique()]
+        return self._train_images[torch.cat(of_class)]
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
-        # As an image file would hold them: nothing outside the range.
+        # Clips, as an image file would.
         return self.classifier.body(images.to("cpu", torch.float32).clamp(-1, 1))
 
     @torch.no_grad()
@@ -133,9 +143,9 @@ class Judge:
         return self.classifier.head(features).softmax(1)
 
     def distance(self, images: Tensor) -> float:
-        """Fréchet distance of images [N, C, H, W] in [-1, 1] (beyond is clipped), N >= 2, to the held-out ones."""
+        """Returns the Fréchet distance of images [N, C, H, W], N >= 2, clipped to [-1, 1], to the held-out ones."""
         return frechet_distance(*moments(self._features(images)), *self._moments)
 
     def sure(self, images: Tensor) -> float:
-        """Share of the images to whose likeliest class the classifier gives a probability of at least ``SURE``."""
+        """Returns the share of images that the classifier gives to one class with at least the probability ``SURE``."""
         return float((self._probabilities(self._features(images)).amax(1) >= SURE).float().mean())

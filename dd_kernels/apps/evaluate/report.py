@@ -1,4 +1,4 @@
-"""An evaluation as the table that a person reads, and as JSON with everything in it."""
+"""Writes an evaluation as Markdown tables, and as JSON with all figures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _figure(name: str, value: float) -> str:
 
 
 def _grid(evaluation: Evaluation, name: str) -> str:
-    """One measure as a Markdown table: rows are samplers, columns are steps."""
+    """Returns one measure as a Markdown table: rows are samplers, columns are steps."""
     rows = list(dict.fromkeys(cell.row for cell in evaluation.cells))
     columns = list(dict.fromkeys(cell.steps for cell in evaluation.cells))
     cells: dict[tuple[Any, int], Cell] = {(cell.row, cell.steps): cell for cell in evaluation.cells}
@@ -44,7 +44,7 @@ def _grid(evaluation: Evaluation, name: str) -> str:
 
 
 def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
-    """The evaluation as text that is also Markdown: three tables, and how they were measured.
+    """Returns the evaluation as Markdown: three tables, and how they were measured.
 
     ``run`` is :func:`environment` and the run's seconds, model, dtype, guidance and batch_size.
     """
@@ -68,7 +68,7 @@ def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
 
 
 def environment(device: torch.device, backend: str) -> dict[str, Any]:
-    """What the figures were measured with, as plain JSON values."""
+    """Returns device, backend, threads and versions as plain JSON values."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": f"{device} ({name})",
@@ -81,5 +81,5 @@ def environment(device: torch.device, backend: str) -> dict[str, Any]:
 
 
 def as_json(evaluation: Evaluation, run: dict[str, Any]) -> str:
-    """Everything, ``run`` too; a row is eta or "fixed_large"."""
+    """Returns the evaluation and ``run`` as JSON; a row is eta or "fixed_large"."""
     return json.dumps({**dataclasses.asdict(evaluation), "run": run}, indent=2) + "\n"

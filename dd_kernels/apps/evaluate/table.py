@@ -1,4 +1,4 @@
-"""Quality and speed of a model's samples for every sampler and number of steps."""
+"""Measures quality and speed of a model's samples for every sampler and number of steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLES = 200
 
 
 def row_name(row: float | str) -> str:
-    """A row of the table in words."""
+    """Returns the title of a row."""
     return "DDPM, larger variance" if row == LARGE else f"eta {row:g}"
 
 
@@ -51,18 +51,18 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What :func:`evaluate` measured.
+    """The measurements of :func:`evaluate`.
 
     Attributes:
         cells: row by row, steps in the order asked for.
         samples: per cell.
         floor, floor_sure, floor_images: distance of real training images to the held-out ones, the share of
-            them that the classifier is sure of, and how many they are.
-        test_sure, test_images: the share of the held-out images, and how many they are.
+            them that the classifier is sure of, and their number.
+        test_sure, test_images: the share of held-out images that the classifier is sure of, and their number.
         accuracy: of the classifier on the held-out images.
         features: dimension of its features.
-        sure_probability: what it gives at least to one class of an image that it is sure of.
-        settings: what else decides the figures, as plain JSON values.
+        sure_probability: the least probability of a class at which the classifier counts as sure.
+        settings: the other options that decide the figures, as plain JSON values.
     """
 
     cells: list[Cell]
@@ -87,25 +87,24 @@ def sampler_table(
     prediction: str = "epsilon",
     learned_variance: bool = False,
 ) -> StepTable:
-    """DDIM with ``row`` as eta, or DDPM with its larger variance ("fixed_large"), on the same timesteps.
+    """Returns DDIM with ``row`` as eta, or DDPM with its larger variance ("fixed_large"), on the same timesteps.
 
-    A learned variance plays no part: the variance is the row's.
+    A learned variance is ignored: the row decides the variance.
 
     Raises:
         ValueError: ``row`` is neither in [0, 1] nor "fixed_large"; steps or spacing do not fit the schedule.
     """
-    options = {"spacing": spacing, "prediction": prediction}
     if row == LARGE:
-        table = ddpm(schedule, steps, variance=LARGE, **options)
+        table = ddpm(schedule, steps, variance=LARGE, spacing=spacing, prediction=prediction)
         return dataclasses.replace(table, learned_variance=learned_variance)
     if isinstance(row, str):
         raise ValueError(f"rows must be eta in [0, 1] or {LARGE!r}; got {row!r}")
-    return ddim(schedule, steps, eta=row, learned_variance=learned_variance, **options)
+    return ddim(schedule, steps, eta=row, learned_variance=learned_variance, spacing=spacing, prediction=prediction)
 
 
 @contextlib.contextmanager
 def _calls_counted(model: nn.Module, bar: tqdm) -> Iterator[None]:
-    """Moves ``bar`` by one for every image that the model is called with."""
+    """Advances ``bar`` by one for every image that the model is called with."""
 
     def count(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
         bar.update(len(arguments[0]))
@@ -132,18 +131,18 @@ def evaluate(
     progress: bool = False,
     **options: Any,
 ) -> Evaluation:
-    r"""Fréchet distance, confidence and images/s in the layout of table 1 of DDIM (Song et al., 2021).
+    r"""Measures Fréchet distance, confidence and images/s in the layout of table 1 of DDIM (Song et al., 2021).
 
-    The distance of n samples is biased upwards, the more the fewer they are. The floor therefore is that of
-    as many real images, of the same classes as the samples are to have (:meth:`Judge.labels`).
+    The distance of n samples is biased upwards, more for smaller n. The floor is therefore the distance of
+    as many real images, of the classes that the samples have (:meth:`Judge.labels`).
 
     Args:
         model: an epsilon, x_0 or v model (``prediction``) trained on ``schedule``.
-        judge: the real images, and the classifier in whose features samples are compared with them.
+        judge: holds the real images, and the classifier in whose features samples are compared with them.
         n: samples per cell, at least 2.
         steps: the columns: model calls per sample, in [1, T].
         rows: DDIM's eta in [0, 1], or "fixed_large": DDPM with the larger variance, \hat\sigma in the paper.
-        learned_variance: the model's output is [N, 2 C, ...]; its second half plays no part.
+        learned_variance: the model's output is [N, 2 C, ...]; its second half is ignored.
         spacing: see :func:`dd_kernels.timestep_sequence`; "leading" is the paper's floor(c i).
         seed: of the samples; all cells start from the same x_T.
         progress: show a tqdm bar.
@@ -154,15 +153,19 @@ def evaluate(
     """
     if n < 2:
         raise ValueError(f"n must be at least 2, for a covariance; got {n}")
-    kind = {"spacing": spacing, "prediction": prediction, "learned_variance": learned_variance}
-    # All tables first: what does not fit is found before the work.
-    plan = [(row, count, sampler_table(schedule, row, count, **kind)) for row in rows for count in steps]
+
+    def table_of(row: float | str, steps: int) -> StepTable:
+        kind = {"spacing": spacing, "prediction": prediction}
+        return sampler_table(schedule, row, steps, learned_variance=learned_variance, **kind)
+
+    # Builds all tables first, so that a sampler that does not fit the schedule raises before the first model call.
+    plan = [(row, count, table_of(row, count)) for row in rows for count in steps]
 
     def draw(table: StepTable) -> Tensor:
         return sample(model, (n, *judge.shape), table, seed=seed, **options).cpu()  # waits for the device
 
-    # This one allocates memory and compiles kernels, so that no cell's time has it.
-    draw(sampler_table(schedule, 0.0, 1, **kind))
+    # Allocates memory and compiles kernels before the first cell is timed.
+    draw(table_of(0.0, 1))
     calls = n * sum(count for _, count, _ in plan) * (1 if options.get("uncond_kwargs") is None else 2)
     bar = tqdm(total=calls, desc="evaluating", unit="call", unit_scale=True, disable=not progress)
     cells = []
@@ -187,5 +190,12 @@ def evaluate(
         accuracy=judge.accuracy,
         features=FEATURES,
         sure_probability=SURE,
-        settings={"seed": seed, "classifier_seed": judge.seed, "timesteps": len(schedule), **kind},
+        settings={
+            "seed": seed,
+            "classifier_seed": judge.seed,
+            "timesteps": len(schedule),
+            "spacing": spacing,
+            "prediction": prediction,
+            "learned_variance": learned_variance,
+        },
     )
