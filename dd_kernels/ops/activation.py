@@ -1,7 +1,7 @@
 """The activations that an op can apply: their names, the numbers that kernels know them by, and their equations.
 
 To add one: a member of :class:`Activation` and a line of ``_FUNCTIONS`` here, a functor in
-``csrc/common/activation.h``, a branch in the Triton kernels' ``activate`` and ``activation_gradient``.
+``csrc/common/activation.h``, a function and its branch in ``group_norm_silu/triton_activations.py``.
 """
 
 from __future__ import annotations

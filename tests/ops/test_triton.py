@@ -12,7 +12,7 @@ import pytest
 import test_group_norm_silu as suite
 import torch
 from budget import assert_within_budget
-from group_norm_cases import ROWS, check, kernels, make
+from group_norm_cases import ROWS, check, kernels, make, results
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from dd_kernels.ops import triton_common  # noqa: E402
-from dd_kernels.ops.group_norm_silu import triton_tiles  # noqa: E402
+from dd_kernels.ops.group_norm_silu import triton_activations, triton_tiles  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
 WRITES_TILES = ("_whole_groups", "_apply", "_whole_groups_backward", "_apply_backward", "_randn", "_q_sample")
@@ -45,7 +45,7 @@ def compiling(*arguments):
 @functools.cache
 def checks():
     return compiling(
-        *("tests/ops/triton_checks.py", "recompiles", "alignments", "clips", "graph", "huge", "table"),
+        *("tests/ops/triton_checks.py", "recompiles", "alignments", "activations", "clips", "graph", "huge", "table"),
         "training_graphs",
     )
 
@@ -125,13 +125,40 @@ def test_the_alignment_of_small_tensors_does_not_recompile():
     assert checks()["alignments"] == 1
 
 
+def test_every_activation_compiles_without_local_memory():
+    """Forward and backward, in one program and split: three kernels and five, less one that both share."""
+    compiled = checks()["activations"]
+    assert set(compiled) == {"none", "silu", "mish", "gelu", "gelu_tanh"}
+    for name, kernels_ in compiled.items():
+        assert set(kernels_) == {*READS_TILES[:6], "_combine_moments", "_combine_sums", "_parameter_gradients"}, name
+        assert set(kernels_.values()) == {0}, name
+
+
 def test_more_than_2_to_the_31_elements_per_sample_compile():
     assert checks()["huge"] == ["_randn", "_randn", "_partial_moments", "_combine_moments", "_apply"]
 
 
 def test_a_clip_lets_nan_through():
-    """The interpreter's does in any case."""
-    assert checks()["clips"] == ["max.NaN.f32", "min.NaN.f32"]
+    """The compiled clip returns NaN for a NaN (PTX's ".NaN"), as does the interpreter's.
+
+    It is a max and a min, or, as x0's limits are -c and c, one min of |x0| and c that keeps the sign (".xorsign.abs").
+    """
+    instructions = [name.split(".") for name in checks()["clips"]]
+    assert all("NaN" in modifiers for _, *modifiers in instructions), instructions
+    operations = {operation for operation, *_ in instructions}
+    assert operations == {"min", "max"} or any({"xorsign", "abs"} <= set(name) for name in instructions), instructions
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["weight", "bias", "pre_shift", "scale", "shift"])
+def test_options_of_any_strides(name):
+    """An option in float32 that is not contiguous gives the same bits as its contiguous copy, gradients included."""
+    x, dy, options, activation = make((2, 6, 3, 5), torch.float32, ROWS[0])
+    strided = options[name].repeat_interleave(2, -1)[..., ::2]
+    assert not strided.is_contiguous()
+    wanted = results(x, dy, 3, options, activation, "triton")
+    actual = results(x, dy, 3, {**options, name: strided}, activation, "triton")
+    assert all(torch.equal(actual[key], wanted[key]) for key in wanted)
 
 
 def test_one_graph_on_cuda_tensors():
@@ -244,7 +271,7 @@ def test_the_budget_has_room_for_the_reciprocal_of_a_gpu(kernel, dtype, inverse,
     """Compiled kernels take rcp.approx, at most an ulp off (PTX ISA); the interpreter, having no assembly, divides."""
     if kernel.name != "triton":
         pytest.skip("of Triton's kernels")
-    monkeypatch.setattr(triton_tiles, "inverse", inverse)
+    monkeypatch.setattr(triton_activations, "inverse", inverse)
     for seed, row in enumerate(row for row in ROWS if row[5]):
         x, dy, options, activation = make((3, 40, 4, 4), dtype, row, seed)
         check(kernel, x, dy, 4, options, activation)

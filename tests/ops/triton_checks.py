@@ -18,13 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unrun import unrun
 
 import dd_kernels as dd
+from benchmarks.cubin import usages
 from benchmarks.triton_aot import cases, cells, group_norm, listed, q_sample, randn
 from benchmarks.triton_compile import compile_only, specialisations
 from dd_kernels import backend as backends
 from dd_kernels.nn import UNet
 from dd_kernels.ops import triton_common
+from dd_kernels.ops.activation import Activation
 from dd_kernels.ops.group_norm_silu import triton as gn
-from dd_kernels.ops.group_norm_silu import triton_tiles
+from dd_kernels.ops.group_norm_silu import triton_activations
 from dd_kernels.ops.reverse_step import triton as step_op
 
 
@@ -66,6 +68,25 @@ def alignments() -> int:
         gn.group_norm_silu(x, 32, weight, bias, 1e-5, None, None, None, True, x, mean, rstd)
 
     return len(specialisations([lambda i=i: call(i) for i in range(5)]))
+
+
+def activations() -> dict[str, dict[str, int]]:
+    """Bytes of stack and spills of each kernel, by activation; of groups that one program holds, and of larger ones."""
+    taken: dict[str, dict[str, int]] = {}
+    small = torch.empty(128, device="meta")
+    for activation in Activation:
+        with compile_only(90) as launches:
+            for side in (32, 256):
+                x, rows = torch.empty(2, 128, side, side, device="meta"), torch.empty(2, 128, device="meta")
+                statistics = torch.empty(2, 32, device="meta")
+                options = (32, small, small, 1e-5, rows, rows, rows, activation)
+                gn.group_norm_silu(x, *options, x, statistics, statistics)
+                gn.group_norm_silu_backward(x, x, statistics, statistics, *options, x, small, small, rows, rows, rows)
+        found = usages([launch.kernel.asm["cubin"] for launch in launches], 90)
+        taken[activation.name.lower()] = {
+            launch.name: usage.stack + usage.spills for launch, usage in zip(launches, found, strict=True)
+        }
+    return taken
 
 
 def clips() -> list[str]:
@@ -146,7 +167,7 @@ def cubins() -> list[str]:
 
 def amd() -> dict[str, int]:
     """How many vector registers each kernel spills on an AMD GPU; compiled without NVIDIA's instructions."""
-    triton_common.ASSEMBLY = triton_tiles.ASSEMBLY = tl.constexpr(False)
+    triton_common.ASSEMBLY = triton_activations.ASSEMBLY = tl.constexpr(False)
     spilled: dict[str, int] = {}
     for case in cases(archs=[90], dtypes=["bfloat16"], quick=True):
         with compile_only("gfx942") as launches:
@@ -157,7 +178,8 @@ def amd() -> dict[str, int]:
     return spilled
 
 
-CHECKS = {f.__name__: f for f in (recompiles, alignments, clips, graph, huge, table, cubins, amd, training_graphs)}
+FUNCTIONS = (recompiles, alignments, activations, clips, graph, huge, table, cubins, amd, training_graphs)
+CHECKS = {f.__name__: f for f in FUNCTIONS}
 
 if __name__ == "__main__":
     print(triton.__version__, file=sys.stderr)

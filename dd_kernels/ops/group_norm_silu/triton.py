@@ -1,4 +1,4 @@
-"""GroupNorm and SiLU in Triton, the forward pass."""
+"""GroupNorm and its activation in Triton, the forward pass."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import is_channels_last
+from .triton_activations import activate
 from .triton_backward import group_norm_silu_backward
 from .triton_tiles import (
     Plan,
@@ -16,8 +17,8 @@ from .triton_tiles import (
     channel_values,
     combine_options,
     dimensions,
+    element_offset,
     group_sum,
-    place,
     plan,
     split_tile,
     tile_options,
@@ -28,11 +29,6 @@ from .triton_tiles import (
 __all__ = ["group_norm_silu", "group_norm_silu_backward"]
 
 _PER_CHANNEL = ["weight", "bias", "pre_shift", "scale", "shift", "mean", "rstd"]
-
-
-@triton.jit
-def _activate(v, SILU: tl.constexpr):
-    return v * (1.0 / (1.0 + tl.exp(-v))) if SILU else v
 
 
 @triton.jit
@@ -56,32 +52,32 @@ def _whole_groups(
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Everything for the groups of one tile: one read, statistics in registers, one write."""
-    n, channel, inside, base, offset, mask = whole_tile(
+    """Normalises the groups of one tile: reads x once, keeps it in registers for the statistics, writes y once."""
+    n, channel, inside, base, place, mask = whole_tile(
         pixels, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_C, BLOCK_P, FULL
     )
-    value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
-    before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
+    value = tl.load(x + base + place, mask=mask, other=0.0).to(tl.float32)
+    added = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
     count = (pixels * GROUP).to(tl.float32)
-    mu = group_sum(tl.sum(value, 1) + pixels * before, GROUP, BLOCK_C) / count
+    mu = group_sum(tl.sum(value, 1) + pixels * added, GROUP, BLOCK_C) / count
     centred = tl.where(mask, centre(value, pre_shift, n * CHANNELS + channel, inside, mu, BLOCK_C), 0.0)
-    # A mean much larger than the deviation is rounded coarsely: what that left is taken out as well.
-    rest = group_sum(tl.sum(centred, 1), GROUP, BLOCK_C) / count
-    variance = group_sum(tl.sum(centred * centred, 1), GROUP, BLOCK_C) / count - rest * rest
+    # The mean of what is centred is the rounding error of mu, which matters where mu is much larger than the deviation.
+    rounding = group_sum(tl.sum(centred, 1), GROUP, BLOCK_C) / count
+    variance = group_sum(tl.sum(centred * centred, 1), GROUP, BLOCK_C) / count - rounding * rounding
     reciprocal = _reciprocal_deviation(variance, eps)
 
-    gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    gain, offset = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
     gain *= reciprocal
-    result = _activate(centred * gain[:, None] + (end - rest * gain)[:, None], SILU)
-    tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
+    result = activate(centred * gain[:, None] + (offset - rounding * gain)[:, None], None, ACTIVATION)
+    tl.store(y + base + place, result.to(y.dtype.element_ty), mask=mask)
     group = n * (CHANNELS // GROUP) + channel // GROUP
-    tl.store(mean + group, mu + rest, mask=inside & (channel % GROUP == 0))
+    tl.store(mean + group, mu + rounding, mask=inside & (channel % GROUP == 0))
     tl.store(rstd + group, reciprocal, mask=inside & (channel % GROUP == 0))
 
 
@@ -98,32 +94,32 @@ def _partial_moments(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """partials [N, splits, 2, C]: each channel's mean, and sum of squares about it, over ``tiles`` blocks of pixels."""
-    n, part, channel, inside, base, offset, left = split_tile(
+    """Stores in partials [N, splits, 2, C] each channel's mean and squared deviations over ``tiles`` blocks."""
+    n, part, channel, inside, base, place, left = split_tile(
         splits, tiles * BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
     )
-    before = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
+    added = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
     p = tl.arange(0, BLOCK_P)
     count = 0.0
     mean = tl.zeros((BLOCK_C,), tl.float32)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, left, BLOCK_P):
         mask = inside[:, None] & (p < left - start)[None, :]
-        here = x + base + place(0, start, pixels, CHANNELS, CHANNELS_LAST)
-        value = tl.load(here + offset, mask=mask, other=0.0).to(tl.float32)
-        value = tl.where(mask, value + before[:, None], 0.0)
+        tile = x + base + element_offset(0, start, pixels, CHANNELS, CHANNELS_LAST)
+        value = tl.load(tile + place, mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(mask, value + added[:, None], 0.0)
         tile_count = tl.minimum(left - start, BLOCK_P).to(tl.float32)
         tile_mean = tl.sum(value, 1) / tile_count
         centred = tl.where(mask, value - tile_mean[:, None], 0.0)
-        # Chan et al. (1979): the moments of two sets from the moments of each.
-        away = tile_mean - mean
+        # Combines the moments of two sets (Chan et al., 1979).
+        delta = tile_mean - mean
         total = count + tile_count
-        mean += away * (tile_count / total)
-        squares += tl.sum(centred * centred, 1) + away * away * (count * tile_count / total)
+        mean += delta * (tile_count / total)
+        squares += tl.sum(centred * centred, 1) + delta * delta * (count * tile_count / total)
         count = total
-    at = part * 2 * CHANNELS + channel
-    tl.store(partials + at, mean, mask=inside)
-    tl.store(partials + at + CHANNELS, squares, mask=inside)
+    row = part * 2 * CHANNELS + channel
+    tl.store(partials + row, mean, mask=inside)
+    tl.store(partials + row + CHANNELS, squares, mask=inside)
 
 
 @triton.jit(do_not_specialize=["splits", "span"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -140,7 +136,7 @@ def _combine_moments(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """mean and rstd of one group from the moments of its channels over each span."""
+    """Computes mean and rstd of one group from the moments of its channels over each span of pixels."""
     groups: tl.constexpr = CHANNELS // GROUP
     n = (tl.program_id(0) // groups).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
@@ -148,7 +144,7 @@ def _combine_moments(
     inside = c < GROUP
     s = tl.arange(0, BLOCK_S)
     partials += n * splits * 2 * CHANNELS
-    pivot = tl.load(partials + tl.program_id(0) % groups * GROUP)  # near all the means, so that little is summed
+    pivot = tl.load(partials + tl.program_id(0) % groups * GROUP)  # close to every mean, so that the sums stay small
     partials += channel[None, :] + s[:, None] * (2 * CHANNELS)
 
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
@@ -164,9 +160,9 @@ def _combine_moments(
     for first in range(0, splits, BLOCK_S):
         mask = inside[None, :] & (first + s < splits)[:, None]
         count = tl.minimum(pixels - (first + s).to(tl.int64) * span, span).to(tl.float32)[:, None]
-        away = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0) - mu
+        delta = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0) - mu
         squares = tl.load(partials + (first * 2 + 1) * CHANNELS, mask=mask, other=0.0)
-        total += tl.where(mask, squares + count * away * away, 0.0)
+        total += tl.where(mask, squares + count * delta * delta, 0.0)
     tl.store(mean + tl.program_id(0), mu)
     tl.store(rstd + tl.program_id(0), _reciprocal_deviation(tl.sum(total) / elements, eps))
 
@@ -186,39 +182,39 @@ def _apply(
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """y of one tile, the statistics being known."""
-    n, _, channel, inside, base, offset, left = split_tile(
+    """Normalises one tile, given the mean and rstd of its groups."""
+    n, _, channel, inside, base, place, left = split_tile(
         tl.cdiv(pixels, BLOCK_P), BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
     )
     mask = inside[:, None] & (tl.arange(0, BLOCK_P) < left)[None, :]
-    value = tl.load(x + base + offset, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + base + place, mask=mask, other=0.0).to(tl.float32)
     group = n * (CHANNELS // GROUP) + channel // GROUP
     mu = tl.load(mean + group, mask=inside, other=0.0)
     centred = centre(value, pre_shift, n * CHANNELS + channel, inside, mu, BLOCK_C)
-    gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    gain, offset = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
     gain *= tl.load(rstd + group, mask=inside, other=0.0)
-    result = _activate(centred * gain[:, None] + end[:, None], SILU)
-    tl.store(y + base + offset, result.to(y.dtype.element_ty), mask=mask)
+    result = activate(centred * gain[:, None] + offset[:, None], None, ACTIVATION)
+    tl.store(y + base + place, result.to(y.dtype.element_ty), mask=mask)
 
 
 def _statistics(
-    x: Tensor, group: int, eps: float, pre_shift: Tensor | None, mean: Tensor, rstd: Tensor, cut: Plan
+    x: Tensor, group: int, eps: float, pre_shift: Tensor | None, mean: Tensor, rstd: Tensor, tiling: Plan
 ) -> None:
-    """mean and rstd [N, G] of groups too large for one program."""
+    """Computes mean and rstd [N, G] of groups too large for one program."""
     samples, channels, pixels = dimensions(x)
-    partials = torch.empty((samples, cut.splits, 2, channels), dtype=torch.float32, device=x.device)
-    tile = {"BLOCK_C": cut.block_c, "BLOCK_P": cut.block_p, "num_warps": cut.warps}
-    grid = (samples * cut.splits * triton.cdiv(channels, cut.block_c),)
+    partials = torch.empty((samples, tiling.splits, 2, channels), dtype=torch.float32, device=x.device)
+    tile = {"BLOCK_C": tiling.block_c, "BLOCK_P": tiling.block_p, "num_warps": tiling.warps}
+    grid = (samples * tiling.splits * triton.cdiv(channels, tiling.block_c),)
     _partial_moments[grid](
         x,
         pre_shift,
         partials,
-        cut.splits,
-        cut.tiles,
+        tiling.splits,
+        tiling.tiles,
         pixels,
         CHANNELS=channels,
         CHANNELS_LAST=is_channels_last(x),
@@ -229,10 +225,10 @@ def _statistics(
         eps,
         mean,
         rstd,
-        cut.splits,
-        cut.tiles * cut.block_p,
+        tiling.splits,
+        tiling.tiles * tiling.block_p,
         pixels,
-        **combine_options(channels, group, cut),
+        **combine_options(channels, group, tiling),
     )
 
 
@@ -245,19 +241,19 @@ def group_norm_silu(
     pre_shift: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    silu: bool,
+    activation: int,
     y: Tensor,
     mean: Tensor,
     rstd: Tensor,
 ) -> None:
-    """Writes y, mean and rstd [N, G]."""
+    """Writes y, and mean and rstd [N, G]; ``activation`` is a number of ``Activation``."""
     if x.numel() == 0:
         return
-    cut = plan(x, num_groups, "forward")
+    tiling = plan(x, num_groups, "forward")
     samples, channels, pixels = dimensions(x)
-    shape = tile_options(x, num_groups, silu, cut)
-    blocks = samples * triton.cdiv(channels, cut.block_channels)
-    if cut.one_program:
+    shape = tile_options(x, num_groups, activation, tiling)
+    blocks = samples * triton.cdiv(channels, tiling.block_channels)
+    if tiling.one_program:
         _whole_groups[(blocks,)](
             x,
             weight,
@@ -271,9 +267,9 @@ def group_norm_silu(
             rstd,
             pixels,
             **shape,
-            **whole_tile_options(x, cut),
+            **whole_tile_options(x, tiling),
         )
     else:
-        _statistics(x, channels // num_groups, float(eps), pre_shift, mean, rstd, cut)
-        grid = (blocks * triton.cdiv(pixels, cut.block_p),)
+        _statistics(x, channels // num_groups, float(eps), pre_shift, mean, rstd, tiling)
+        grid = (blocks * triton.cdiv(pixels, tiling.block_p),)
         _apply[grid](x, weight, bias, pre_shift, scale, shift, mean, rstd, y, pixels, **shape)

@@ -1,4 +1,4 @@
-"""The backward pass of GroupNorm and SiLU in Triton."""
+"""GroupNorm and its activation in Triton, the backward pass."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def _whole_groups_backward(
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    """Everything for the groups of one tile: dy and x are read once, dx is written once."""
+    """Computes every gradient for the groups of one tile: reads dy and x once, writes dx once."""
     n, channel, inside, base, offset, mask = whole_tile(
         pixels, CHANNELS, CHANNELS_LAST, BLOCK_CHANNELS, BLOCK_C, BLOCK_P, FULL
     )
     value = tl.load(x + base + offset, mask=mask, other=0.0)
-    upstream = tl.load(dy + base + offset, mask=mask, other=0.0)  # 0 where masked, and so is dz
-    if BLOCK_CHANNELS == GROUP:  # program i has group i: one register each, and not one per channel
+    upstream = tl.load(dy + base + offset, mask=mask, other=0.0)  # dz is 0, too, where the mask is off
+    if BLOCK_CHANNELS == GROUP:  # program i has group i: one scalar instead of a register per channel
         mu = tl.full((BLOCK_C,), tl.load(mean + tl.program_id(0)), tl.float32)
         reciprocal = tl.full((BLOCK_C,), tl.load(rstd + tl.program_id(0)), tl.float32)
     else:
@@ -52,11 +52,11 @@ def _whole_groups_backward(
         reciprocal = group_values(rstd, n, channel, inside, CHANNELS, GROUP)
     xhat, dz, gain = through_activation(
         upstream, value, mu, reciprocal, weight, bias, pre_shift, scale, shift,
-        n, channel, inside, CHANNELS, SILU, BLOCK_C,
+        n, channel, inside, CHANNELS, ACTIVATION, BLOCK_C,
     )  # fmt: skip
     by_dz = tl.sum(dz, 1)
     by_product = tl.sum(dz * xhat, 1)
-    by_xhat = tl.sum(xhat if FULL else tl.where(mask, xhat, 0.0), 1)  # a channel that is not there is not stored
+    by_xhat = tl.sum(xhat if FULL else tl.where(mask, xhat, 0.0), 1)  # rows beyond the last channel are never stored
     count = (pixels * GROUP).to(tl.float32)
     m1 = group_sum(gain * by_dz, GROUP, BLOCK_C) / count
     m2 = group_sum(gain * by_product, GROUP, BLOCK_C) / count
@@ -72,7 +72,7 @@ def _whole_groups_backward(
 def _parameter_gradients(
     per_sample, dweight, dbias, samples, CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """dweight and dbias [C]: the sums of per_sample [N, 2, C] over the samples."""
+    """Sums per_sample [N, 2, C] over the samples into dweight and dbias [C]."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = channel < CHANNELS
     row: tl.constexpr = 2 * CHANNELS
@@ -96,7 +96,7 @@ def group_norm_silu_backward(
     pre_shift: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
-    silu: bool,
+    activation: int,
     dx: Tensor,
     dweight: Tensor | None,
     dbias: Tensor | None,
@@ -104,22 +104,22 @@ def group_norm_silu_backward(
     dscale: Tensor | None,
     dshift: Tensor | None,
 ) -> None:
-    """Writes dx, and those of the other gradients that are given."""
+    """Writes dx, and every other gradient that is not None; ``activation`` is a number of ``Activation``."""
     samples, channels, pixels = dimensions(x)
     per_sample = None
     if dweight is not None or dbias is not None:
         per_sample = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
     if samples > 0:
-        cut = plan(x, num_groups, "backward")
-        shape = tile_options(x, num_groups, silu, cut)
+        tiling = plan(x, num_groups, "backward")
+        shape = tile_options(x, num_groups, activation, tiling)
         options = (weight, bias, pre_shift, scale, shift)
         gradients = (dpre_shift, dscale, dshift, per_sample)
-        if cut.one_program:
-            _whole_groups_backward[(samples * triton.cdiv(channels, cut.block_channels),)](
-                dy, x, mean, rstd, *options, dx, *gradients, pixels, **shape, **whole_tile_options(x, cut)
+        if tiling.one_program:
+            _whole_groups_backward[(samples * triton.cdiv(channels, tiling.block_channels),)](
+                dy, x, mean, rstd, *options, dx, *gradients, pixels, **shape, **whole_tile_options(x, tiling)
             )
         else:
-            split_backward(dy, x, mean, rstd, options, dx, gradients, shape, cut)
+            split_backward(dy, x, mean, rstd, options, dx, gradients, shape, tiling)
     if per_sample is not None:
         _parameter_gradients[(triton.cdiv(channels, 32),)](
             per_sample, dweight, dbias, samples, CHANNELS=channels, BLOCK_S=32, BLOCK_C=32, num_warps=4

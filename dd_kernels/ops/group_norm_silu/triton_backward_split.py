@@ -1,4 +1,4 @@
-"""The backward pass of GroupNorm and SiLU in Triton, for groups too large for one program."""
+"""GroupNorm and its activation in Triton, the backward pass of groups too large for one program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_gradients import GRADIENTS, PER_CHANNEL, channel_gradients, input_gradient, sum_rows, through_activation
-from .triton_tiles import Plan, affine, combine_options, dimensions, group_values, place, split_tile
+from .triton_tiles import Plan, affine, combine_options, dimensions, element_offset, group_values, split_tile
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"], do_not_specialize_on_alignment=PER_CHANNEL)
@@ -29,11 +29,11 @@ def _partial_sums(
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """partials [N, splits, 3, C]: by_dz, by_product and by_xhat over ``tiles`` blocks of pixels."""
+    """Stores in partials [N, splits, 3, C] by_dz, by_product and by_xhat over ``tiles`` blocks of pixels."""
     n, part, channel, inside, base, offset, left = split_tile(
         splits, tiles * BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
     )
@@ -44,12 +44,12 @@ def _partial_sums(
     by_xhat = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, left, BLOCK_P):
         mask = inside[:, None] & (tl.arange(0, BLOCK_P) < left - start)[None, :]
-        here = base + place(0, start, pixels, CHANNELS, CHANNELS_LAST)
-        value = tl.load(x + here + offset, mask=mask, other=0.0)
-        upstream = tl.load(dy + here + offset, mask=mask, other=0.0)  # 0 where masked, and so is dz
+        tile = base + element_offset(0, start, pixels, CHANNELS, CHANNELS_LAST)
+        value = tl.load(x + tile + offset, mask=mask, other=0.0)
+        upstream = tl.load(dy + tile + offset, mask=mask, other=0.0)  # dz is 0, too, where the mask is off
         xhat, dz, _ = through_activation(
             upstream, value, mu, reciprocal, weight, bias, pre_shift, scale, shift,
-            n, channel, inside, CHANNELS, SILU, BLOCK_C,
+            n, channel, inside, CHANNELS, ACTIVATION, BLOCK_C,
         )  # fmt: skip
         by_dz += tl.sum(dz, 1)
         by_product += tl.sum(dz * xhat, 1)
@@ -80,7 +80,7 @@ def _combine_sums(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """m1 and m2 of one group into means [N, G, 2], and the gradients of its channels."""
+    """Stores m1 and m2 of one group in means [N, G, 2], and the gradients of its channels."""
     groups: tl.constexpr = CHANNELS // GROUP
     row: tl.constexpr = 3 * CHANNELS
     n = (tl.program_id(0) // groups).to(tl.int64)
@@ -121,11 +121,11 @@ def _apply_backward(
     CHANNELS: tl.constexpr,
     GROUP: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """dx of one tile, the means of its groups being known."""
+    """Computes dx of one tile, given the means of its groups."""
     n, _, channel, inside, base, offset, left = split_tile(
         tl.cdiv(pixels, BLOCK_P), BLOCK_P, pixels, CHANNELS, CHANNELS_LAST, BLOCK_C, BLOCK_P
     )
@@ -136,7 +136,7 @@ def _apply_backward(
     reciprocal = group_values(rstd, n, channel, inside, CHANNELS, GROUP)
     xhat, dz, gain = through_activation(
         upstream, value, mu, reciprocal, weight, bias, pre_shift, scale, shift,
-        n, channel, inside, CHANNELS, SILU, BLOCK_C,
+        n, channel, inside, CHANNELS, ACTIVATION, BLOCK_C,
     )  # fmt: skip
     at = means + 2 * (n * (CHANNELS // GROUP) + channel // GROUP)
     m1 = tl.load(at, mask=inside, other=0.0)
@@ -154,18 +154,20 @@ def split_backward(
     dx: Tensor,
     gradients: tuple[Tensor | None, ...],
     shape: dict[str, int],
-    cut: Plan,
+    tiling: Plan,
 ) -> None:
     """Writes dx and the gradients; ``options`` are weight, bias, pre_shift, scale and shift."""
     samples, channels, pixels = dimensions(x)
-    combine = combine_options(channels, shape["GROUP"], cut)
+    combine = combine_options(channels, shape["GROUP"], tiling)
     weight, bias, _, scale, shift = options
-    partials = torch.empty((samples, cut.splits, 3, channels), dtype=torch.float32, device=x.device)
+    partials = torch.empty((samples, tiling.splits, 3, channels), dtype=torch.float32, device=x.device)
     means = torch.empty((*mean.shape, 2), dtype=torch.float32, device=x.device)
-    blocks = samples * triton.cdiv(channels, cut.block_c)
-    _partial_sums[(blocks * cut.splits,)](dy, x, mean, rstd, *options, partials, cut.splits, cut.tiles, pixels, **shape)
-    _combine_sums[(mean.numel(),)](
-        partials, rstd, weight, bias, scale, shift, means, *gradients, cut.splits, pixels, **combine
+    blocks = samples * triton.cdiv(channels, tiling.block_c)
+    _partial_sums[(blocks * tiling.splits,)](
+        dy, x, mean, rstd, *options, partials, tiling.splits, tiling.tiles, pixels, **shape
     )
-    grid = (blocks * triton.cdiv(pixels, cut.block_p),)
+    _combine_sums[(mean.numel(),)](
+        partials, rstd, weight, bias, scale, shift, means, *gradients, tiling.splits, pixels, **combine
+    )
+    grid = (blocks * triton.cdiv(pixels, tiling.block_p),)
     _apply_backward[grid](dy, x, mean, rstd, *options, means, dx, pixels, **shape)

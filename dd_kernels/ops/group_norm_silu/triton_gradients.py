@@ -1,6 +1,6 @@
-"""What the backward kernels of GroupNorm and SiLU in Triton share.
+"""What the backward kernels of GroupNorm and its activation in Triton share.
 
-With xhat the normalised input, z = gain xhat + end and dz = dy act'(z), every gradient follows from three
+With xhat the normalised input, z = gain xhat + offset and dz = dy act'(z), every gradient follows from three
 sums over the pixels of a channel:
 
     by_dz = sum dz,      by_product = sum dz xhat,      by_xhat = sum xhat
@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import affine, channel_values, sigmoid
+from .triton_activations import activate
+from .triton_tiles import affine, channel_values
 
 PER_CHANNEL = ["mean", "rstd", "weight", "bias", "pre_shift", "scale", "shift"]
 GRADIENTS = ["dpre_shift", "dscale", "dshift", "per_sample"]
@@ -34,24 +35,21 @@ def through_activation(
     channel,
     inside,
     CHANNELS: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(xhat, dz) of a tile and gain [BLOCK_C]; mu and reciprocal [BLOCK_C] are the mean and rstd of each channel."""
+    """Returns xhat, dz and gain of a tile; gain, mu and reciprocal (each channel's mean and rstd) are [BLOCK_C]."""
     centre = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C) - mu
     xhat = (value.to(tl.float32) + centre[:, None]) * reciprocal[:, None]
-    gain, end = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
-    dz = dy.to(tl.float32)
-    if SILU:
-        z = xhat * gain[:, None] + end[:, None]
-        s = sigmoid(z)
-        dz = dz * s * (1.0 + z * (1.0 - s))
+    gain, offset = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
+    dy = dy.to(tl.float32)
+    dz = activate(xhat * gain[:, None] + offset[:, None], dy, ACTIVATION)
     return xhat, dz, gain
 
 
 @triton.jit
 def input_gradient(xhat, dz, gain, reciprocal, m1, m2):
-    """dx of a tile, in float32."""
+    """Returns dx of a tile, in float32."""
     return reciprocal[:, None] * (gain[:, None] * dz - m1[:, None] - xhat * m2[:, None])
 
 
@@ -78,7 +76,7 @@ def channel_gradients(
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Stores the gradients [N, C], and into per_sample [N, 2, C] a sample's share of dweight and dbias."""
+    """Stores the gradients [N, C], and in per_sample [N, 2, C] what the sample adds to dweight and dbias."""
     at = n * CHANNELS + channel
     if dpre_shift is not None:
         tl.store(dpre_shift + at, reciprocal * (gain * by_dz - pixels * m1 - m2 * by_xhat), mask=inside)
@@ -96,7 +94,7 @@ def channel_gradients(
 
 @triton.jit
 def sum_rows(rows, count, inside, STRIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The sum [BLOCK_C] of ``count`` rows, STRIDE elements apart, always in the same order."""
+    """Returns the sum [BLOCK_C] of ``count`` rows, STRIDE elements apart, added in a fixed order."""
     s = tl.arange(0, BLOCK_S)
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for first in range(0, count, BLOCK_S):
