@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,21 @@ class Gaussian(NamedTuple):
     mean: Tensor
     variance: Tensor
     log_variance: Tensor
+
+
+def posterior_mean_coefficients(alpha: Any, beta: Any, alpha_bar: Any, alpha_bar_prev: Any) -> tuple[Any, Any]:
+    r"""Factors of x_0 and x_t in the mean of q(x_{t-1} | x_t, x_0), eq. 7 of DDPM; of arrays or tensors.
+
+    .. math:: \sqrt{\bar\alpha_{t-1}} \beta_t / (1 - \bar\alpha_t), \qquad
+        \sqrt{\alpha_t} (1 - \bar\alpha_{t-1}) / (1 - \bar\alpha_t)
+    """
+    remaining = 1 - alpha_bar
+    return alpha_bar_prev**0.5 * beta / remaining, alpha**0.5 * (1 - alpha_bar_prev) / remaining
+
+
+def posterior_variance(alpha: Any, beta: Any, alpha_bar: Any, alpha_bar_prev: Any) -> Any:
+    r"""\tilde\beta_t = (1 - \bar\alpha_{t-1}) / (1 - \bar\alpha_t) \beta_t, eq. 7 of DDPM; of arrays or tensors."""
+    return (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
 
 
 class Schedule:
@@ -75,23 +90,32 @@ class Schedule:
     @cached_property
     def posterior_variance(self) -> np.ndarray:
         r"""\tilde\beta_t = \beta_t (1 - \bar\alpha_{t-1}) / (1 - \bar\alpha_t), eq. 7 of DDPM; 0 at t = 0."""
-        return self.beta * (1.0 - self.alpha_bar_prev) / (1.0 - self.alpha_bar)
+        return posterior_variance(self.alpha, self.beta, self.alpha_bar, self.alpha_bar_prev)
+
+    @cached_property
+    def posterior_variance_clipped(self) -> np.ndarray:
+        """The posterior variance, its first value (0) replaced by the second, or by beta where there is none."""
+        variance = self.posterior_variance
+        return np.append(variance[1], variance[1:]) if len(variance) > 1 else self.beta
 
     @cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """log of the posterior variance, its first value (log 0) replaced by the second."""
-        variance = self.posterior_variance
-        return np.log(np.append(variance[1], variance[1:]) if len(variance) > 1 else self.beta)
+        """log of :attr:`posterior_variance_clipped`."""
+        return np.log(self.posterior_variance_clipped)
+
+    @cached_property
+    def _posterior_mean_coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        return posterior_mean_coefficients(self.alpha, self.beta, self.alpha_bar, self.alpha_bar_prev)
 
     @cached_property
     def posterior_mean_coef_x_start(self) -> np.ndarray:
         r"""\sqrt{\bar\alpha_{t-1}} \beta_t / (1 - \bar\alpha_t), eq. 7 of DDPM."""
-        return self.beta * np.sqrt(self.alpha_bar_prev) / (1.0 - self.alpha_bar)
+        return self._posterior_mean_coefficients[0]
 
     @cached_property
     def posterior_mean_coef_x_t(self) -> np.ndarray:
         r"""\sqrt{\alpha_t} (1 - \bar\alpha_{t-1}) / (1 - \bar\alpha_t), eq. 7 of DDPM."""
-        return (1.0 - self.alpha_bar_prev) * np.sqrt(self.alpha) / (1.0 - self.alpha_bar)
+        return self._posterior_mean_coefficients[1]
 
     @cached_property
     def snr(self) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..ops.reverse_step.table import DynamicThreshold, StepTable, from_columns
 from ..schedules import Schedule
-from .rows import PREDICTIONS, check_choice, clip_columns, x0_columns
+from . import rows
 from .timesteps import timestep_sequence
 
 
@@ -40,25 +40,20 @@ def ddim(
         learned_variance: the model's output is [N, 2 C, ...]; its second half plays no part, since the
             log-variance columns are 0 and leave sigma as it is.
     """
-    check_choice("prediction", prediction, PREDICTIONS)
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1]; got {eta}")
     sequence = timestep_sequence(len(schedule), None if timesteps is not None else steps, spacing, timesteps)[::-1]
     alpha_bar = schedule.alpha_bar[sequence]
     alpha_bar_prev = np.append(alpha_bar[1:], 1.0)
     # At the last step 1 - alpha_bar_prev is 0, and with it sigma: no noise.
-    sigma = eta * np.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / alpha_bar_prev)
-    direction = np.sqrt(np.maximum(1 - alpha_bar_prev - sigma**2, 0.0))
-    # epsilon = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar), with the clipped x_0
-    from_x = direction / np.sqrt(1 - alpha_bar)
+    sigma = rows.ddim_sigma(alpha_bar, alpha_bar_prev, eta)
     return from_columns(
         sequence,
-        prev_from_x0=np.sqrt(alpha_bar_prev) - from_x * np.sqrt(alpha_bar),
-        prev_from_x=from_x,
-        sigma=sigma,
         learned_variance=learned_variance,
-        **x0_columns(prediction, alpha_bar),
-        **clip_columns(clip),
+        **rows.x0_columns(prediction, alpha_bar),
+        **rows.clip_columns(clip),
+        **rows.ddim_columns(alpha_bar_prev, rows.epsilon_of_x0(alpha_bar), sigma),
     )
 
 
@@ -76,23 +71,10 @@ def ddim_inversion(
     at step i the model is asked at t_i for epsilon, and x moves from alpha_bar_{i-1} (1 at first) to
     alpha_bar_i. The same steps, spacing and prediction as the sampler's give its mirror image.
     """
-    check_choice("prediction", prediction, PREDICTIONS)
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
     sequence = timestep_sequence(len(schedule), None if timesteps is not None else steps, spacing, timesteps)
     after = schedule.alpha_bar[sequence]
     before = np.append(1.0, after[:-1])
-    # epsilon = from_x * x + from_out * out, read at the timestep that the model was asked at
-    signal, sigma = np.sqrt(after), np.sqrt(1 - after)
-    from_x, from_out = {
-        "epsilon": (np.zeros_like(after), np.ones_like(after)),
-        "x_start": (1 / sigma, -signal / sigma),
-        "v": (sigma, signal),
-    }[prediction]
-    return from_columns(
-        sequence,
-        x0_num_x=1 - np.sqrt(1 - before) * from_x,
-        x0_num_out=-np.sqrt(1 - before) * from_out,
-        x0_den=np.sqrt(before),
-        prev_from_x0=signal,
-        prev_from_x=sigma * from_x,
-        prev_from_out=sigma * from_out,
-    )
+    # The model is asked at the noise level that the step goes to.
+    epsilon = rows.epsilon_of_output(prediction, after)
+    return from_columns(sequence, **rows.x0_of_epsilon(before, epsilon), **rows.ddim_columns(after, epsilon))

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..ops.reverse_step.table import DynamicThreshold, StepTable, from_columns
-from ..schedules import Schedule
-from .rows import PREDICTIONS, check_choice, clip_columns, x0_columns
+from ..schedules import Schedule, from_alpha_bars
+from . import rows
 from .timesteps import timestep_sequence
-
-VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
 def ddpm(
@@ -40,34 +36,18 @@ def ddpm(
         clip: x_0 is clipped to [-clip, clip]; or a DynamicThreshold; or None.
         spacing, timesteps: see :func:`timestep_sequence`.
     """
-    check_choice("variance", variance, VARIANCES)
-    check_choice("prediction", prediction, PREDICTIONS)
+    rows.check_choice("variance", variance, rows.VARIANCES)
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
     sequence = timestep_sequence(len(schedule), steps, spacing, timesteps)
-    alpha_bar = schedule.alpha_bar[sequence]
-    # The subsequence is a diffusion process of its own.
-    process = Schedule(1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]))
-    learned = variance.startswith("learned")
-    sigma = {
-        "fixed_small": np.sqrt(process.posterior_variance),
-        "fixed_large": np.sqrt(process.beta),
-    }.get(variance, np.ones(len(process)))
-    sigma = np.append(0.0, sigma[1:])
-    log_variances = {
-        # Half-way between -1 and 1 by (v + 1) / 2 is v itself: the log-variance as the model gives it.
-        "learned": {"log_var_min": -1.0, "log_var_max": 1.0},
-        "learned_range": {
-            "log_var_min": process.posterior_log_variance_clipped[::-1],
-            "log_var_max": np.log(process.beta)[::-1],
-        },
-    }.get(variance, {})
-    x0 = {k: v if np.isscalar(v) else v[::-1] for k, v in x0_columns(prediction, alpha_bar).items()}
+    # The subsequence is a diffusion process of its own; rows go from its noisiest step to its first.
+    process = from_alpha_bars(schedule.alpha_bar[sequence])
+    step = rows.Transition(*(values[::-1] for values in rows.Transition.of(process)))
+    variances = process.posterior_variance_clipped[::-1]
     return from_columns(
         sequence[::-1],
-        prev_from_x0=process.posterior_mean_coef_x_start[::-1],
-        prev_from_x=process.posterior_mean_coef_x_t[::-1],
-        sigma=sigma[::-1],
-        learned_variance=learned,
-        **log_variances,
-        **x0,
-        **clip_columns(clip),
+        learned_variance=variance.startswith("learned"),
+        **rows.x0_columns(prediction, schedule.alpha_bar[sequence[::-1]]),
+        **rows.clip_columns(clip),
+        **rows.posterior_columns(step),
+        **rows.variance_columns(variance, variances, step.beta, draws=step.alpha_bar_prev < 1),
     )

@@ -10,19 +10,15 @@ from torch import Tensor
 
 from ..ops import reverse_step
 from ..ops.reverse_step.table import DynamicThreshold, StepTable, from_columns
-from ..samplers import ddim, ddpm
+from ..samplers import ddim, ddpm, rows
 from ..schedules import Schedule
 
 
 @lru_cache(maxsize=32)
 def _posterior_table(schedule: Schedule) -> StepTable:
     """Row t of the posterior mean, whose "model output" is x_0 itself."""
-    return from_columns(
-        np.arange(len(schedule)),
-        x0_num_out=1.0,
-        prev_from_x0=schedule.posterior_mean_coef_x_start,
-        prev_from_x=schedule.posterior_mean_coef_x_t,
-    )
+    columns = rows.posterior_columns(rows.Transition.of(schedule))
+    return from_columns(np.arange(len(schedule)), x0_num_out=1.0, **columns)
 
 
 def posterior_mean(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...ops.reverse_step.table import COLUMNS, StepTable, from_columns
-from ...samplers import ddim, ddpm
+from ...ops.reverse_step.table import StepTable, from_columns
+from ...samplers import rows
 from ...sampling.guidance import Model, model_output
 from ...schedules import Schedule, check_timesteps
 from .types import ModelMeanType, ModelVarType
@@ -109,48 +109,39 @@ class Process:
         """
         key = (kind, clip, eta)
         if key not in self._tables:
-            build = self._sample_of_mean_columns if kind == "sample_of_mean" else self._columns
-            columns = build(kind, 1.0 if clip else None, eta)
+            columns = self._columns(kind, eta) | ({"x0_clip": 1.0} if clip else {})
             self._tables[key] = from_columns(np.array(self.timestep_map), **columns)
         return self._tables[key]
 
-    def _columns(self, kind: str, clip: float | None, eta: float) -> dict[str, Any]:
+    def _columns(self, kind: str, eta: float) -> rows.Columns:
+        step = rows.Transition.of(self.schedule)
+        draws = np.arange(self.num_timesteps) > 0
+        if kind == "sample_of_mean":
+            variance = rows.variance_columns("learned", step.beta, step.beta, draws)
+            return {"prev_from_out": 1.0, "learned_variance": True, **variance}
         of_x0 = kind == "posterior" or kind.endswith("_of_x0")
-        epsilon = self.model_mean_type == ModelMeanType.EPSILON and not of_x0
-        options: dict[str, Any] = {"prediction": "epsilon" if epsilon else "x_start", "clip": clip}
+        x0 = self._x0_columns(step, of_x0)
         if kind.startswith("ddim"):
-            everything = range(self.num_timesteps)
-            learned = self._learned and not of_x0
-            table = ddim(self.schedule, timesteps=everything, eta=eta, learned_variance=learned, **options)
-        else:
-            variance = self.model_var_type.name.lower() if kind == "sample" else "fixed_small"
-            table = ddpm(self.schedule, variance=variance, **options)
-        columns: dict[str, Any] = {name: table.column(name).flip(0).numpy() for name in COLUMNS}
-        columns["learned_variance"] = table.learned_variance
+            reverse = kind.startswith("ddim_reverse")
+            after = self.alphas_cumprod_next if reverse else step.alpha_bar_prev
+            sigma = 0.0 if reverse else rows.ddim_sigma(step.alpha_bar, after, eta)
+            to = rows.ddim_columns(after, rows.epsilon_of_x0(step.alpha_bar), sigma)
+            return {**x0, **to, "learned_variance": self._learned and not of_x0}
+        to = rows.posterior_columns(step)
         if self.model_mean_type == ModelMeanType.PREVIOUS_X and not of_x0:
-            columns |= self._x0_of_previous_x_columns()
-            if not kind.startswith("ddim"):
-                columns |= {"prev_from_x0": 0.0, "prev_from_x": 0.0, "prev_from_out": 1.0}
-        if kind in ("mean", "posterior"):
-            columns["sigma"] = 0.0
-        if kind.startswith("ddim_reverse"):
-            columns |= self._reverse_columns()
-        return columns
+            to = {"prev_from_out": 1.0}
+        if kind != "sample":
+            return x0 | to
+        variances = self.schedule.posterior_variance_clipped
+        variance = rows.variance_columns(self.model_var_type.name.lower(), variances, step.beta, draws)
+        return {**x0, **to, **variance, "learned_variance": self._learned}
 
-    def _x0_of_previous_x_columns(self) -> dict[str, Any]:
-        """x_0 where the model predicts the mean of x_{t-1}: eq. 7 of DDPM solved for x_0."""
-        return {"x0_num_x": -self.posterior_mean_coef2, "x0_num_out": 1.0, "x0_den": self.posterior_mean_coef1}
-
-    def _reverse_columns(self) -> dict[str, Any]:
-        """x_{t+1} instead of x_{t-1}: eq. 12 of DDIM with alpha_bar_{t+1}; that after the last is 0."""
-        from_x = np.sqrt(1.0 - self.alphas_cumprod_next) / self.sqrt_one_minus_alphas_cumprod
-        from_x0 = np.sqrt(self.alphas_cumprod_next) - from_x * self.sqrt_alphas_cumprod
-        return {"prev_from_x0": from_x0, "prev_from_x": from_x}
-
-    def _sample_of_mean_columns(self, *_: Any) -> dict[str, Any]:
-        # Half-way between -1 and 1 by (v + 1) / 2 is v itself: the log-variance as it is given.
-        log_variance = {"learned_variance": True, "log_var_min": -1.0, "log_var_max": 1.0}
-        return {"prev_from_out": 1.0, "sigma": np.append(0.0, np.ones(self.num_timesteps - 1)), **log_variance}
+    def _x0_columns(self, step: rows.Transition, of_x0: bool) -> rows.Columns:
+        """x_0 of the model's output, or x_0 itself ``of_x0``."""
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X and not of_x0:
+            return rows.x0_of_mean(step)
+        epsilon = self.model_mean_type == ModelMeanType.EPSILON and not of_x0
+        return rows.x0_columns("epsilon" if epsilon else "x_start", step.alpha_bar)
 
     # The forward process q.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...sampling.guidance import Model
-from ...schedules import Schedule
+from ...schedules import Schedule, from_alpha_bars
 from .gaussian_diffusion import GaussianDiffusion
 
 
@@ -77,8 +77,7 @@ class SpacedDiffusion(GaussianDiffusion):
         kept = sorted(self.use_timesteps)
         if not kept or kept[0] < 0 or kept[-1] >= len(original):
             raise ValueError(f"use_timesteps must hold at least one timestep in [0, {len(original)}); got {kept}")
-        alpha_bar = original.alpha_bar[kept]
-        super().__init__(betas=1.0 - alpha_bar / np.append(1.0, alpha_bar[:-1]), **kwargs)
+        super().__init__(betas=from_alpha_bars(original.alpha_bar[kept]).beta, **kwargs)
         self.timestep_map = kept
 
     def original_timesteps(self, t: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ...ops import q_sample, reverse_step
 from ...ops.reverse_step.table import StepTable, from_columns
+from ...samplers import rows
 from ...schedules import from_alpha_bars
 
 Conditioning = Any
@@ -83,29 +84,23 @@ class DDIMSampler:
             self._tables[key] = from_columns(np.arange(len(self._alpha_bars[original][0])), **columns)
         return self._tables[key]
 
-    def _of_x0_columns(self, alpha_bar: np.ndarray, before: np.ndarray, temperature: float) -> dict[str, Any]:
-        """Eq. 12 and 16 of DDIM."""
-        sigma = self.ddim_eta * np.sqrt((1 - before) / (1 - alpha_bar) * (1 - alpha_bar / before))
-        direction = np.sqrt(np.maximum(1 - before - sigma**2, 0.0))
-        return {
-            "x0_num_out": 1.0,
-            "prev_from_x0": np.sqrt(before),
-            "prev_from_x": direction,
-            "sigma": sigma * temperature,
-        }
+    def _of_x0_columns(self, alpha_bar: np.ndarray, before: np.ndarray, temperature: float) -> rows.Columns:
+        """Eq. 12 of DDIM, epsilon and x_0 being given."""
+        return {"x0_num_out": 1.0, **self._to(alpha_bar, before, temperature, rows.Epsilon(0.0, 1.0, 0.0))}
 
-    def _sample_columns(self, alpha_bar: np.ndarray, before: np.ndarray, temperature: float) -> dict[str, Any]:
-        columns = self._of_x0_columns(alpha_bar, before, temperature)
-        direction, signal, noise = columns.pop("prev_from_x"), np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-        if self.parameterization == "v":
-            x0 = {"x0_num_x": signal, "x0_num_out": -noise}
-            return {**columns, **x0, "prev_from_x": direction * noise, "prev_from_out": direction * signal}
-        return {**columns, "x0_num_x": 1.0, "x0_num_out": -noise, "x0_den": signal, "prev_from_out": direction}
+    def _sample_columns(self, alpha_bar: np.ndarray, before: np.ndarray, temperature: float) -> rows.Columns:
+        """Eq. 12 of DDIM, epsilon and x_0 being those of x_t and the model's output."""
+        prediction = {"eps": "epsilon", "v": "v"}[self.parameterization]
+        epsilon = rows.epsilon_of_output(prediction, alpha_bar)
+        return rows.x0_columns(prediction, alpha_bar) | self._to(alpha_bar, before, temperature, epsilon)
 
-    def _encode_columns(self, alpha_bar: np.ndarray, before: np.ndarray, _: float) -> dict[str, Any]:
+    def _to(self, alpha_bar: np.ndarray, before: np.ndarray, temperature: float, epsilon: rows.Epsilon) -> rows.Columns:
+        columns = rows.ddim_columns(before, epsilon, rows.ddim_sigma(alpha_bar, before, self.ddim_eta))
+        return columns | {"sigma": columns["sigma"] * temperature}
+
+    def _encode_columns(self, alpha_bar: np.ndarray, before: np.ndarray, _: float) -> rows.Columns:
         """DDIM's ODE in the direction of noise."""
-        slope = np.sqrt(1 / alpha_bar - 1) - np.sqrt(1 / before - 1)
-        return {"prev_from_x": np.sqrt(alpha_bar / before), "prev_from_out": np.sqrt(alpha_bar) * slope}
+        return rows.ode_columns(before, alpha_bar)
 
     def _predict(
         self, x: Tensor, t: Tensor, c: Conditioning, scale: float, uncond: Conditioning

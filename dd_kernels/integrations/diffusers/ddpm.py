@@ -1,0 +1,80 @@
+"""diffusers' DDPMScheduler, one reverse_step per step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from torch import Tensor
+
+from ...samplers.rows import Transition
+from . import rows
+from .scheduler import FusedSchedulerWithVelocity, Generators, Timestep, constructor
+
+
+class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
+    """diffusers' ``DDPMScheduler``: algorithm 2 of DDPM (Ho et al., 2020)."""
+
+    __init__ = constructor(diffusers.DDPMScheduler)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Sets the timesteps to visit, as diffusers' method; ``device`` is where they are kept."""
+        super().set_timesteps(num_inference_steps, None, timesteps)
+        self._place_timesteps(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """x_{t-1} from x_t and the model's output, see :func:`dd_kernels.reverse_step`.
+
+        Args:
+            model_output: [N, C, ...], or [N, 2 C, ...] with a learned variance.
+            timestep: one of ``timesteps``, an int or a tensor, or a tensor [N] of one per sample.
+            sample: x_t, [N, C, ...].
+            generator: one generator, or a list of one per sample; torch's global one if None.
+            return_dict: return an object with ``prev_sample`` and ``pred_original_sample``, not a tuple.
+        """
+        self._check_listed(timestep)
+        value = self._value(timestep)
+        model_output, learned, source = self._ancestral_noise(value, sample, model_output, generator)
+        given = len(source) > 0  # torch 2.11 does not trace bool(source)
+        options = rows.AncestralOptions(self.config.prediction_type, self._clip(), self.variance_type, learned, given)
+        result = self._advance(("ddpm", *options), timestep, value, sample, model_output, source)
+        return DDPMSchedulerOutput(*result) if return_dict else result
+
+    def _has_list(self) -> bool:
+        return bool(self.custom_timesteps or self.num_inference_steps)
+
+    def _check_listed(self, timestep: Timestep) -> None:
+        if torch.compiler.is_compiling() or not self._has_list():
+            return
+        value = self._value(timestep)
+        if value is not None and value not in self._values:
+            raise ValueError(f"timestep must be one of scheduler.timesteps; got {value}")
+
+    def _ddpm(self, *key: Any) -> rows.StepTable:
+        """Row t steps to the timestep after t in ``timesteps``, or to t - 1 where none are set."""
+        options = rows.AncestralOptions(*key)
+        t = self._all_timesteps()
+        prev, known = t - 1, torch.ones_like(t, dtype=torch.bool)
+        if self._has_list():
+            values = self._values
+            following = dict(reversed(list(zip(values, [*values[1:], -1], strict=True))))  # of two alike, the first
+            known = torch.tensor([value in following for value in t.tolist()])
+            prev = torch.tensor([following.get(value, -1) for value in t.tolist()])
+        step = Transition.between(self._alpha_bar_of_rows(), self._alpha_bar(prev))
+        table = rows.as_table(rows.ancestral_columns(step, t, options), options.clip, options.learned)
+        table.rows[~known] = torch.nan
+        return table
