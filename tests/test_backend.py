@@ -107,7 +107,7 @@ def test_environment_variable(monkeypatch):
         backends.choose("op", "auto", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "foo"])
 def test_instruction_set_from_the_environment(isa):
     status, text = run_python(
         "import ctypes, pathlib, dd_kernels as dd; dd.randn((1, 2), seed=0);"
@@ -116,11 +116,13 @@ def test_instruction_set_from_the_environment(isa):
         DD_KERNELS_CPU_ISA=isa,
         DD_KERNELS_BACKEND="cpu",
     )
-    if isa == "avx512":
+    if isa == "foo":
         assert status != 0
-        assert "DD_KERNELS_CPU_ISA must be baseline or avx2; got 'avx512'" in text
+        assert "DD_KERNELS_CPU_ISA must be baseline, avx2 or avx512; got 'foo'" in text
+    elif status != 0:
+        assert f"DD_KERNELS_CPU_ISA is {isa}, but this processor lacks AVX" in text
     else:
-        assert (status, text) == (0, "baseline\n")
+        assert text == f"{isa}\n"
 
 
 def test_a_library_that_is_absent_or_broken(tmp_path, monkeypatch):

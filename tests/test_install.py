@@ -31,21 +31,25 @@ def test_imports_nothing_but_the_stable_abi():
 
 @needs_library
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils is not installed")
-def test_avx2_only_in_functions_chosen_at_run_time():
-    """A function of another namespace compiled with AVX2 would fault on an older processor."""
+def test_wide_vectors_only_in_functions_chosen_at_run_time():
+    """A function of another namespace compiled with AVX2 or AVX-512 would fault on an older processor."""
     code = subprocess.run(
         ["objdump", "-dC", "--no-show-raw-insn", str(LIBRARY)], capture_output=True, text=True, check=True
     ).stdout
     if "x86-64" not in code:
         return
-    function, with_avx = "", set()
+    function, with_avx2, with_avx512 = "", set(), set()
     for line in code.splitlines():
         if line.endswith(">:"):
             function = line
+        elif "%zmm" in line or "%k" in line:
+            with_avx512.add(function)
         elif "%ymm" in line:
-            with_avx.add(function)
-    assert with_avx
-    assert all("avx2" in name or "@" in name for name in with_avx), with_avx
+            with_avx2.add(function)
+    assert with_avx2
+    assert with_avx512
+    assert all("avx512" in name or "@" in name for name in with_avx512), with_avx512
+    assert all("avx2" in name or "avx512" in name or "@" in name for name in with_avx2), with_avx2
 
 
 @pytest.mark.parametrize("compiler", ["/nonexistent/c++"])

@@ -1,20 +1,26 @@
-// Which of the instruction sets that each_isa.h compiles for is run.
+// Chooses, at run time, among the instruction sets that each_isa.h compiles for.
 #pragma once
 
 #include "common/intrinsics.h"
 
 namespace dd {
 
-enum class Isa { baseline, avx2 };
+// In order: a later set contains the earlier ones, and its vectors are wider.
+enum class Isa { baseline, avx2, avx512 };
 
-// The best this processor has, or the one named by DD_KERNELS_CPU_ISA. Throws std::runtime_error for
-// a name that is unknown or that this processor cannot run.
-Isa cpu_isa();
+// Returns the set that DD_KERNELS_CPU_ISA names or, where it names none, the widest of this processor's sets up to
+// `widest`. Throws std::runtime_error for a name that is unknown or a set that this processor lacks.
+Isa cpu_isa(Isa widest = Isa::avx512);
 
 }  // namespace dd
 
+// The function of this name that was compiled for the instruction set in force.
 #ifdef DD_X86
-#define DD_CHOOSE(function) (::dd::cpu_isa() == ::dd::Isa::avx2 ? ::dd::avx2::function : ::dd::baseline::function)
+#define DD_CHOOSE(function) DD_CHOOSE_FOR(::dd::cpu_isa(::dd::Isa::DD_WIDEST), function)
+#define DD_CHOOSE_FOR(isa, function)                     \
+    ((isa) == ::dd::Isa::avx512 ? ::dd::avx512::function \
+     : (isa) == ::dd::Isa::avx2 ? ::dd::avx2::function   \
+                                : ::dd::baseline::function)
 #else
 #define DD_CHOOSE(function) (::dd::cpu_isa(), ::dd::baseline::function)
 #endif

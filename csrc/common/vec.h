@@ -33,7 +33,12 @@ DD_INLINE Vec load(const float* p) {
 DD_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // Of the first n < kLanes floats; the other lanes are 0 when they are loaded or kept.
-#if DD_LANES == 8
+#if DD_LANES == 16
+DD_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+DD_INLINE Vec load_first(const float* p, int64_t n) { return (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
+DD_INLINE void store_first(float* p, int64_t n, Vec v) { _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v); }
+DD_INLINE Vec keep_first(Vec v, int64_t n) { return (Vec)_mm512_maskz_mov_ps(first_lanes(n), (__m512)v); }
+#elif DD_LANES == 8
 DD_INLINE VecI first_lanes(int64_t n) { return VecI{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n); }
 DD_INLINE Vec load_first(const float* p, int64_t n) { return (Vec)_mm256_maskload_ps(p, (__m256i)first_lanes(n)); }
 DD_INLINE void store_first(float* p, int64_t n, Vec v) { _mm256_maskstore_ps(p, (__m256i)first_lanes(n), (__m256)v); }
@@ -79,7 +84,9 @@ DD_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes :
 // As torch.clamp: NaN stays NaN. (x86's min and max give their second operand where one is NaN.)
 template <class B>
 DD_INLINE Vec clamp(Vec v, B low, B high) {
-#if DD_LANES == 8
+#if DD_LANES == 16
+    return (Vec)_mm512_min_ps((__m512)(high - Vec{}), _mm512_max_ps((__m512)(low - Vec{}), (__m512)v));
+#elif DD_LANES == 8
     return (Vec)_mm256_min_ps((__m256)(high - Vec{}), _mm256_max_ps((__m256)(low - Vec{}), (__m256)v));
 #elif defined(DD_X86)
     return (Vec)_mm_min_ps((__m128)(high - Vec{}), _mm_max_ps((__m128)(low - Vec{}), (__m128)v));
@@ -91,7 +98,9 @@ DD_INLINE Vec clamp(Vec v, B low, B high) {
 
 // a * b + c, rounded once where the instruction set can.
 DD_INLINE Vec fma(Vec a, Vec b, Vec c) {
-#if DD_LANES == 8
+#if DD_LANES == 16
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif DD_LANES == 8
     return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(DD_NEON)
     return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
@@ -105,7 +114,9 @@ DD_INLINE Vec fma(Vec a, Vec b, float c) { return fma(a, b, splat(c)); }
 DD_INLINE Vec fma(Vec a, float b, float c) { return fma(a, splat(b), splat(c)); }
 
 DD_INLINE Vec sqrt(Vec v) {
-#if DD_LANES == 8
+#if DD_LANES == 16
+    return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif DD_LANES == 8
     return (Vec)_mm256_sqrt_ps((__m256)v);
 #elif defined(DD_X86)
     return (Vec)_mm_sqrt_ps((__m128)v);
@@ -137,7 +148,11 @@ DD_INLINE Vec minus_two_uniform(VecU w) {
 
 // Sum of the lanes, always in the same order: halves onto each other.
 DD_INLINE float sum(Vec v) {
-#if DD_LANES == 8
+#if DD_LANES == 16
+    v += DD_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+    v += DD_SHUFFLE(v, v, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+    v += DD_SHUFFLE(v, v, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3);
+#elif DD_LANES == 8
     v += DD_SHUFFLE(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
     v += DD_SHUFFLE(v, v, 2, 3, 2, 3, 2, 3, 2, 3);
 #else
@@ -149,7 +164,9 @@ DD_INLINE float sum(Vec v) {
 // For Philox: a word is the low half of a 64-bit lane, which is where the processor's widening multiply
 // reads it; the upper halves hold anything.
 DD_INLINE VecU64 wide_product(VecU64 a, uint32_t b) {
-#if DD_LANES == 8
+#if DD_LANES == 16
+    return (VecU64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif DD_LANES == 8
     return (VecU64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #elif defined(DD_X86)
     return (VecU64)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
@@ -164,7 +181,9 @@ DD_INLINE VecU64 low_word(VecU64 product) { return product; }
 
 // The words of a in the even lanes, those of b in the odd ones.
 DD_INLINE VecU interleave(VecU64 a, VecU64 b) {
-#if DD_LANES == 8
+#if DD_LANES == 16
+    return (VecU)_mm512_mask_blend_epi32(0xaaaa, (__m512i)a, (__m512i)(b << 32));
+#elif DD_LANES == 8
     return (VecU)_mm256_blend_epi32((__m256i)a, (__m256i)(b << 32), 0xaa);
 #else
     return (VecU)((a & 0xffffffffu) | (b << 32));
@@ -173,7 +192,10 @@ DD_INLINE VecU interleave(VecU64 a, VecU64 b) {
 
 // Within each 128 bits, the lanes of a and b in turn: those of the lower halves, then those of the upper ones.
 DD_INLINE void zip(Vec a, Vec b, Vec& lower, Vec& upper) {
-#if DD_LANES == 8
+#if DD_LANES == 16
+    lower = DD_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    upper = DD_SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif DD_LANES == 8
     lower = DD_SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
     upper = DD_SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 #else

@@ -4,27 +4,48 @@
 
 namespace dd::DD_ISA {
 
-DD_INLINE VecU16 load(const uint16_t* p, int64_t left) {
+DD_INLINE VecU16 load(const uint16_t* p) {
     VecU16 v;
-    if (__builtin_expect(left >= kLanes, 1)) {
-        __builtin_memcpy(&v, p, sizeof v);
-        return v;
-    }
-    v = VecU16{};
-    __builtin_memcpy(&v, p, static_cast<size_t>(left) * sizeof *p);
+    __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
 
+DD_INLINE void store(uint16_t* p, VecU16 v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// Of the first n < kLanes values; the other lanes are 0 when they are loaded.
+#if DD_LANES == 16
+DD_INLINE VecU16 load_first(const uint16_t* p, int64_t n) {
+    return (VecU16)_mm256_maskz_loadu_epi16(first_lanes(n), p);
+}
+DD_INLINE void store_first(uint16_t* p, int64_t n, VecU16 v) {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)v);
+}
+#else
+DD_INLINE VecU16 load_first(const uint16_t* p, int64_t n) {
+    VecU16 v{};
+    __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof *p);
+    return v;
+}
+
+DD_INLINE void store_first(uint16_t* p, int64_t n, VecU16 v) {
+    __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof *p);
+}
+#endif
+
+DD_INLINE VecU16 load(const uint16_t* p, int64_t left) {
+    return __builtin_expect(left >= kLanes, 1) ? load(p) : load_first(p, left);
+}
+
 DD_INLINE void store(uint16_t* p, int64_t left, VecU16 v) {
-    if (__builtin_expect(left >= kLanes, 1)) {
-        __builtin_memcpy(p, &v, sizeof v);
-    } else {
-        __builtin_memcpy(p, &v, static_cast<size_t>(left) * sizeof *p);
-    }
+    if (__builtin_expect(left >= kLanes, 1)) return store(p, v);
+    store_first(p, left, v);
 }
 
 // GCC 12 takes three instructions for the one that widens, and twice what it takes to narrow.
-#if DD_LANES == 8
+#if DD_LANES == 16
+DD_INLINE VecU widened(VecU16 v) { return (VecU)_mm512_cvtepu16_epi32((__m256i)v); }
+DD_INLINE VecU16 narrowed(VecU v) { return (VecU16)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif DD_LANES == 8
 DD_INLINE VecU widened(VecU16 v) { return (VecU)_mm256_cvtepu16_epi32((__m128i)v); }
 DD_INLINE VecU16 narrowed(VecU v) {  // of values below 2^16
     __m256i halves = _mm256_packus_epi32((__m256i)v, (__m256i)v);
@@ -44,7 +65,10 @@ DD_INLINE VecU16 to_bfloat16(Vec v) {
     return narrowed((v != v) ? splat_u(0x7fc0) : rounded);
 }
 
-#if DD_LANES == 8
+#if DD_LANES == 16
+DD_INLINE Vec from_float16(VecU16 v) { return (Vec)_mm512_cvtph_ps((__m256i)v); }
+DD_INLINE VecU16 to_float16(Vec v) { return (VecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif DD_LANES == 8
 DD_INLINE Vec from_float16(VecU16 v) { return (Vec)_mm256_cvtph_ps((__m128i)v); }
 DD_INLINE VecU16 to_float16(Vec v) { return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 #else

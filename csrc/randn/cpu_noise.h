@@ -41,7 +41,9 @@ DD_INLINE void random_words(int64_t quad, const NoiseCounter& at, VecU radius[kC
     words[0] = each_chain([&](int i) {
         uint64_t first = static_cast<uint64_t>(quad) + static_cast<uint64_t>(i * kLanes / 2);
         // The order which zip() brings into that of the elements.
-#if DD_LANES == 8
+#if DD_LANES == 16
+        return VecU64{0, 4, 1, 5, 2, 6, 3, 7} + first;
+#elif DD_LANES == 8
         return VecU64{0, 2, 1, 3} + first;
 #else
         return VecU64{0, 1} + first;

@@ -16,6 +16,8 @@ from budget import FAST_NORMAL_ERROR, NORMAL_ERROR
 import dd_kernels
 from dd_kernels import backend as backends
 
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -60,9 +62,8 @@ def _available() -> list[Kernel]:
     kernels = []
     if backends.unavailable("cpu") is None:
         force = _isa_function()
-        before = force(None)
-        kernels += [Kernel("cpu", "cpu", isa) for isa in ("avx2", "baseline") if force(isa.encode()) is not None]
-        force(before)
+        kernels += [Kernel("cpu", "cpu", isa) for isa in INSTRUCTION_SETS if force(isa.encode()) is not None]
+        force(b"")
     accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     kernels += [Kernel(name, accelerator) for name in ("triton", "cuda") if not backends.unavailable(name, accelerator)]
     return kernels
@@ -80,7 +81,6 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
         yield request.param
         return
     force = _isa_function()
-    before = force(None)
     force(request.param.isa.encode())
     yield request.param
-    force(before)
+    force(b"")
