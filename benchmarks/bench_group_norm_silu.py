@@ -1,9 +1,12 @@
-"""group_norm_silu, forward and backward, against PyTorch's GroupNorm then SiLU, compiled or not, and apex's."""
+"""group_norm_silu, forward and backward, beside PyTorch's GroupNorm then SiLU, compiled or not, and apex's."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,45 +15,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dd_kernels as dd
+from dd_kernels import backend as backends
 
-from . import machine
-from .harness import Case, Plan, Row, Target, dtype_name, on_threads, rotated
-from .shapes import GROUPS
+from . import machine, variants
+from .harness import Case, Plan, Row, Target, dtype_name, rotated
+from .shapes import GROUPS, MODELS, SELECTION
+from .timing import Call
 
-# (batch, channels, side): with every peer, in both directions.
+# Sizes (batch, channels, side) that are measured in both directions.
 MAIN = {
     "cpu": [(8, 128, 32), (8, 256, 16), (8, 512, 8)],
     "cuda": [(256, 128, 32), (256, 256, 16), (256, 256, 8), (16, 320, 64), (2, 320, 64), (1, 512, 256), (8, 128, 512)],
 }
-COMPILED = {"cpu": [(8, 128, 32), (8, 512, 8)], "cuda": [(256, 128, 32), (16, 320, 64)]}
+EVERY_PEER = {"cpu": [(8, 128, 32), (8, 512, 8)], "cuda": [(256, 128, 32), (16, 320, 64)]}
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 EPS = 1e-6
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One case; ``peers``: beside eager, those that take long to prepare."""
+class Variant(variants.Variant):
+    """A call of group_norm_silu, or its backward pass; ``model`` names the model that has this shape."""
 
-    size: tuple[int, int, int]
-    dtype: torch.dtype
-    layout: str
+    backward: bool = variants.option(False, "time the backward pass")
+    alone: bool = variants.option(False, "call the op without its public function, into given tensors (CPU)")
     model: str | None = None
-    backward: bool = False
-    peers: tuple[str, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (*self.size, self.size[2])
 
     def __str__(self) -> str:
-        way = "backward" if self.backward else "forward"
-        return f"group_norm_silu {way} {self.shape} {dtype_name(self.dtype)} {self.layout}"
+        return f"group_norm_silu {self.name} {super().__str__()}"
+
+    @property
+    def name(self) -> str:
+        """The name of the case."""
+        return f"{'backward' if self.backward else 'forward'}{', op alone' if self.alone else ''}"
+
+    def random(self, device: torch.device | str) -> Tensor:
+        """Returns a tensor of the variant's shape, dtype and layout."""
+        x = torch.randn(self.shape, device=device).to(self.dtype)
+        return x.contiguous(memory_format=variants.LAYOUTS[self.layout])
 
 
 def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Two calls, as models have them."""
+    """Calls GroupNorm and SiLU one after the other, as models do."""
     return F.silu(F.group_norm(x, GROUPS, weight, bias, EPS))
 
 
@@ -59,101 +65,141 @@ def _ours(backend: str) -> Function:
 
 
 def _apex(variant: Variant) -> Function | str:
-    """apex.contrib.group_norm: channels_last only, and its module holds its parameters."""
+    """Returns apex.contrib.group_norm, which is channels_last only, called with the parameters of the case."""
     try:
-        from apex.contrib.group_norm import GroupNorm
+        from apex.contrib.group_norm import GroupNorm  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return "apex is not installed"
-    norm = GroupNorm(GROUPS, variant.size[1], eps=EPS, act="silu", device="cuda", dtype=variant.dtype)
+    norm = GroupNorm(GROUPS, variant.shape[1], eps=EPS, act="silu", device="cuda", dtype=variant.dtype)
     return lambda x, weight, bias: torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
 
 
 def _functions(target: Target, variant: Variant) -> dict[str, Function | str]:
+    """Returns the forward pass of ours and of every peer."""
     found: dict[str, Function | str] = {"ours": _ours("auto"), "eager": eager}
     found |= {name: _ours(name) for name in machine.kernels(target.kind)[1:]}
-    if "torch.compile" in variant.peers:
+    if variant.every_peer:
         torch._dynamo.reset()
-        with contextlib.suppress(AttributeError):  # else its backward pass runs but once
+        with contextlib.suppress(AttributeError):  # with donated buffers the backward pass runs only once
             torch._functorch.config.donated_buffer = False
-        found["torch.compile"] = torch.compile(eager, dynamic=False)
-    if "reference" in variant.peers:
-        found["reference"] = _ours("reference")
+        found |= {"torch.compile": torch.compile(eager, dynamic=False), "reference": _ours("reference")}
     if target.kind == "cuda" and variant.layout == "channels_last":
         found["apex"] = _apex(variant)
     return found
 
 
 def gradients(forward: Function, arguments: tuple[Tensor, ...], dy: Tensor) -> Callable[[], object]:
-    """Runs the backward pass of one forward pass as often as wanted."""
+    """Runs the forward pass once and returns its backward pass, which can be run any number of times."""
     with torch.enable_grad():
         leaves = tuple(v.detach().requires_grad_() for v in arguments)
         y = forward(*leaves)
     return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)
 
 
-def _case(target: Target, variant: Variant) -> Case:
-    functions, device, dtype = _functions(target, variant), target.device, variant.dtype
-    passes = 3 if variant.backward else 2  # x and dy to dx; x to y
-    size = passes * dtype.itemsize * torch.Size(variant.shape).numel()
-    weight, bias = (torch.randn(variant.size[1], device=device, dtype=dtype) for _ in range(2))
+def _backward(forward: Function, sets: list[tuple[tuple[Tensor, ...], Tensor]]) -> Callable[[int], object]:
+    """Returns a function of i that runs the i-th backward pass; its first call runs all forward passes, untimed."""
+    prepared: list[Callable[[], object]] = []
 
-    def random() -> Tensor:
-        return torch.randn(variant.shape, device=device).to(dtype).contiguous(memory_format=LAYOUTS[variant.layout])
+    def run(i: int) -> object:
+        if not prepared:
+            prepared.extend(gradients(forward, *arguments) for arguments in sets)
+        return prepared[i]()
 
-    case = Case("group_norm_silu", "forward", variant.shape, functions.pop("ours"), [], size, functions)
-    case.dtype, case.layout, case.device = dtype_name(dtype), variant.layout, device
-    case.extra = {} if variant.model is None else {"model": variant.model}
+    return run
+
+
+def _case_alone(variant: Variant) -> Case:
+    """Returns the CPU op with arguments prepared and outputs given, beside eager on the same tensors."""
+    x, dy = variant.random("cpu"), variant.random("cpu")
+    weight, bias, dweight, dbias = torch.randn(4, variant.shape[1]).to(variant.dtype)
+    y, (mean, rstd) = torch.empty_like(x), torch.empty(2, variant.shape[0], GROUPS)
+    options = (GROUPS, weight, bias, EPS, None, None, None, True)
+    ops = torch.ops.dd_kernels
+    ours: Call = functools.partial(ops.group_norm_silu.default, x, *options, y, mean, rstd)
+    ours()
+    peer: Call = functools.partial(eager, x, weight, bias)
     if variant.backward:
-        _take_backward(case, target, lambda: ((random(), weight, bias), random()))
+        outputs = (torch.empty_like(x), dweight, dbias, None, None, None)
+        ours = functools.partial(ops.group_norm_silu_backward.default, dy, x, mean, rstd, *options, *outputs)
+        peer = gradients(eager, (x, weight, bias), dy)
+    return Case("group_norm_silu", variant.name, variant.shape, ours, [()], 0, {"eager": peer}, hot=True)
+
+
+def _case_called(target: Target, variant: Variant, size: int) -> Case:
+    """Returns the public function and its peers, forward or backward."""
+    functions, device = _functions(target, variant), target.device
+    weight, bias = (torch.randn(variant.shape[1], device=device, dtype=variant.dtype) for _ in range(2))
+
+    def arguments() -> tuple[Tensor, ...]:
+        return variant.random(device), weight, bias
+
+    calls: dict[str, Call | str] = dict(functions)
+    if variant.backward:
+        sets = rotated(target, lambda: (arguments(), variant.random(device)), size)
+        calls = {name: f if isinstance(f, str) else _backward(f, sets) for name, f in functions.items()}
+        inputs: list[tuple] = [(i,) for i in range(len(sets))]
     else:
-        case.inputs = rotated(target, lambda: (random(), weight, bias), size)
+        inputs = rotated(target, arguments, size)
+    ours = calls.pop("ours")
+    assert not isinstance(ours, str)
+    return Case("group_norm_silu", variant.name, variant.shape, ours, inputs, size, calls)
+
+
+def _case(target: Target, variant: Variant) -> Case:
+    passes = 3 if variant.backward else 2  # reads x and dy, writes dx; or reads x, writes y
+    size = passes * variant.dtype.itemsize * math.prod(variant.shape)
+    case = _case_alone(variant) if variant.alone else _case_called(target, variant, size)
+    case.bytes_moved, case.device = size, target.device
+    case.dtype, case.layout = dtype_name(variant.dtype), variant.layout
+    case.extra = {} if variant.model is None else {"model": variant.model}
     return case
 
 
-def _take_backward(case: Case, target: Target, make: Callable[[], tuple[tuple[Tensor, ...], Tensor]]) -> None:
-    """Turns the forward case into its backward; the forward passes are made in ``make``, untimed."""
-    forwards = {"ours": case.ours, **{name: peer for name, peer in case.peers.items() if callable(peer)}}
-    sets = rotated(target, make, case.bytes_moved)
-    prepared: dict[str, list[Callable[[], object]]] = {}
-
-    def run_of(name: str) -> Callable[[int], object]:
-        def run(i: int) -> object:  # the first call of each makes the forward pass
-            if name not in prepared:
-                prepared[name] = [gradients(forwards[name], *arguments) for arguments in sets]
-            return prepared[name][i]()
-
-        return run
-
-    case.name, case.inputs = "backward", [(i,) for i in range(len(sets))]
-    case.ours = run_of("ours")
-    case.peers = {name: run_of(name) if name in forwards else peer for name, peer in case.peers.items()}
-
-
-def plans_of(target: Target, variants: Sequence[Variant]) -> list[Plan]:
-    """A plan, or one for each number of threads, for every variant."""
-    return [
-        plan
-        for variant in variants
-        for plan in on_threads(target, str(variant), lambda variant=variant: _case(target, variant))
-    ]
+def _square(size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    return (*size, size[2])
 
 
 def main_variants(kind: str) -> list[Variant]:
-    """The main sizes in both directions; the first dtype of the device with every peer, others with fewer sizes."""
+    """Lists the main sizes in both directions; the device's first dtype in all of them, others in fewer."""
     first = DTYPES[kind][0]
     found = []
-    for dtype in DTYPES[kind]:
-        for backward in (False, True):
-            for size in MAIN[kind] if dtype == first else MAIN[kind][:2]:
-                peers = ("torch.compile", "reference") if dtype == first and size in COMPILED[kind] else ()
-                found += [Variant(size, dtype, layout, None, backward, peers) for layout in LAYOUTS]
+    for dtype, backward in itertools.product(DTYPES[kind], (False, True)):
+        for size in MAIN[kind] if dtype == first else MAIN[kind][:2]:
+            every_peer = dtype == first and size in EVERY_PEER[kind]
+            found += [Variant(_square(size), dtype, layout, every_peer, backward) for layout in variants.LAYOUTS]
+    if kind == "cpu" and not backends.unavailable("cpu"):
+        for backward, layout in itertools.product((False, True), variants.LAYOUTS):
+            found += [Variant(_square(size), first, layout, False, backward, True) for size in MAIN[kind]]
     return found
 
 
+def model_variants(kind: str) -> list[Variant]:
+    """Lists the shapes of whole models that are not among the main sizes.
+
+    All models come in one dtype and layout, then in the next, so that no model is missing where time runs out.
+    """
+    done = {(v.shape, v.dtype, v.layout) for v in main_variants(kind) if not v.backward}
+    found = [
+        Variant(_square((batch, *size)), dtype, layout, model=model)
+        for dtype, layout in itertools.product(DTYPES[kind], variants.LAYOUTS)
+        for model, batch, chosen in SELECTION[kind]
+        for size in (MODELS[model] if chosen is None else chosen)
+    ]
+    return [v for v in found if (v.shape, v.dtype, v.layout) not in done]
+
+
 def plans(target: Target) -> list[Plan]:
-    """The main sizes; all shapes of whole models are in bench_model_norms."""
-    return plans_of(target, main_variants(target.kind))
+    """Returns plans for the main sizes, then for the shapes of models: on one thread only cifar10's."""
+    models = model_variants(target.kind)
+    small = variants.plans_of(target, [v for v in models if v.model == "cifar10"], _case, "shapes")
+    large = variants.plans_of(target, [v for v in models if v.model != "cifar10"], _case, "shapes")
+    large = [plan for plan in large if plan.threads in (None, machine.THREADS[-1])]
+    return variants.plans_of(target, main_variants(target.kind), _case) + small + large
 
 
 def test_group_norm_silu(compare: Callable[[Plan], Row], plan: Plan) -> None:
     compare(plan)
+
+
+if __name__ == "__main__":
+    variants.main(Variant, _case, __doc__)

@@ -1,13 +1,15 @@
 """How the time of a step grows with batch, resolution and channels, and that of a run with its steps.
 
-A U-Net like cifar10's. Beside each time stands its floor: the weights and images moved once at the bandwidth of
-a copy, and the floating-point operations at the rate of a large matrix product, both measured in the same run.
+The model is a U-Net like cifar10's. Each time has two lower bounds beside it: moving the weights and images once at
+the bandwidth of a copy, and doing the floating-point operations at the rate of a large matrix product. Both rates
+are measured in the same run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +18,14 @@ from torch import Tensor
 import dd_kernels as dd
 
 from . import inspect_step, machine, models
+from .bench_reverse_step import SCHEDULE
 from .harness import Case, Plan, Row, Target, dtype_name
 from .models import Denoiser
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where on which axis; what is not on the axis has the device's base value."""
+    """A value on one axis; everything else has the device's base value."""
 
     axis: str
     value: int
@@ -32,7 +35,7 @@ BASE = {
     "cuda": {"steps": 1, "batch": 64, "resolution": 32, "channels": 128},
     "cpu": {"steps": 1, "batch": 2, "resolution": 32, "channels": 64},
 }
-AXES = {  # in this order; whole runs take longest
+AXES = {  # measured in this order, since whole runs take longest
     "cuda": {
         "batch": (1, 4, 16, 64, 256, 512),
         "resolution": (16, 32, 64, 128),
@@ -51,6 +54,8 @@ def _model(target: Target, sizes: dict[str, int]) -> Any:
 
 
 def _loop(denoiser: Denoiser, steps: int) -> Callable[[Tensor], Tensor]:
+    """Returns a run of ``steps`` steps."""
+
     def run(x: Tensor) -> Tensor:
         for _ in range(steps):
             x = denoiser(x)
@@ -60,6 +65,7 @@ def _loop(denoiser: Denoiser, steps: int) -> Callable[[Tensor], Tensor]:
 
 
 def _floors(target: Target, denoiser: Denoiser, x: Tensor, moved: int, steps: int) -> Row:
+    """Returns the lower bounds of the time, with the rates they follow from."""
     limits = machine.limits(target.clock, target.device, DTYPE[target.kind])
     operations = steps * inspect_step.flops(lambda: denoiser.model(x))
     return {
@@ -77,7 +83,7 @@ def _case(target: Target, point: Point) -> Case:
     ours, plain = (of(model, "ddim", batch, target.device) for of in (models.ours, models.eager))
     x = torch.randn(batch, 3, side, side, device=target.device)
     moved = steps * (models.parameter_bytes(model) + 2 * x.nbytes)
-    table = dd.ddim(models.SCHEDULE, steps=steps)
+    table = dd.ddim(SCHEDULE, steps=steps)
     return Case(
         "growth",
         point.axis,
@@ -96,12 +102,11 @@ def _case(target: Target, point: Point) -> Case:
 
 
 def plans(target: Target) -> list[Plan]:
-    """Every axis, on a CPU on all its threads."""
+    """Returns plans for every axis, on a CPU with all its threads."""
     threads = machine.THREADS[-1] if target.kind == "cpu" else None
     points = [Point(axis, value) for axis, values in AXES[target.kind].items() for value in values]
     return [
-        Plan(f"growth {point.axis} {point.value}", lambda point=point: _case(target, point), threads)
-        for point in points
+        Plan(f"growth {point.axis} {point.value}", partial(_case, target, point), threads, "growth") for point in points
     ]
 
 

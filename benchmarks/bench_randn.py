@@ -1,53 +1,73 @@
-"""randn against torch's own normals."""
+"""randn beside torch's own normals."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import dd_kernels as dd
 
-from . import machine
-from .harness import Case, Plan, Row, Target, on_threads
+from . import machine, variants
+from .harness import Case, Plan, Row, Target, dtype_name
 
 SHAPES = {
     "cpu": [(1, 3, 32, 32), (64, 3, 32, 32), (64, 3, 64, 64)],
     "cuda": [(1, 3, 32, 32), (256, 3, 32, 32), (64, 3, 256, 256)],
 }
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+REFERENCE_ELEMENTS = 1 << 20  # the reference is measured below this size
 
 
-def _case(target: Target, shape: tuple[int, ...], layout: str) -> Case:
-    device, memory_format = target.device, LAYOUTS[layout]
+@dataclass(frozen=True)
+class Variant(variants.Variant):
+    """A tensor of normals."""
 
-    def drawn(backend: str) -> Callable[[], Tensor]:
-        return lambda: dd.randn(shape, seed=0, device=device, memory_format=memory_format, backend=backend)
+    def __str__(self) -> str:
+        return f"randn {super().__str__()}"
+
+
+def _case(target: Target, variant: Variant) -> Case:
+    shape, dtype, device = variant.shape, variant.dtype, target.device
+    memory_format, elements = variants.LAYOUTS[variant.layout], math.prod(variant.shape)
+
+    def ours(backend: str) -> Callable[[], Tensor]:
+        return lambda: dd.randn(shape, seed=0, device=device, dtype=dtype, memory_format=memory_format, backend=backend)
 
     def theirs() -> Tensor:
-        if layout == "contiguous":
-            return torch.randn(shape, device=device)
-        return torch.empty(shape, device=device, memory_format=memory_format).normal_()
+        if variant.layout == "contiguous":
+            return torch.randn(shape, device=device, dtype=dtype)
+        return torch.empty(shape, device=device, dtype=dtype, memory_format=memory_format).normal_()
 
-    peers = {"torch.randn": theirs, **{name: drawn(name) for name in machine.kernels(target.kind)[1:]}}
-    if torch.Size(shape).numel() < 1 << 20:
-        peers["reference"] = drawn("reference")
-    size = 4 * torch.Size(shape).numel()
-    return Case("randn", "normals", shape, drawn("auto"), [()], size, peers, layout=layout, device=device)
+    peers = {"torch.randn": theirs, **{name: ours(name) for name in machine.kernels(target.kind)[1:]}}
+    if elements < REFERENCE_ELEMENTS:
+        peers["reference"] = ours("reference")
+    return Case(
+        "randn",
+        "normals",
+        shape,
+        ours("auto"),
+        [()],
+        elements * dtype.itemsize,
+        peers,
+        dtype_name(dtype),
+        variant.layout,
+        device,
+    )
 
 
 def plans(target: Target) -> list[Plan]:
-    """Some sizes, and one of them in channels_last."""
-    chosen = [(shape, "contiguous") for shape in SHAPES[target.kind]] + [(SHAPES[target.kind][1], "channels_last")]
-    return [
-        plan
-        for shape, layout in chosen
-        for plan in on_threads(
-            target, f"randn {shape} {layout}", lambda shape=shape, layout=layout: _case(target, shape, layout)
-        )
-    ]
+    """Returns plans for a few sizes, and for one of them in channels_last."""
+    shapes = SHAPES[target.kind]
+    chosen = [*(Variant(shape) for shape in shapes), Variant(shapes[1], layout="channels_last")]
+    return variants.plans_of(target, chosen, _case)
 
 
 def test_randn(compare: Callable[[Plan], Row], plan: Plan) -> None:
     compare(plan)
+
+
+if __name__ == "__main__":
+    variants.main(Variant, _case, __doc__)

@@ -1,52 +1,56 @@
-"""One DDPM or DDIM step, from x_t and the model's output to x_{t-1}: plain PyTorch, compiled or not, and diffusers.
+"""One DDPM or DDIM step, x_t and the model's output to x_{t-1}, beside plain PyTorch, compiled or not, and diffusers.
 
-"In place" is how :func:`dd_kernels.sample` runs it; a new tensor's pages can cost more than the step.
+:func:`dd_kernels.sample` runs the step in place. The pages of a new tensor can cost more than the step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import dd_kernels as dd
+from dd_kernels import backend as backends
+from dd_kernels.ops.randn import noise_key
 from dd_kernels.ops.reverse_step.table import COLUMNS
 
-from . import machine
-from .harness import Case, Plan, Row, Target, dtype_name, on_threads, rotated
+from . import machine, variants
+from .harness import Case, Plan, Row, Target, dtype_name, rotated
 
 SHAPES = {
     "cpu": [(16, 3, 32, 32), (64, 3, 32, 32), (1, 3, 32, 32), (64, 3, 64, 64)],
     "cuda": [(256, 3, 32, 32), (1, 3, 32, 32), (64, 3, 256, 256), (16, 4, 64, 64)],
 }
-MAIN = {"cpu": (64, 3, 32, 32), "cuda": (256, 3, 32, 32)}  # with every variant and peer
+MAIN = {"cpu": (64, 3, 32, 32), "cuda": (256, 3, 32, 32)}  # measured in every variant and beside every peer
 SCHEDULE = dd.linear_schedule()
 TABLES = {"ddpm": dd.ddpm(SCHEDULE), "ddim": dd.ddim(SCHEDULE, steps=50)}
 SEEDS = {"ddpm": 0, "ddim": None}
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What is varied beside the shape."""
+class Variant(variants.Variant):
+    """A step; ``dtype`` is that of the model's output, the state is float32."""
 
-    sampler: str
-    shape: tuple[int, ...]
-    in_place: bool = False
-    out_dtype: torch.dtype = torch.float32
-    layout: str = "contiguous"
+    sampler: str = variants.option("ddpm", "whose step", ("ddpm", "ddim"))
+    in_place: bool = variants.option(False, "write x_{t-1} over x_t")
+    alone: bool = variants.option(False, "call the op without its public function, in place (CPU)")
 
     def __str__(self) -> str:
-        place = " in place" if self.in_place else ""
-        return f"reverse_step {self.sampler}{place} {self.shape} {dtype_name(self.out_dtype)} {self.layout}"
+        return f"reverse_step {self.name} {super().__str__()}"
+
+    @property
+    def name(self) -> str:
+        """The name of the case."""
+        return f"{self.sampler}{' in place' if self.in_place else ''}{', op alone' if self.alone else ''}"
 
 
 def eager_step(table: dd.StepTable, index: int) -> Step:
-    """The step as one writes it in PyTorch, its coefficients numbers on the host."""
+    """Returns the step in plain PyTorch, with its coefficients as numbers on the host."""
     row = dict(zip(COLUMNS, table.rows[index].tolist(), strict=True))
 
     def step(x: Tensor, out: Tensor) -> Tensor:
@@ -61,65 +65,102 @@ def eager_step(table: dd.StepTable, index: int) -> Step:
     return step
 
 
-def diffusers_step(sampler: str) -> Step | str:
-    """Its scheduler's step, or why there is none."""
+def _diffusers(sampler: str) -> Step | str:
+    """Returns the step of diffusers' scheduler, or why it is missing."""
     try:
         from diffusers import DDIMScheduler, DDPMScheduler
     except ImportError:
         return "diffusers is not installed"
-    scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]()
+    scheduler: Any = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]()
     scheduler.set_timesteps(len(TABLES[sampler]))
-    t = scheduler.timesteps[len(scheduler.timesteps) // 2]  # on the host: on a device every step would wait for it
+    # The timestep stays on the host. On the device, every step would wait for it.
+    t = scheduler.timesteps[len(scheduler.timesteps) // 2]
     return lambda x, out: scheduler.step(out, t, x, return_dict=False)[0]
 
 
+def _ours(variant: Variant, backend: str) -> Step:
+    table, seed = TABLES[variant.sampler], SEEDS[variant.sampler]
+    index = len(table) // 2
+
+    def step(x: Tensor, out: Tensor) -> Tensor:
+        x_prev = x if variant.in_place else None
+        return dd.reverse_step(x, out, table, index, seed=seed, x_prev=x_prev, backend=backend)
+
+    return step
+
+
+def _alone(sampler: str) -> Callable[[Tensor, Tensor], None]:
+    """Returns the CPU op in place, with its arguments prepared."""
+    cpu, table, seed = torch.device("cpu"), TABLES[sampler], SEEDS[sampler]
+    on, index = table.on(cpu), len(table) // 2
+    key = None if seed is None else noise_key(seed, 0, 0, cpu)
+    op = torch.ops.dd_kernels.reverse_step.default
+
+    def run(x: Tensor, out: Tensor) -> None:
+        op(x, out, None, None, 1.0, None, None, on.rows, on.timesteps, on.steps[index], key, x, None)
+
+    return run
+
+
+def _peers(target: Target, variant: Variant) -> dict[str, Step | str]:
+    found: dict[str, Step | str] = {"diffusers": _diffusers(variant.sampler)}
+    if variant.alone:
+        return found
+    table = TABLES[variant.sampler]
+    found["eager"] = eager = eager_step(table, len(table) // 2)
+    found |= {name: _ours(variant, name) for name in machine.kernels(target.kind)[1:]}
+    if variant.every_peer:
+        torch._dynamo.reset()
+        found |= {"torch.compile": torch.compile(eager, dynamic=False), "reference": _ours(variant, "reference")}
+    return found
+
+
 def _case(target: Target, variant: Variant) -> Case:
-    table, shape, device = TABLES[variant.sampler], variant.shape, target.device
-    index, seed = len(table) // 2, SEEDS[variant.sampler]
-
-    def ours(backend: str) -> Step:
-        def step(x: Tensor, out: Tensor) -> Tensor:
-            x_prev = x if variant.in_place else None
-            return dd.reverse_step(x, out, table, index, seed=seed, x_prev=x_prev, backend=backend)
-
-        return step
+    device = target.device
 
     def make() -> tuple[Tensor, Tensor]:
-        memory_format = LAYOUTS[variant.layout]
-        x, out = (torch.randn(shape, device=device).contiguous(memory_format=memory_format) for _ in range(2))
-        return x, out.to(variant.out_dtype)
+        memory_format = variants.LAYOUTS[variant.layout]
+        x, out = (torch.randn(variant.shape, device=device).contiguous(memory_format=memory_format) for _ in range(2))
+        return x, out.to(variant.dtype)
 
-    size = (4 + variant.out_dtype.itemsize + 4) * torch.Size(shape).numel()
-    eager = eager_step(table, index)
-    peers = {"diffusers": diffusers_step(variant.sampler), "eager": eager}
-    peers |= {name: ours(name) for name in machine.kernels(target.kind)[1:]}
-    if variant == Variant(variant.sampler, MAIN[target.kind]):
-        torch._dynamo.reset()
-        peers |= {"torch.compile": torch.compile(eager, dynamic=False), "reference": ours("reference")}
-    name = f"{variant.sampler} in place" if variant.in_place else variant.sampler
-    dtype = "float32" if variant.out_dtype == torch.float32 else f"float32 and {dtype_name(variant.out_dtype)}"
-    inputs = rotated(target, make, size)
-    return Case("reverse_step", name, shape, ours("auto"), inputs, size, peers, dtype, variant.layout, device)
+    size = (4 + variant.dtype.itemsize + 4) * math.prod(variant.shape)
+    dtype = "float32" if variant.dtype == torch.float32 else f"float32 and {dtype_name(variant.dtype)}"
+    return Case(
+        "reverse_step",
+        variant.name,
+        variant.shape,
+        _alone(variant.sampler) if variant.alone else _ours(variant, "auto"),
+        [make()] if variant.alone else rotated(target, make, size),
+        size,
+        _peers(target, variant),
+        dtype,
+        variant.layout,
+        device,
+        hot=variant.alone,
+    )
 
 
 def _variants(kind: str) -> list[Variant]:
-    main, samplers = MAIN[kind], tuple(TABLES)
-    found = [Variant(sampler, main) for sampler in samplers]
-    found += [Variant(sampler, main, in_place=True, out_dtype=torch.bfloat16) for sampler in samplers]
-    found += [Variant(sampler, main, out_dtype=torch.bfloat16) for sampler in samplers]
-    found += [Variant(sampler, shape, in_place=True) for shape in SHAPES[kind] for sampler in samplers]
-    found += [Variant(sampler, main, layout="channels_last") for sampler in samplers]
-    return found + [Variant(sampler, shape) for shape in SHAPES[kind] if shape != main for sampler in samplers]
+    main, half = MAIN[kind], torch.bfloat16
+    both = [Variant(main, sampler=sampler) for sampler in TABLES]
+    found = [replace(v, every_peer=True) for v in both]
+    found += [replace(v, in_place=True, dtype=half) for v in both] + [replace(v, dtype=half) for v in both]
+    found += [replace(v, in_place=True, shape=shape) for shape in SHAPES[kind] for v in both]
+    found += [replace(v, layout="channels_last") for v in both]
+    found += [replace(v, shape=shape) for shape in SHAPES[kind] if shape != main for v in both]
+    if kind == "cpu" and not backends.unavailable("cpu"):
+        found += [replace(v, alone=True, shape=shape) for v in both for shape in SHAPES[kind]]
+    return found
 
 
 def plans(target: Target) -> list[Plan]:
-    """Every variant at one size, and other sizes with a new tensor and in place."""
-    return [
-        plan
-        for variant in _variants(target.kind)
-        for plan in on_threads(target, str(variant), lambda variant=variant: _case(target, variant))
-    ]
+    """Returns plans for every variant at one size, and for other sizes with a new tensor, in place and alone (CPU)."""
+    return variants.plans_of(target, _variants(target.kind), _case)
 
 
 def test_reverse_step(compare: Callable[[Plan], Row], plan: Plan) -> None:
     compare(plan)
+
+
+if __name__ == "__main__":
+    variants.main(Variant, _case, __doc__)

@@ -1,26 +1,28 @@
-"""Whole sampling steps, model and update, and whole runs of :func:`dd_kernels.sample`.
+"""Whole sampling steps (model and update) and whole runs of :func:`dd_kernels.sample`.
 
-A run of S steps is S such steps, so that images/s follow from the time of one: "extrapolated" in the tables; a
-row with ``steps`` is a whole run. The bytes counted are the weights and the image in and out, each once: what no
-step can do without. Steps are timed as they are called; "CUDA graph" is our step captured and replayed.
+Images/s of a run of S steps follow from the time of one step ("extrapolated" in the tables); a row with ``steps`` is
+a whole run. The bytes counted are those of the weights, and of the image in and out: no step moves fewer. Steps are
+timed as a program calls them; "CUDA graph" is our step captured and replayed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dd_kernels as dd
+from dd_kernels.nn import CONFIGS
 
 from . import inspect_step, machine, models
+from .bench_reverse_step import SCHEDULE
 from .harness import Case, Plan, Row, Target, dtype_name, reason
 from .models import Denoiser
-from .timing import UnusableError
-from .timing_gpu import captured
+from .timing import GpuClock, UnusableError, captured
 
 Step = Callable[[Tensor], object]
 Peers = dict[str, Step | str]
@@ -30,7 +32,12 @@ Peers = dict[str, Step | str]
 class Run:
     """A model, a sampler and a batch.
 
-    ``compile``: the modes in which steps are compiled, which takes minutes; ``profile``: also launches and shares.
+    Attributes:
+        compile: modes of torch.compile to measure, which takes minutes.
+        whole: number of steps of a whole run, which is timed instead of one step.
+        size: side of the images or latents, where it is not the configuration's.
+        reference: measures our reference too.
+        profile: counts launches and shares too.
     """
 
     model: str
@@ -38,8 +45,8 @@ class Run:
     batch: int
     dtype: torch.dtype = torch.float32
     compile: tuple[str, ...] = ()
-    whole: int | None = None  # steps of a whole run instead of one step
-    size: int | None = None  # side of the images (latents), where it is not the configuration's
+    whole: int | None = None
+    size: int | None = None
     reference: bool = False
     profile: bool = False
 
@@ -84,14 +91,16 @@ RUNS = {
 
 
 def _implementations(target: Target, run: Run) -> dict[str, Denoiser | str]:
+    """Returns the step of every implementation, or why one is missing."""
     if run.model == "stable diffusion":
-        found = models.stable_diffusion(run.sampler, run.batch, target, run.dtype)
-        if isinstance(found, str):
-            raise RuntimeError(found)
-        return found
+        stable = models.stable_diffusion(run.sampler, run.batch, target, run.dtype)
+        if isinstance(stable, str):
+            raise RuntimeError(stable)
+        return dict(stable)
     model = models.unet(run.model, target, run.dtype)
     of = (model, run.sampler, run.batch, target.device)
-    found = {"dd_kernels": models.ours(*of), "eager": models.eager(*of), "diffusers": models.diffusers_unet(*of)}
+    found: dict[str, Denoiser | str] = {"dd_kernels": models.ours(*of), "eager": models.eager(*of)}
+    found["diffusers"] = models.diffusers_unet(*of)
     if run.reference:
         found["reference"] = models.ours(*of, backend="reference")
     if len(machine.kernels(target.kind)) > 1 and not run.compile:
@@ -100,34 +109,37 @@ def _implementations(target: Target, run: Run) -> dict[str, Denoiser | str]:
 
 
 def _compiled(found: dict[str, Denoiser | str], modes: tuple[str, ...]) -> dict[str, Denoiser | str]:
-    """Beside ours as it is: ours and a peer under torch.compile (diffusers where it is there, else the eager model)."""
+    """Returns ours, and ours and a peer under torch.compile; the peer is diffusers, or eager where that is missing."""
     torch._dynamo.reset()
     peer = "diffusers" if isinstance(found.get("diffusers"), Denoiser) else "eager"
     result: dict[str, Denoiser | str] = {"dd_kernels": found["dd_kernels"]}
     for mode in modes:
         for name in (peer, "dd_kernels"):
             suffix = "torch.compile" if mode == "default" else f"torch.compile {mode}"
-            result[f"{name}, {suffix}"] = models.compiled(found[name], mode)
+            step = found[name]
+            assert isinstance(step, Denoiser)
+            result[f"{name}, {suffix}"] = models.compiled(step, mode)
     return result
 
 
 def _graph(target: Target, step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], object] | str:
-    """Our step captured as a CUDA graph; the tensor it is called with is the one it was captured with."""
-    if not target.clock.graphs:
+    """Returns our step captured as a CUDA graph, which always reads the tensor it was captured with; or why not."""
+    clock = target.clock
+    if not isinstance(clock, GpuClock) or not clock.graphs:
         return "no CUDA graphs in this run"
     try:
         for _ in range(2):
             step(x)
-        replay = captured(lambda: step(x), target.clock.cuda)
+        replay = captured(lambda: step(x), clock.cuda)
     except Exception as error:
-        if not target.clock.usable():
+        if not clock.usable():
             raise UnusableError(f"not captured: {reason(error)}") from error
         return f"not captured: {reason(error)}"
     return lambda _: replay()
 
 
 def _inspect(target: Target, run: Run, found: dict[str, Denoiser | str], x: Tensor) -> Row:
-    """Launches, shares and peak memory of every implementation that runs uncompiled."""
+    """Returns launches, shares and peak memory of every implementation that is not compiled."""
     device = torch.device(target.device).type
     result: dict[str, Row] = {}
     for name, denoiser in found.items():
@@ -136,7 +148,7 @@ def _inspect(target: Target, run: Run, found: dict[str, Denoiser | str], x: Tens
         try:
             one = inspect_step.breakdown(denoiser, x, device) if run.profile else {}
             if device == "cuda":
-                one["peak_bytes"] = inspect_step.peak_bytes(lambda run=denoiser: run(x))
+                one["peak_bytes"] = inspect_step.peak_bytes(partial(denoiser, x))
         except Exception as error:
             one = {"not_measured": reason(error)}
         result[name] = one
@@ -144,16 +156,17 @@ def _inspect(target: Target, run: Run, found: dict[str, Denoiser | str], x: Tens
 
 
 def _images(target: Target, run: Run) -> Tensor:
+    """Returns random images or latents."""
     if run.model == "stable diffusion":
-        side = run.size or models.SD_UNET["sample_size"]
-        return torch.randn(run.batch, 4, side, side, device=target.device)
-    config = models.CONFIGS[run.model]
-    side = config["image_size"]
-    return torch.randn(run.batch, config["in_channels"], side, side, device=target.device)
+        channels, side = 4, run.size or models.SD_UNET["sample_size"]
+    else:
+        config: dict[str, Any] = CONFIGS[run.model]
+        channels, side = config["in_channels"], config["image_size"]
+    return torch.randn(run.batch, channels, side, side, device=target.device)
 
 
 def _case(target: Target, run: Run, x: Tensor, module: nn.Module, ours: Step, peers: Peers, **options: Any) -> Case:
-    """A call of ``ours`` with images ``x``, which runs ``module`` once, or as often as the row's steps say."""
+    """Returns the case of ``ours`` called with images ``x``: one step with ``module``, or a whole run of ``steps``."""
     steps = options.get("extra", {}).get("steps", 1)
     moved = steps * (models.parameter_bytes(module) + 2 * x.nbytes)
     return Case(
@@ -173,11 +186,13 @@ def _case(target: Target, run: Run, x: Tensor, module: nn.Module, ours: Step, pe
 
 
 def _step_case(target: Target, run: Run) -> Case:
+    """Returns the case of one step."""
     found = _implementations(target, run)
     if run.compile:
         found = _compiled(found, run.compile)
     x = _images(target, run)
     ours = found["dd_kernels"]
+    assert isinstance(ours, Denoiser)
     peers: Peers = dict(list(found.items())[1:])
     if target.kind == "cuda" and not run.compile:
         peers["dd_kernels, CUDA graph"] = _graph(target, ours, x)
@@ -186,9 +201,9 @@ def _step_case(target: Target, run: Run) -> Case:
 
 
 def _whole_case(target: Target, run: Run) -> Case:
-    """``dd.sample`` from x_T to x_0; the peer is the loop of diffusers' pipelines, or of the eager model."""
+    """Returns the case of ``dd.sample`` from x_T to x_0, beside the loop of diffusers' pipelines."""
     model = models.unet(run.model, target, run.dtype)
-    schedule, steps = models.SCHEDULE, run.whole
+    schedule, steps = SCHEDULE, run.whole or 1
     table = dd.ddim(schedule, steps=steps) if run.sampler == "ddim" else dd.ddpm(schedule, steps=steps)
     y = models.labels(model, run.batch, target.device)
     x_T = _images(target, run)
@@ -197,39 +212,39 @@ def _whole_case(target: Target, run: Run) -> Case:
     def ours(x: Tensor) -> Tensor:
         return dd.sample(model, x, table, seed=0, model_kwargs=kwargs)
 
-    peers = {"diffusers": _pipeline(models.diffusers_unet(model, run.sampler, run.batch, target.device), run, target)}
+    peers: Peers = {
+        "diffusers": _pipeline(models.diffusers_unet(model, run.sampler, run.batch, target.device), run, target)
+    }
     return _case(target, run, x_T, model, ours, peers, extra={"steps": steps})
 
 
 def _pipeline(theirs: Denoiser | str, run: Run, target: Target) -> Callable[[Tensor], Tensor] | str:
-    """The loop of diffusers' DDPMPipeline and DDIMPipeline."""
+    """Returns the loop of diffusers' DDPMPipeline and DDIMPipeline, or why it is missing."""
     if isinstance(theirs, str):
         return theirs
     scheduler = models.scheduler_of(run.sampler, target.device)
     scheduler.set_timesteps(run.whole, device=target.device)
-    y = {} if theirs.module.config.num_class_embeds is None else {"class_labels": _classes(theirs, run, target)}
+    module: Any = theirs.module
+    classes = module.config.num_class_embeds
+    y = {} if classes is None else {"class_labels": torch.arange(run.batch, device=target.device) % classes}
 
     def sample(x: Tensor) -> Tensor:
         for t in scheduler.timesteps:
-            x = scheduler.step(theirs.module(x.to(theirs.module.dtype), t, **y).sample, t, x).prev_sample
+            x = scheduler.step(module(x.to(module.dtype), t, **y).sample, t, x).prev_sample
         return x
 
     return sample
 
 
-def _classes(theirs: Denoiser, run: Run, target: Target) -> Tensor:
-    return torch.arange(run.batch, device=target.device) % theirs.module.config.num_class_embeds
-
-
 def plans(target: Target) -> list[Plan]:
-    """Every run of the device, those that compile last; on a CPU on all its threads."""
+    """Returns a plan for every run of the device, on a CPU with all its threads."""
     threads = machine.THREADS[-1] if target.kind == "cpu" else None
     return [
         Plan(
             f"sample {run}",
-            lambda run=run: _whole_case(target, run) if run.whole else _step_case(target, run),
+            partial(_whole_case if run.whole else _step_case, target, run),
             threads,
-            slow=bool(run.compile),
+            "compiled" if run.compile else "end_to_end",
             tunes="max-autotune" in run.compile,
         )
         for run in RUNS[target.kind]

@@ -1,7 +1,7 @@
-"""A training step: q_sample, forward, backward and AdamW, fused against the same model in plain PyTorch.
+"""A training step (q_sample, forward, backward, AdamW) beside the same model in plain PyTorch.
 
-On a GPU under bfloat16 autocast. ``saved_bytes`` is what the forward pass keeps for the backward pass, on any
-device; ``peak_bytes`` the most memory that a step needs beside what is there before it, on a GPU.
+A GPU runs it under bfloat16 autocast. ``saved_bytes`` is what the forward pass keeps for the backward pass;
+``peak_bytes``, on a GPU, the peak of a step's memory less what was allocated before it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dd_kernels as dd
-from dd_kernels.nn import UNet
+from dd_kernels.nn import CONFIGS, UNet
 
 from . import inspect_step, machine, models
+from .bench_reverse_step import SCHEDULE
 from .harness import Case, Plan, Row, Target, dtype_name, reason
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model and a batch; ``compile``: also under torch.compile, which takes minutes to prepare."""
+    """A model and a batch; ``compile``: measures torch.compile too, which takes minutes to prepare."""
 
     model: str
     batch: int
@@ -41,7 +43,7 @@ RUNS = {
 
 
 class Trained:
-    """A model with its optimizer; called with images it takes one step."""
+    """A model with its optimizer; a call with images takes one step."""
 
     def __init__(self, target: Target, module: nn.Module, forward: Callable[..., Tensor], drawn: bool, y: Any) -> None:
         self.forward, self.drawn, self.y = forward, drawn, y
@@ -50,11 +52,11 @@ class Trained:
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
 
     def loss(self, images: Tensor, t: Tensor) -> Tensor:
-        """The simple loss, equation 14 of DDPM (Ho et al., 2020)."""
+        """Returns the simple loss, equation 14 of DDPM (Ho et al., 2020)."""
         if self.drawn:
-            x_t, noise = dd.q_sample(images, t, models.SCHEDULE, seed=0, return_noise=True)
+            x_t, noise = dd.q_sample(images, t, SCHEDULE, seed=0, return_noise=True)
         else:
-            rows, noise = models.SCHEDULE.on(images.device).rows[t], torch.randn_like(images)
+            rows, noise = SCHEDULE.on(images.device).rows[t], torch.randn_like(images)
             x_t = rows[:, 0].view(-1, 1, 1, 1) * images + rows[:, 1].view(-1, 1, 1, 1) * noise
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
         with bf16:
@@ -87,13 +89,13 @@ def _inspect(target: Target, found: dict[str, Trained], images: Tensor, t: Tenso
     memory: Row = {}
     for name, trained in found.items():
         if "torch.compile" in name and torch.device(target.device).type != "cuda":
-            continue  # its saved tensors are known to the compiler alone
+            continue  # only the compiler knows which tensors it saves
         try:
             if "torch.compile" not in name:
-                saved = inspect_step.saved_bytes(lambda run=trained: run.loss(images, t), parameters)
+                saved = inspect_step.saved_bytes(partial(trained.loss, images, t), parameters)
                 memory[name] = {"saved_bytes": saved}
             if torch.device(target.device).type == "cuda":
-                peak = inspect_step.peak_bytes(lambda run=trained: run(images, t))
+                peak = inspect_step.peak_bytes(partial(trained, images, t))
                 memory[name] = {**memory.get(name, {}), "peak_bytes": peak}
         except Exception as error:
             memory[name] = {"not_measured": reason(error)}
@@ -102,10 +104,10 @@ def _inspect(target: Target, found: dict[str, Trained], images: Tensor, t: Tenso
 
 def _case(target: Target, run: Run) -> Case:
     found = _implementations(target, run)
-    config = models.CONFIGS[run.model]
+    config = CONFIGS[run.model]
     shape = (run.batch, config["in_channels"], config["image_size"], config["image_size"])
     images = torch.rand(shape, device=target.device) * 2 - 1
-    t = torch.randint(len(models.SCHEDULE), (run.batch,), device=target.device)
+    t = torch.randint(len(SCHEDULE), (run.batch,), device=target.device)
     weights = sum(p.nbytes for p in found["dd_kernels"].optimizer.param_groups[0]["params"])
     return Case(
         "training",
@@ -113,7 +115,8 @@ def _case(target: Target, run: Run) -> Case:
         shape,
         found["dd_kernels"],
         [(images, t)],
-        9 * weights + 2 * images.nbytes,  # read twice, gradient written and read, weight and two moments updated
+        # Weights are read twice, gradients written and read, weights and two moments updated.
+        9 * weights + 2 * images.nbytes,
         {name: trained for name, trained in found.items() if name != "dd_kernels"},
         dtype_name(torch.bfloat16) if target.kind == "cuda" else "float32",
         "channels_last",
@@ -124,9 +127,12 @@ def _case(target: Target, run: Run) -> Case:
 
 
 def plans(target: Target) -> list[Plan]:
-    """Every run, on a CPU on all its threads."""
+    """Returns a plan for every run, on a CPU with all its threads."""
     threads = machine.THREADS[-1] if target.kind == "cpu" else None
-    return [Plan(str(run), lambda run=run: _case(target, run), threads, run.compile) for run in RUNS[target.kind]]
+    return [
+        Plan(str(run), partial(_case, target, run), threads, "compiled" if run.compile else "training")
+        for run in RUNS[target.kind]
+    ]
 
 
 def test_training(compare: Callable[[Plan], Row], plan: Plan) -> None:

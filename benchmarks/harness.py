@@ -1,9 +1,9 @@
-"""Interleaved comparison of an op with its peers, in one process and on the same data.
+"""Compares an op with its peers, interleaved, in one process and on the same data.
 
-A machine drifts (clocks, neighbours, caches), so times of two runs do not compare. Here every round
-times ours and each peer one after another, in an order that changes from round to round, and what is
-reported is the median over the rounds of the ratio within a round, with its quartiles. A plain copy of
-as many bytes is timed in the same rounds: it is what "% of copy" means.
+A machine drifts (clocks, neighbours, caches), so times of two runs do not compare. Every round times ours and each
+peer one after another, in an order that changes from round to round. A ratio is the median over the rounds of the
+ratio within a round, with its quartiles; both sides have the same shape, batch and dtype. A plain copy of as many
+bytes is timed in the same rounds and defines "% of copy".
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import machine
-from .timing import Call, Clock, Timer, UnusableError
+from .timing import Arguments, Call, Clock, Timer, UnusableError
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 200
-SLOW_ROUNDS = 5  # where a round takes more than twice as long as a case should take
-SLOWEST_ROUNDS = 3  # where it takes more than 16 times as long
-PATIENCE = 3  # times as long as a case should take: a neighbour may have come after the first look
+SLOW_ROUNDS = 5  # least number where a round takes more than twice a case's time
+SLOWEST_ROUNDS = 3  # least number where it takes more than 16 times a case's time
+PATIENCE = 3  # a case ends after this many times its time, however many rounds are left
 Row = dict[str, Any]
+A = TypeVar("A", bound=Arguments)
 
 
 @dataclass
@@ -37,23 +38,23 @@ class Case:
         name: which of its cases, e.g. "ddpm".
         shape, dtype, layout: of its main tensor.
         ours: called with one of ``inputs``.
-        inputs: argument tuples, used in turn; see :func:`rotated`.
-        bytes_moved: read and written by the op if every tensor is touched once.
-        peers: by name, what is called with the same arguments; or a string: why it was not measured.
+        inputs: argument tuples that calls rotate through; see :func:`rotated`.
+        bytes_moved: bytes that the op reads and writes if it touches every tensor once.
+        peers: by name the function that is called with the same arguments, or in words why it is not measured.
         device: where the tensors are.
-        graph: a GPU replays the calls from a graph; False: it is called as a program calls it.
-        hot: ``inputs`` are one tuple on purpose, whatever its size; the copy then has one of its own.
+        graph: a GPU replays the calls from a graph; where False, they are timed as a program makes them.
+        hot: ``inputs`` is a single tuple on purpose, whatever its size; the copy then has a single one too.
         extra: further entries of the row.
-        inspect: called after the timing, for further entries that are looked at and not timed.
+        inspect: called after the timing, returns further entries that are not timed.
     """
 
     op: str
     name: str
     shape: Sequence[int]
     ours: Call
-    inputs: Sequence[tuple]
+    inputs: Sequence[Arguments]
     bytes_moved: int
-    peers: dict[str, Call | str] = field(default_factory=dict)
+    peers: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     layout: str = "contiguous"
     device: torch.device | str = "cpu"
@@ -65,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """What to measure on: ``kind`` ("cpu" or "cuda") says which selection of cases, ``device`` where they run."""
+    """Where to measure: ``kind`` ("cpu" or "cuda") selects the cases, ``device`` holds their tensors."""
 
     kind: str
     device: torch.device | str
@@ -74,55 +75,56 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """A case that is not built yet, and the number of torch's threads that it runs on (None: as it is).
+    """A case that is not built yet.
 
-    ``slow``: it takes minutes to prepare (torch.compile of a whole model). ``tunes``: what is compiled is
-    chosen by timing it, which wants the device for itself.
+    Attributes:
+        name: of the plan; unique among those of a device, together with the threads.
+        build: returns the case.
+        threads: number of torch's threads (None: as it is).
+        part: part of the report that measures it; "compiled" holds what takes minutes to prepare.
+        tunes: what is compiled is chosen by timing it, which needs the device for itself.
     """
 
     name: str
     build: Callable[[], Case]
     threads: int | None = None
-    slow: bool = False
+    part: str = "ops"
     tunes: bool = False
 
     def __str__(self) -> str:
         return self.name if self.threads is None else f"{self.name} {self.threads}T"
 
 
-def on_threads(target: Target, name: str, build: Callable[[], Case]) -> list[Plan]:
-    """The case on every number of threads; on a GPU once."""
-    threads = machine.THREADS if target.kind == "cpu" else (None,)
-    return [Plan(name, build, n) for n in threads]
-
-
-def rotated(target: Target, make: Callable[[], tuple], bytes_moved: int) -> list[tuple]:
-    """Argument tuples from ``make``: enough to fall out of the cache, where that is possible."""
+def rotated(target: Target, make: Callable[[], A], bytes_moved: int) -> list[A]:
+    """Returns argument tuples from ``make``, enough of them to exceed the cache where that is possible."""
     return [make() for _ in range(target.clock.copies(bytes_moved))]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" of torch.float32."""
+    """Returns "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def reason(error: BaseException) -> str:
-    """An exception in one line."""
+    """Returns an exception in one line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
 
 
+def _copy_inputs(case: Case, clock: Clock) -> list[Arguments]:
+    """Returns pairs (target, source) whose copy moves as many bytes as the case."""
+    sources = [
+        torch.ones(max(1, case.bytes_moved // 8), device=case.device)
+        for _ in range(1 if case.hot else clock.copies(case.bytes_moved))
+    ]
+    return [(torch.empty_like(source), source) for source in sources]
+
+
 def _timers(case: Case, clock: Clock) -> tuple[dict[str, Timer], dict[str, str]]:
-    """A timer for ours, each peer and a copy; and why a peer has none."""
-
-    def copy_arguments() -> tuple:
-        source = torch.ones(max(1, case.bytes_moved // 8), device=case.device)
-        return torch.empty_like(source), source
-
-    copies = [copy_arguments() for _ in range(1 if case.hot else clock.copies(case.bytes_moved))]
+    """Returns a timer for ours, each peer and a copy; and for each peer without a timer the reason."""
     timers = {
         "ours": clock.timer(case.ours, case.inputs, case.bytes_moved, case.graph),
-        "copy": clock.timer(torch.Tensor.copy_, copies, case.bytes_moved, case.graph),
+        "copy": clock.timer(torch.Tensor.copy_, _copy_inputs(case, clock), case.bytes_moved, case.graph),
     }
     missing = {}
     for name, peer in case.peers.items():
@@ -138,13 +140,13 @@ def _timers(case: Case, clock: Clock) -> tuple[dict[str, Timer], dict[str, str]]
                 raise UnusableError(f"{name}: {reason(error)}") from error
             missing[name] = reason(error)
     if any(timer.how != timers["ours"].how for timer in timers.values()):
-        # A peer that cannot be captured is compared with ours called the same way.
+        # A peer that cannot be captured is compared with ours timed the same way.
         timers["ours called"] = clock.timer(case.ours, case.inputs, case.bytes_moved, graph=False)
     return timers, missing
 
 
 def interleave(timers: dict[str, Timer], case_seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each, in every round; fewer rounds where they take far longer than they should."""
+    """Returns seconds per call of each timer in every round; slow cases get fewer rounds."""
     round_seconds = sum(timer.round_seconds for timer in timers.values())
     least = MIN_ROUNDS
     if round_seconds > 2 * case_seconds:
@@ -163,14 +165,14 @@ def interleave(timers: dict[str, Timer], case_seconds: float) -> dict[str, list[
 
 
 def ratio_of(peer: Sequence[float], ours: Sequence[float]) -> Row:
-    """Median time of the peer, and median and quartiles of its ratio to ours within a round."""
+    """Returns the peer's median time, and the median and quartiles of its ratio to ours within a round."""
     ratios = [p / o for p, o in zip(peer, ours, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     return {"us": statistics.median(peer) * 1e6, "ratio": median, "ratio_q1": low, "ratio_q3": high}
 
 
 def record(case: Case, timers: dict[str, Timer], missing: dict[str, str], times: dict[str, list[float]]) -> Row:
-    """What was timed, ready for JSON."""
+    """Returns the row of what was timed, ready for JSON."""
     seconds = statistics.median(times["ours"])
     peers: Row = {}
     for name in case.peers:
@@ -203,7 +205,8 @@ def record(case: Case, timers: dict[str, Timer], missing: dict[str, str], times:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def on_threads(number: int | None) -> Iterator[None]:
+    """Sets the number of torch's threads within the block; None leaves it."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -213,6 +216,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 
 def _inspected(case: Case, clock: Clock) -> Row:
+    """Returns the entries of ``case.inspect``, or the reason why there are none."""
     if case.inspect is None:
         return {}
     try:
@@ -227,11 +231,11 @@ def measure(plan: Plan, target: Target) -> Row:
     """Builds a case, times it and returns its row.
 
     Raises:
-        UnusableError: the device does not answer any more.
+        UnusableError: the device no longer answers.
         Exception: whatever the case itself raises.
     """
     clock = target.clock
-    with _threads(plan.threads), clock.running(), torch.no_grad():
+    with on_threads(plan.threads), clock.running(), torch.no_grad():
         try:
             case = plan.build()
             timers, missing = _timers(case, clock)

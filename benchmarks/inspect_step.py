@@ -1,4 +1,4 @@
-"""What a step consists of: kernel launches, the share of GroupNorm+SiLU and of the sampler, memory, FLOPs."""
+"""Inspects a step: kernel launches, the shares of GroupNorm+SiLU and of the sampler, memory, FLOPs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .harness import Row
 from .models import Denoiser
 
 REPEATS = 3
-# On a GPU our kernels are known by the type of their argument (CUDA) or by their names (Triton), PyTorch's GroupNorm
-# and SiLU by their names; on a CPU all are operators.
+# Matches the kernels and operators of GroupNorm and SiLU. On a GPU our CUDA kernels are found by the type of their
+# argument, Triton's and PyTorch's kernels by their names; on a CPU all of them are operators.
 NORM = re.compile(
     r"group_?norm|silu|rowwisemoments|computefusedparams|norm(forward|backward)"
     r"|^_(whole_groups|partial_moments|combine_moments|apply|partial_sums|combine_sums|parameter_gradients)",
@@ -25,9 +25,9 @@ NORM = re.compile(
 
 
 def _events(run: Callable[[], object], device: str) -> list[tuple[str, float, int]]:
-    """(name, microseconds, calls) of the kernels of a GPU, or of the operators of a CPU without those they call.
+    """Returns (name, microseconds, calls) over REPEATS runs, of a GPU's kernels or a CPU's operators.
 
-    All of REPEATS runs.
+    The time of an operator leaves out the operators that it calls.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     run()
@@ -47,11 +47,12 @@ def _events(run: Callable[[], object], device: str) -> list[tuple[str, float, in
 
 
 def _copies(name: str) -> bool:
+    """Returns whether a GPU's event is a copy or a fill, not a kernel."""
     return name.startswith(("Memcpy", "Memset"))
 
 
 def breakdown(denoiser: Denoiser, x: Tensor, device: str) -> Row:
-    """Launches of a step (None on a CPU), and the share of its time: group_norm_silu, sampler, rest."""
+    """Returns the launches of a step (None on a CPU), and the shares of its time: group_norm_silu, sampler, rest."""
     with torch.no_grad():
         out = denoiser.model(x).clone()
         model = _events(lambda: denoiser.model(x), device)
@@ -73,17 +74,20 @@ def breakdown(denoiser: Denoiser, x: Tensor, device: str) -> Row:
 
 
 def peak_bytes(run: Callable[[], object], cuda: Any = torch.cuda) -> int:
-    """The most memory of a GPU that a call needs beside what is there before it."""
+    """Returns the peak of a GPU's memory during a call, less what was allocated before it."""
     cuda.synchronize()
     cuda.reset_peak_memory_stats()
     before = cuda.memory_allocated()
     run()
     cuda.synchronize()
-    return cuda.max_memory_allocated() - before
+    return int(cuda.max_memory_allocated()) - before
 
 
 def saved_bytes(run: Callable[[], object], parameters: set[int]) -> int:
-    """Bytes that a forward pass keeps for its backward pass, storages counted once, parameters left out."""
+    """Returns the bytes that a forward pass keeps for its backward pass.
+
+    Each storage counts once; those at the addresses ``parameters`` do not count.
+    """
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -94,12 +98,12 @@ def saved_bytes(run: Callable[[], object], parameters: set[int]) -> int:
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
-    del result  # kept alive until here, so that no address is used twice
+    del result  # kept until here, because memory that is freed could be counted twice
     return sum(kept.values())
 
 
 def flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the convolutions and matrix products, a multiplication and an addition two."""
+    """Counts the floating-point operations of convolutions and matrix products; one multiply-add is two."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""What the figures were measured on, and what it can do at best in the same run."""
+"""Describes the machine, and measures its bandwidth and its rate of matrix products in the same run."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ import torch
 import dd_kernels
 from dd_kernels import backend as backends
 
-from .timing import Clock
+from .timing import Arguments, Call, Clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 THREADS = tuple(n for n in (1, 2) if n <= len(os.sched_getaffinity(0)))
-COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}  # of the tensor that is copied
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}  # size of the tensor that is copied
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 
 
 @cache
 def cpu_isa() -> str | None:
-    """The instruction set that the CPU library chose; None where it was not built."""
+    """Returns the instruction set that the CPU library chose; None where the library was not built."""
     found = sorted(Path(dd_kernels.__file__).parent.glob("_cpu.*so"))
     if not found:
         return None
     function = ctypes.CDLL(str(found[0])).dd_kernels_cpu_isa
     function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
-    return function(None).decode()
+    return str(function(None).decode())
 
 
 @cache
 def _processor() -> str:
+    """Returns the name of the processor."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -43,30 +44,31 @@ def _processor() -> str:
 
 
 def described(device: str) -> dict[str, Any]:
-    """The machine, as the results name it."""
+    """Returns the device, torch's version and the CPU's instruction set, as the results name them."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
     return {"device": name, "torch": torch.__version__, "isa": cpu_isa() if device == "cpu" else None}
 
 
 def kernels(device: str) -> list[str]:
-    """The backends with kernels of their own that run on ``device``, the one that "auto" takes first."""
+    """Lists the backends with kernels of their own that run on ``device``, in the order of "auto"."""
     names = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}[device]
     return [name for name in names if backends.unavailable(name, device) is None]
 
 
 def backend(device: str) -> str:
-    """What "auto" takes on ``device``."""
+    """Returns the backend that "auto" takes on ``device``."""
     return next(iter(kernels(device)), "reference")
 
 
-_limits: dict[tuple, dict[str, float]] = {}
+_limits: dict[tuple[object, ...], dict[str, float]] = {}
 
 
 def limits(clock: Clock, device: torch.device | str, dtype: torch.dtype) -> dict[str, float]:
-    """Copy bandwidth (bytes read and written) and matrix products per second, measured once per run.
+    """Returns the copy bandwidth and the rate of matrix products, measured once per process.
 
     Returns:
-        copy_gb_per_s, matmul_gflop_per_s: on random data, in ``dtype``, on the threads that are set.
+        copy_gb_per_s (bytes read and written) and matmul_gflop_per_s (two operations per product), measured on
+        random data in ``dtype``, on torch's present number of threads.
     """
     key = (clock.device, str(device), dtype, torch.get_num_threads())
     if key not in _limits:
@@ -84,6 +86,6 @@ def limits(clock: Clock, device: torch.device | str, dtype: torch.dtype) -> dict
     return _limits[key]
 
 
-def _median_seconds(clock: Clock, call: Any, arguments: tuple, bytes_moved: int) -> float:
+def _median_seconds(clock: Clock, call: Call, arguments: Arguments, bytes_moved: int) -> float:
     timer = clock.timer(call, [arguments], bytes_moved)
     return statistics.median(timer.measure() for _ in range(5))

@@ -1,7 +1,7 @@
-"""Whole models and sampling steps, in every implementation that is compared; all weights are random.
+"""Builds whole models and sampling steps in every implementation that is compared; all weights are random.
 
-``dd_kernels`` is the model with our ops and our step; ``eager`` is the same model, sharing its weights, in plain
-PyTorch; ``reference`` runs our reference; ``diffusers`` is its U-Net of the same weights with its scheduler.
+``dd_kernels`` is the model with our ops and our step. ``eager`` is the same model in plain PyTorch and shares its
+weights. ``reference`` runs our reference. ``diffusers`` is its U-Net with the same weights, and its scheduler.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dd_kernels as dd
-from dd_kernels.nn import CONFIGS, GroupNormSiLU, UNet
+from dd_kernels.nn import GroupNormSiLU, UNet
 
-from .bench_reverse_step import SCHEDULE, SEEDS, TABLES, eager_step
+from .bench_reverse_step import SEEDS, TABLES, eager_step
 from .harness import Target
 
-SD_UNET = {  # Stable Diffusion 1.5's U-Net
+SD_UNET: dict[str, Any] = {  # Stable Diffusion 1.5's U-Net
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
@@ -30,12 +30,15 @@ SD_UNET = {  # Stable Diffusion 1.5's U-Net
     "attention_head_dim": 8,
 }
 SD_TOKENS = (77, 768)
-ONLY_EPSILON = {"learn_variance": False}  # of imagenet64: diffusers' DDIM takes no learned variance
+ONLY_EPSILON = {"learn_variance": False}  # for imagenet64, since diffusers' DDIM takes no learned variance
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass
 class Denoiser:
-    """A model with everything bound but x, and its half of the work told apart: model(x), then update(x, out)."""
+    """A sampling step in two halves, model(x) and update(x, out), with all other arguments bound."""
 
     model: Callable[[Tensor], Tensor]
     update: Callable[[Tensor, Tensor], Tensor]
@@ -48,59 +51,66 @@ class Denoiser:
 
 
 class EagerGroupNormSiLU(GroupNormSiLU):
-    """What the norm of our U-Net is in plain PyTorch, in the dtype of its input."""
+    """The norm of our U-Net in plain PyTorch, computed in the dtype of its input."""
 
     def forward(
         self, x: Tensor, *, pre_shift: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
     ) -> Tensor:
-        """As GroupNormSiLU."""
+        """Computes what GroupNormSiLU does."""
         if pre_shift is not None:
             x = x + pre_shift[:, :, None, None]
         y = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        if scale is not None:
+        if scale is not None and shift is not None:
             y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
         return F.silu(y) if self.activation == "silu" else y
 
 
-def sharing(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters are the model's own."""
+def sharing(model: M) -> M:
+    """Returns a copy of the model that shares its parameters."""
     return copy.deepcopy(model, {id(p): p for p in [*model.parameters(), *model.buffers()]})
 
 
 def eager_copy(model: UNet) -> UNet:
-    """The model in plain PyTorch, sharing its weights."""
-    model = sharing(model)
-    for module in model.modules():
+    """Returns the model in plain PyTorch, sharing its weights."""
+    copied = sharing(model)
+    for module in copied.modules():
         if type(module) is GroupNormSiLU:
             module.__class__ = EagerGroupNormSiLU
-    return model
+    return copied
 
 
-def randomized(model: nn.Module) -> nn.Module:
-    """Weights that start at 0 become random: products with zeros can run faster than real ones."""
+def randomized(model: M) -> M:
+    """Makes weights that start at 0 random, because products with zeros can run faster; returns the model."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     return model
 
 
+def channels_last(model: M) -> M:
+    """Stores the model's weights in channels_last; returns the model."""
+    untyped: Any = model  # the types of nn.Module.to lack memory_format
+    untyped.to(memory_format=torch.channels_last)
+    return model
+
+
 def unet(name: str, target: Target, dtype: torch.dtype, **options: Any) -> UNet:
-    """The named U-Net on the target, for inference."""
+    """Returns the named U-Net on the target, for inference."""
     if name == "imagenet64":
         options = {**ONLY_EPSILON, **options}
     with torch.device(target.device):
         model = UNet.from_config(name, **options)
-    return randomized(model).to(dtype).to(memory_format=torch.channels_last).eval()
+    return channels_last(randomized(model).to(dtype)).eval()
 
 
 def labels(model: UNet, batch: int, device: torch.device | str) -> Tensor | None:
-    """A class for each image, where the model has classes."""
+    """Returns a class for each image where the model has classes, else None."""
     classes = model.config["num_classes"]
     return None if classes is None else torch.arange(batch, device=device) % classes
 
 
 def ours(model: UNet, sampler: str, batch: int, device: torch.device | str, backend: str = "auto") -> Denoiser:
-    """A step as :func:`dd_kernels.sample` runs it, but for the new tensor that the first step makes."""
+    """Returns a step as :func:`dd_kernels.sample` runs it, but into a new tensor."""
     table = TABLES[sampler]
     index = len(table) // 2
     t = table.on(torch.device(device)).timesteps[index].expand(batch)
@@ -115,35 +125,35 @@ def ours(model: UNet, sampler: str, batch: int, device: torch.device | str, back
 
 
 def eager(model: UNet, sampler: str, batch: int, device: torch.device | str) -> Denoiser:
-    """The same step in plain PyTorch."""
+    """Returns the same step in plain PyTorch."""
     plain, step = eager_copy(model), eager_step(TABLES[sampler], len(TABLES[sampler]) // 2)
     return Denoiser(ours(plain, sampler, batch, device).model, step, plain)
 
 
 def compiled(denoiser: Denoiser, mode: str) -> Denoiser:
-    """The whole step under torch.compile."""
+    """Returns the whole step under torch.compile."""
     step = torch.compile(lambda x: denoiser.update(x, denoiser.model(x)), mode=mode, dynamic=False)
     return Denoiser(step, lambda x, out: out, denoiser.module, denoiser.backend)
 
 
 def scheduler_of(sampler: str, device: torch.device | str) -> Any:
-    """diffusers' scheduler, its timesteps where pipelines put them."""
+    """Returns diffusers' scheduler with its timesteps on the device, as pipelines place them."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
-    scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]()
+    scheduler: Any = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler}[sampler]()
     scheduler.set_timesteps(len(TABLES[sampler]), device=device)
     return scheduler
 
 
 def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device | str) -> Denoiser | str:
-    """diffusers' U-Net of the same shape and weights, and its scheduler, as its pipelines call them."""
+    """Returns diffusers' U-Net with the same weights and its scheduler, called as its pipelines call them."""
     try:
         from dd_kernels.integrations.diffusers.unet import to_diffusers
     except ImportError:
         return "diffusers is not installed"
-    with torch.device(device):  # else its first weights are drawn on the host, for seconds
+    with torch.device(device):  # on the host, drawing the first weights would take seconds
         theirs = to_diffusers(model)
-    theirs = theirs.to(memory_format=torch.channels_last).eval()
+    theirs = channels_last(theirs).eval()
     scheduler = scheduler_of(sampler, device)
     t = scheduler.timesteps[len(scheduler.timesteps) // 2]
     y, dtype = labels(model, batch, device), next(theirs.parameters()).dtype
@@ -155,15 +165,15 @@ def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device |
 
 
 def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtype) -> dict[str, Denoiser] | str:
-    """diffusers' U-Net of Stable Diffusion 1.5's size as it is, and fused by :func:`dd_kernels.fuse`."""
+    """Returns diffusers' U-Net of Stable Diffusion 1.5's size, as it is and fused by :func:`dd_kernels.fuse`."""
     try:
         from diffusers import UNet2DConditionModel
     except ImportError:
         return "diffusers is not installed"
     device = target.device
     with torch.device(device):
-        theirs = UNet2DConditionModel(**SD_UNET)
-    theirs = theirs.to(dtype).to(memory_format=torch.channels_last).eval()
+        theirs: Any = UNet2DConditionModel(**SD_UNET)
+    theirs = channels_last(theirs.to(dtype)).eval()
     fused = sharing(theirs)
     dd.fuse(fused)
     tokens = torch.randn(batch, *SD_TOKENS, device=device).to(dtype)
@@ -184,8 +194,5 @@ def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtyp
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Size of the weights."""
+    """Returns the size of the weights in bytes."""
     return sum(p.nbytes for p in module.parameters())
-
-
-__all__ = ["CONFIGS", "SCHEDULE", "Denoiser", "compiled", "diffusers_unet", "eager", "ours", "stable_diffusion", "unet"]

@@ -1,4 +1,4 @@
-"""The results as plots, PNG files beside the JSON; each carries the hash of the figures it was drawn from."""
+"""Draws results as PNG files beside the JSON; each file carries the hash of the figures that it shows."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from . import results
 from .harness import reason
 from .results import Results, Row
 
-SOURCE = "Source"  # the key of the hash among a PNG's texts
+SOURCE = "Source"  # key of the hash among a PNG's texts
 DDIM_STEPS = 50
 UNITS = {"steps": "steps of a run", "batch": "batch", "resolution": "side of the image", "channels": "base channels"}
 
 
 def ratios(found: Results) -> Any:
-    """How many times faster than each peer, an op a panel: a dot for the median over shapes, a line for the range.
+    """Draws how many times longer each peer takes, a panel per op: dots for medians over shapes, lines for ranges.
 
-    On the largest number of threads; the tables have the others.
+    The rows are those on the largest number of threads; the tables have the others.
     """
     from matplotlib import pyplot as plt
 
@@ -58,7 +58,7 @@ def ratios(found: Results) -> Any:
 
 
 def _ratios_of(axis: Any, labels: dict[str, list[Row]], peers: Sequence[str]) -> None:
-    """One op: a row for each of ``labels``, in it a dot and a range for each peer."""
+    """Draws one op: a row for each of ``labels``, with a dot and a range for each peer."""
     for y, lines in enumerate(labels.values()):
         if y % 2:
             axis.axhspan(y - 0.5, y + 0.5, color="0.95", zorder=0)
@@ -73,7 +73,7 @@ def _ratios_of(axis: Any, labels: dict[str, list[Row]], peers: Sequence[str]) ->
 
 
 def throughput(found: Results) -> Any:
-    """Images/s against the batch, a panel per model: DDIM in 50 steps, extrapolated from one step."""
+    """Draws images/s against the batch, a panel per model: DDIM in 50 steps, extrapolated from one step."""
     from matplotlib import pyplot as plt
 
     rows = [row for row in results.of_op(found, "sample") if row["case"].endswith(" ddim") and "steps" not in row]
@@ -92,7 +92,7 @@ def throughput(found: Results) -> Any:
 
 
 def _rates(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """One model's images/s against the batch, a line for each of ``names`` that was measured."""
+    """Draws one model's images/s against the batch, a line for each of ``names`` that was measured."""
     series: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, rate in results.images_per_second(row, DDIM_STEPS).items():
@@ -104,7 +104,7 @@ def _rates(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
         rates = [by_batch[n] for n in batches]
         axis.plot(batches, rates, "os^vD*P"[i % 7] + "-", color=f"C{i}", label=name, linewidth=width)
     least, most = (end(r for by_batch in series.values() for r in by_batch.values()) for end in (min, max))
-    axis.set_ylim(least / 2, most * 2)  # else a percent would look like a cliff
+    axis.set_ylim(least / 2, most * 2)  # wide, so that a difference of a percent looks small
     _logarithmic(axis, sorted({n for by_batch in series.values() for n in by_batch}))
     axis.set_xlabel("batch")
     axis.set_ylabel("images/s")
@@ -112,6 +112,7 @@ def _rates(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def _logarithmic(axis: Any, ticks: Sequence[float]) -> None:
+    """Makes both axes logarithmic."""
     from matplotlib.ticker import LogLocator
 
     axis.set_xscale("log")
@@ -124,7 +125,7 @@ def _logarithmic(axis: Any, ticks: Sequence[float]) -> None:
 
 
 def growth(found: Results) -> Any:
-    """Time against steps, batch, resolution and channels, with the floors of bytes and of operations."""
+    """Draws time against steps, batch, resolution and channels, with its two lower bounds."""
     from matplotlib import pyplot as plt
 
     rows = results.of_op(found, "growth")
@@ -155,7 +156,7 @@ def growth(found: Results) -> Any:
     return figure
 
 
-# Suffix of the file, title, what draws it, and the op that it needs (None: any single op).
+# By suffix of the file: the title, the function that draws, and the op that it needs (None: any single op).
 PLOTS: dict[str, tuple[str, Callable[[Results], Any], str | None]] = {
     "": ("ratios by op and peer", ratios, None),
     "_throughput": ("images/s against the batch", throughput, "sample"),
@@ -164,7 +165,7 @@ PLOTS: dict[str, tuple[str, Callable[[Results], Any], str | None]] = {
 
 
 def drawn(found: Results) -> dict[str, str]:
-    """By suffix the titles of the plots that there are figures for."""
+    """Returns the titles, by suffix, of the plots for which there are figures."""
     return {
         suffix: title
         for suffix, (title, _, op) in PLOTS.items()
@@ -173,7 +174,7 @@ def drawn(found: Results) -> dict[str, str]:
 
 
 def draw(found: Results, file: Path) -> list[str]:
-    """Draws every plot beside ``file``; what could not be drawn, and why."""
+    """Draws every plot beside ``file``; returns what could not be drawn, and why."""
     try:
         import matplotlib
     except ImportError:

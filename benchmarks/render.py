@@ -1,4 +1,4 @@
-"""The results as Markdown: <device>.md with everything, and the README's section; all of it from the JSON."""
+"""Writes results as Markdown: <device>.md with everything, and the README's section, both from the JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tools.checks import described as check_line
 
 from . import plots, results, text
 from .harness import reason
@@ -24,7 +26,14 @@ QUOTE = (
 )
 
 
+PAIRED = (
+    "in brackets how many times longer than ours that takes: the median of paired ratios of interleaved runs, "
+    "both at the row's batch and dtype"
+)
+
+
 def _machine(found: Results) -> str:
+    """Returns what the results were measured on."""
     machine = found["machine"]
     parts = [machine["device"], machine["isa"], f"torch {machine['torch']}"]
     parts += [f"{name} {machine[name]}" for name in ("cuda", "triton", "diffusers") if machine.get(name)]
@@ -33,6 +42,7 @@ def _machine(found: Results) -> str:
 
 
 def _ratio(line: Row | None) -> str:
+    """Returns a line of the digest as the median over the shapes, with the range."""
     if line is None:
         return ""
     if line["shapes"] == 1:
@@ -45,30 +55,40 @@ def _threads(number: int | None) -> str:
 
 
 def ops_table(rows: Sequence[Row]) -> str:
-    """The digest of the ops: the median over the shapes, and the range."""
+    """Returns the digest of the ops."""
     lines = results.digest_of_peers(rows)
     if not lines:
         return ""
     threads = sorted({line["threads"] for line in lines}, key=lambda n: n or 0)
     names = ("op", "case", "dtype", "layout", "peer")
-    table: dict[tuple, dict[int | None, Row]] = {}
+    table: dict[tuple[Any, ...], dict[int | None, Row]] = {}
     for line in lines:
         table.setdefault(tuple(line[name] for name in names), {})[line["threads"]] = line
     head = [*names[:4], "against", *(_threads(n) for n in threads)]
     cells = [head, *([*key, *(_ratio(by.get(n)) for n in threads)] for key, by in table.items())]
-    return "How many times longer the peer takes, median over the shapes (range):\n\n" + markdown(cells)
+    note = (
+        "How many times longer the peer takes at the same shape and dtype: the median of paired ratios of interleaved "
+        "runs; of several shapes the median (and the range)"
+    )
+    return f"{note}:\n\n{markdown(cells)}"
 
 
 def implementations(rows: Iterable[Row]) -> list[str]:
-    """Who was measured in any of the rows, ours first."""
+    """Returns the implementations that were measured in any of the rows, ours first."""
     names: dict[str, None] = {"dd_kernels": None}
     for row in rows:
         names |= dict.fromkeys(name for name, peer in row["peers"].items() if "us" in peer)
     return list(names)
 
 
+def _paired(row: Row, name: str, value: str) -> str:
+    """Returns the value of an implementation, followed by its paired ratio to ours where it is a peer."""
+    ratio = results.ratios(row).get(name)
+    return value if ratio is None else f"{value} ({ratio:.2f}x)"
+
+
 def throughput(rows: Sequence[Row], every: bool) -> str:
-    """Images/s of whole samplers; extrapolated from the time of one step, but for whole runs."""
+    """Returns images/s of whole samplers, measured in whole runs or extrapolated from the time of one step."""
     rows = [row for row in rows if row["op"] == "sample"]
     if not rows:
         return ""
@@ -82,13 +102,13 @@ def throughput(rows: Sequence[Row], every: bool) -> str:
             rates = results.images_per_second(row, steps)
             how = "whole run, measured" if whole else "extrapolated"
             cells.append([model, f"{sampler.upper()}-{steps}, {how}", str(row["shape"][0]), row["dtype"]])
-            cells[-1] += [figure(rates[name]) if name in rates else "" for name in names]
-    note = "Images/s, random weights; extrapolated: from the measured time of one step (model and update)."
-    return f"{note}\n\n{markdown(cells)}"
+            cells[-1] += [_paired(row, name, figure(rates[name])) if name in rates else "" for name in names]
+    note = "Images/s, random weights; extrapolated: from the measured time of one step (model and update)"
+    return f"{note}; {PAIRED}:\n\n{markdown(cells)}"
 
 
 def duration(seconds: float) -> str:
-    """In the unit that reads best."""
+    """Returns seconds in the largest unit of which there is at least one."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{figure(seconds / size)} {unit}"
@@ -96,31 +116,28 @@ def duration(seconds: float) -> str:
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """Time for 50,000 images of 32 x 32 by sampler, each implementation at its best batch; or nothing."""
+    """Returns the time for 50,000 images of 32 x 32, each sampler at the batch that is best for ours."""
     rows = [row for row in rows if row["op"] == "sample" and row["case"].startswith("cifar10 ") and "steps" not in row]
     if not rows:
         return ""
     names = implementations(rows)
-    cells = [["sampler", *names]]
+    cells = [["sampler", "batch", "dtype", *names]]
     for sampler, counts in STEPS.items():
         mine = [row for row in rows if row["case"].endswith(sampler)]
-        for steps in counts if mine else ():
-            cells.append([f"{sampler.upper()}, {steps} steps", *(_best(mine, name, steps) for name in names)])
+        if not mine:
+            continue
+        best = max(mine, key=lambda row: row["shape"][0] / row["us"])
+        for steps in counts:
+            rates = results.images_per_second(best, steps)
+            times = {name: duration(HEADLINE_IMAGES / rate) for name, rate in rates.items()}
+            cells.append([f"{sampler.upper()}, {steps} steps", str(best["shape"][0]), best["dtype"]])
+            cells[-1] += [_paired(best, name, times[name]) if name in times else "" for name in names]
     note = f"Time for {HEADLINE_IMAGES:,} images of 32 x 32 with the cifar10 U-Net (35.7 M parameters, random weights)"
-    return f"{note}, extrapolated from one step:\n\n{markdown(cells)}\n\n{QUOTE}"
-
-
-def _best(rows: Sequence[Row], name: str, steps: int) -> str:
-    found = [(results.images_per_second(row, steps).get(name), row) for row in rows]
-    measured = [(rate, row) for rate, row in found if rate]
-    if not measured:
-        return ""
-    rate, row = max(measured, key=lambda pair: pair[0])
-    return f"{duration(HEADLINE_IMAGES / rate)} (batch {row['shape'][0]}, {row['dtype']})"
+    return f"{note}, extrapolated from one step; {PAIRED}:\n\n{markdown(cells)}\n\n{QUOTE}"
 
 
 def breakdown(rows: Sequence[Row]) -> str:
-    """Launches of a step, shares of its time, and peak memory beside the weights."""
+    """Returns the launches of a step, the shares of its time, and its peak of memory without the weights."""
     cells = [["model", "batch", "dtype", "implementation", "launches", "GroupNorm+SiLU", "sampler", "rest", "peak MB"]]
     for row in rows:
         for name, one in row.get("breakdown", {}).items():
@@ -138,22 +155,23 @@ def breakdown(rows: Sequence[Row]) -> str:
 
 
 def training(rows: Sequence[Row]) -> str:
-    """Images/s of training steps, what the forward pass keeps, and peak memory."""
+    """Returns images/s of training steps, the bytes that the forward pass keeps, and the peak of memory."""
     rows = [row for row in rows if row["op"] == "training"]
     cells = [["model", "batch", "dtype", "implementation", "images/s", "kept for backward, MB", "peak, MB"]]
     for row in rows:
         memory = row.get("memory", {})
         for name, seconds in results.seconds_of(row).items():
             sizes = [memory.get(name, {}).get(key) for key in ("saved_bytes", "peak_bytes")]
-            cells.append([row["case"], str(row["shape"][0]), row["dtype"], name, figure(row["shape"][0] / seconds)])
+            rate = _paired(row, name, figure(row["shape"][0] / seconds))
+            cells.append([row["case"], str(row["shape"][0]), row["dtype"], name, rate])
             cells[-1] += ["" if size is None else figure(size / 1e6) for size in sizes]
     if len(cells) == 1:
         return ""
-    return f"Training, a step of q_sample, forward, backward and AdamW:\n\n{markdown(cells)}"
+    return f"Training, a step of q_sample, forward, backward and AdamW; {PAIRED}:\n\n{markdown(cells)}"
 
 
 def growth(rows: Sequence[Row]) -> str:
-    """The points of the growth plot."""
+    """Returns the points of the growth plot."""
     rows = [row for row in rows if row["op"] == "growth"]
     names = implementations(rows)
     heads = ["axis", "value", "GFLOP", "floor of bytes, ms", "floor of FLOPs, ms", *(f"{name}, ms" for name in names)]
@@ -163,38 +181,14 @@ def growth(rows: Sequence[Row]) -> str:
         floors = [row.get(key, math.nan) for key in ("floor_bytes_us", "floor_flops_us")]
         cells.append([row["case"], str(row["value"]), figure(row.get("flops", math.nan) / 1e9)])
         cells[-1] += [figure(floor / 1e3) for floor in floors]
-        cells[-1] += [figure(times[name] * 1e3) if name in times else "" for name in names]
+        cells[-1] += [_paired(row, name, figure(times[name] * 1e3)) if name in times else "" for name in names]
     if len(cells) == 1:
         return ""
-    return f"How the time of a step (steps: of a run) grows, one thing varied at a time:\n\n{markdown(cells)}"
-
-
-def is_bad(check: dict[str, Any]) -> bool:
-    """Whether a check failed, rather than passed or could not be made."""
-    outcome = check["outcome"]
-    return bool(check.get("failures") or check.get("errors")) or outcome.startswith("exit status")
-
-
-def check_line(check: dict[str, Any]) -> str:
-    """A check in one line."""
-    words = [f"{check['check']}: {check['outcome']}"]
-    if "seconds" in check:
-        words.append(f"{check['seconds']:.0f} s")
-    if check.get("libraries"):
-        words.append(", ".join(check["libraries"]))
-    for kernel, by_status in check.get("kernels", {}).items():
-        words.append(f"{kernel} {', '.join(f'{n} {status}' for status, n in by_status.items())}")
-    if "errors" in check:
-        found = "no summary" if check["errors"] is None else f"{check['errors']} errors"
-        words.append(f"{found}, {check['ops']} groups of ops")
-    if "plans" in check:
-        words.append(f"{check['plans']} plans")
-    words += [f"failed: {name}" for name in check.get("failed", [])]
-    return "; ".join(words)
+    return f"How the time of a step (steps: of a run) grows along one axis at a time; {PAIRED}:\n\n{markdown(cells)}"
 
 
 def missing(found: Sequence[dict[str, str]]) -> list[str]:
-    """What was not measured, a line for each reason."""
+    """Returns what was not measured, a line for each reason."""
     by_reason: dict[str, list[str]] = {}
     for one in found:
         by_reason.setdefault(one["reason"], []).append(one["name"])
@@ -202,7 +196,7 @@ def missing(found: Sequence[dict[str, str]]) -> list[str]:
 
 
 def summary(name: str, part: dict[str, Any]) -> str:
-    """A part in a few lines, for the terminal."""
+    """Returns a part in a few lines, for the terminal."""
     lines = [check_line(check) for check in part.get("checks", [])]
     for check in part.get("checks", []):
         lines += [f"    {line}" for line in check.get("tail", [])]
@@ -213,11 +207,12 @@ def summary(name: str, part: dict[str, Any]) -> str:
 
 
 def _section(title: str, body: str) -> list[str]:
+    """Returns a section, or nothing where the body is empty."""
     return [f"## {title}", body] if body else []
 
 
 def document(found: Results) -> str:
-    """Everything that was measured on one device."""
+    """Returns the page of everything that was measured on one device."""
     rows = results.rows(found)
     texts = [f"# {found['machine']['device']}", f"Measured on {_machine(found)}."]
     for name, part in found["parts"].items():
@@ -232,14 +227,14 @@ def document(found: Results) -> str:
     texts += _section("Ops", ops_table(results.ops(found)))
     texts += [f"![{name}]({stem}{suffix}.png)" for suffix, name in plots.drawn(found).items()]
     every = [row for row in rows if row["op"] in {r["op"] for r in results.ops(found)}]
-    texts += _section("Every case", markdown(text.cells(every)) if every else "")
+    texts += _section("Every case", f"{text.title(every)}.\n\n{markdown(text.cells(every))}" if every else "")
     lacking = [f"- {name}, {line}" for name, part in found["parts"].items() for line in missing(part["not_measured"])]
     texts += _section("Not measured", "\n".join(lacking))
     return "\n\n".join(texts) + "\n"
 
 
 def device_section(found: Results) -> str:
-    """What the README shows of one device."""
+    """Returns what the README shows of one device."""
     stem = f"benchmarks/results/{results.stem_of(found['machine']['device'])}"
     rows = results.rows(found)
     texts = [f"Measured on {_machine(found)} ([everything]({stem}.md))."]
@@ -251,13 +246,17 @@ def device_section(found: Results) -> str:
 
 
 def readme_section() -> str:
-    """What stands between the README's two marks."""
+    """Returns the text between the README's two marks."""
     files = sorted(results.FOLDER.glob("*.json"))
     return "\n\n".join(device_section(results.load(file)) for file in files)
 
 
 def everything(folder: Path) -> list[str]:
-    """Writes <device>.md and the plots of every file; the README where these are the committed ones. What failed."""
+    """Writes <device>.md and the plots of every file, and the README if these are the committed results.
+
+    Returns:
+        What failed, and why.
+    """
     problems = []
     for file in sorted(folder.glob("*.json")):
         try:

@@ -1,10 +1,10 @@
-"""Run the benchmarks, keep what was measured, and show it: ``python -m benchmarks.report``.
+"""Runs the benchmarks, keeps and shows the results: ``python -m benchmarks.report``.
 
-On a GPU everything, in 8 minutes: the build; side by side the ops' tests, compute-sanitizer and the compiling of
-what is timed afterwards; the benchmarks. On a CPU the benchmarks. Each part has its share of the time; what fails
-or finds no time is reported as not measured. After every part <device>.json is written, at the end <device>.md and
-the plots. Prints what lost more than 15 % of its ratio to a peer since the results that were there before.
-``--render`` measures nothing: it draws and writes from the files that are there, the README's table too.
+On a GPU it runs in 8 minutes the build; then, side by side, the ops' tests, compute-sanitizer and the compilation of
+what is timed later; then the benchmarks. On a CPU it runs the benchmarks. Each part has its share of the time, and
+what fails or finds no time is reported as not measured. After every part <device>.json is written, at the end
+<device>.md and the plots. It prints what lost more than 15 % of its ratio to a peer since the committed results.
+``--render`` measures nothing: it writes the pages, the plots and the README's section from the files that exist.
 """
 
 from __future__ import annotations
@@ -23,33 +23,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import checks, machine, measuring, render, results
+from tools import checks
+
+from . import machine, parts, render, results
 from .harness import reason
 from .parts import PARTS, TOTAL, Share
 
-CHECKS = {"build": checks.build, "checks": checks.side_by_side}
-
 
 def _version(package: str) -> str | None:
+    """Returns the version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
+def _git(*arguments: str) -> str:
+    """Runs git in the repository's root and returns what it prints."""
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=render.ROOT, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()
+
+
 def _commit() -> str | None:
-    """The commit that is measured, "+" where files differ from it; None outside a checkout."""
+    """Returns the commit that is measured, with "+" where files differ from it; None outside a checkout."""
     try:
-        run = {"cwd": render.ROOT, "capture_output": True, "text": True, "timeout": 20, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno", "dd_kernels", "csrc"], **run).stdout.strip()
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "-uno", "dd_kernels", "csrc")
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}+" if changed else commit
 
 
 def environment() -> dict[str, Any]:
-    """What runs the benchmarks, beside the device."""
+    """Returns the versions and the number of cores, as the results name them."""
     import torch
 
     return {
@@ -62,19 +69,16 @@ def environment() -> dict[str, Any]:
 
 
 def described() -> dict[str, Any]:
-    """Everything that the results say of the machine; asked in the end, when the libraries are built."""
+    """Describes the machine; called after each part, because building the libraries changes the description."""
     return {**machine.described(machine.DEVICE), **environment()}
 
 
 def run_part(name: str, seconds: float, folder: Path, stream: bool) -> dict[str, Any]:
-    """The results of one part; whatever goes wrong is in them."""
+    """Returns the results of one part; they name whatever went wrong."""
     started = time.monotonic()
     part: dict[str, Any] = {"rows": [], "not_measured": []}
     try:
-        if name in CHECKS:
-            part["checks"] = CHECKS[name](seconds, folder)
-        else:
-            part |= measuring.measure(name, seconds, folder, stream)
+        part |= parts.run(name, seconds, folder, stream)
     except Exception as error:
         part["not_measured"].append({"name": name, "reason": reason(error)})
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -82,8 +86,8 @@ def run_part(name: str, seconds: float, folder: Path, stream: bool) -> dict[str,
 
 
 def run(names: Sequence[str], budget: float, folder: Path, stream: bool = False) -> results.Results:
-    """Runs the parts in order, writing the results of all after each; keeps earlier results of other parts."""
-    # torch.compile would else move it in the middle of a process, away from what was compiled ahead.
+    """Runs the parts in order and writes all results after each; keeps the earlier results of other parts."""
+    # torch.compile would move the cache in the middle of a process, away from the kernels that were compiled ahead.
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
     share = Share(budget, {name: PARTS[name].seconds[machine.DEVICE] or 60 for name in names})
     now = described()
@@ -110,7 +114,7 @@ def run(names: Sequence[str], budget: float, folder: Path, stream: bool = False)
 
 
 def _committed() -> list[results.Row]:
-    """The committed rows of this device; none where there is no file, or one that cannot be read."""
+    """Returns the committed rows of this device; none where no file exists or it cannot be read."""
     file = results.file_of(described()["device"])
     try:
         return results.rows(results.load(file)) if file.exists() else []
@@ -122,7 +126,7 @@ def _committed() -> list[results.Row]:
 def _arguments() -> argparse.Namespace:
     device = machine.DEVICE
     default = [name for name, part in PARTS.items() if part.seconds[device] is not None]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--render", action="store_true", help="measure nothing, draw and write from the files")
     parser.add_argument("--parts", default=",".join(default), help=f"of {','.join(PARTS)}; here: %(default)s")
     parser.add_argument("--budget", type=float, help=f"seconds for all parts; here {TOTAL[device]} for the default")
@@ -141,17 +145,17 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measures (unless told not to), saves, compares, renders; the exit status is not 0 where a check failed."""
+    """Runs the command line; the exit status is not 0 where a check failed."""
     args = _arguments()
     failed = False
     if not args.render:
-        # What was committed is what a new run is compared with, also where the new one is written elsewhere.
+        # A run is compared with the committed results, also where its own are written elsewhere.
         before = _committed()
         found = run(args.parts, args.budget, args.results, args.stream)
         lost = results.slower(before, results.rows(found, *args.parts))
         print("\n".join(["slower than what was committed:", *lost]) if lost else "nothing got slower by over 15 %")
         outcomes = [check for name in args.parts for check in found["parts"][name].get("checks", [])]
-        failed = any(render.is_bad(check) for check in outcomes)
+        failed = any(checks.is_bad(check) for check in outcomes)
     for problem in render.everything(args.results):
         print("not rendered:", problem)
     return int(failed)

@@ -1,8 +1,8 @@
-"""The committed results, benchmarks/results/<device>.json: read, written and compared with a new run.
+"""Reads, writes and compares results, which lie in benchmarks/results/<device>.json.
 
-A file holds what it was measured on ("machine") and, by name, the "parts" that have run: when, on which
-commit, for how long, their "rows" (see :func:`benchmarks.harness.record`), what was "not_measured" and why,
-and of a check its "checks". A part that runs again takes the place of its last run.
+A file describes the "machine" and holds, by name, the "parts" that have run: when, on which commit, for how long,
+their "rows" (see :func:`benchmarks.harness.record`), what was "not_measured" and why, and the "checks" of a part
+that checks. A part that runs again replaces its last run.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Results = dict[str, Any]
 
 
 def stem_of(device: str) -> str:
-    """The name of a device's files."""
+    """Returns the stem of the names of a device's files."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
 def file_of(device: str, folder: Path | None = None) -> Path:
-    """Where the results of a device lie."""
+    """Returns the file of a device's results."""
     return (folder or FOLDER) / f"{stem_of(device)}.json"
 
 
 def save(results: Results, folder: Path | None = None) -> Path:
-    """Writes the results of one device; returns the file. A run that dies leaves the old file whole."""
+    """Writes the results of one device and returns the file. A run that is killed leaves the old file whole."""
     file = file_of(results["machine"]["device"], folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_suffix(".new")
@@ -42,44 +42,46 @@ def save(results: Results, folder: Path | None = None) -> Path:
 
 
 def load(path: Path) -> Results:
-    """The results of a file."""
-    return json.loads(path.read_text())
+    """Returns the results in a file."""
+    found: Results = json.loads(path.read_text())
+    return found
 
 
 def digest_of(results: Results) -> str:
-    """A hash of the figures; a plot carries that of what it was drawn from."""
+    """Returns a hash of the figures; a plot carries the hash of the figures that it shows."""
     return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
 
 
 def rows(results: Results, *parts: str) -> list[Row]:
-    """The rows of the parts named, or of all."""
+    """Returns the rows of the parts named, or of all."""
     return [row for name, part in results["parts"].items() if not parts or name in parts for row in part["rows"]]
 
 
 def ops(results: Results) -> list[Row]:
-    """The rows of single ops."""
+    """Returns the rows of single ops."""
     return [row for row in rows(results) if row["op"] not in WHOLE]
 
 
 def of_op(results: Results, op: str) -> list[Row]:
-    """The rows of one op."""
+    """Returns the rows of one op."""
     return [row for row in rows(results) if row["op"] == op]
 
 
 def ratios(row: Row) -> dict[str, float]:
-    """How many times longer each peer that was measured takes."""
+    """Returns how many times longer than ours each peer takes that was measured."""
     return {name: peer["ratio"] for name, peer in row["peers"].items() if "ratio" in peer}
 
 
-def _name(row: Row) -> tuple:
+def _name(row: Row) -> tuple[object, ...]:
+    """Returns what identifies a row between runs."""
     value = [f"{row['case']} {row['value']}"] if "value" in row else [row["case"]]
     steps = [f"{row['steps']} steps"] if "steps" in row else []
     return (row["op"], *value, *steps, *row["shape"], row["dtype"], row["layout"], row["threads"])
 
 
 def slower(before: Sequence[Row], after: Sequence[Row], allowed: float = 0.15) -> list[str]:
-    """What lost more than ``allowed`` of its ratio to a peer: ratios compare between runs, times do not."""
-    known: dict[tuple, dict[str, float]] = {}
+    """Lists the rows that lost more than ``allowed`` of their ratio to a peer. Times of two runs do not compare."""
+    known: dict[tuple[object, ...], dict[str, float]] = {}
     for row in before:
         known.setdefault(_name(row), {}).update(ratios(row))
     lost = []
@@ -93,8 +95,8 @@ def slower(before: Sequence[Row], after: Sequence[Row], allowed: float = 0.15) -
 
 
 def digest(rows: Sequence[Row]) -> list[Row]:
-    """One line per op, case, dtype, layout, peer and number of threads: the ratio over all shapes."""
-    groups: dict[tuple, list[float]] = {}
+    """Returns the range of the ratios over all shapes, by op, case, dtype, layout, peer and number of threads."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         for peer, ratio in ratios(row).items():
             key = (row["op"], row["case"], row["dtype"], row["layout"], peer, row["threads"])
@@ -113,17 +115,17 @@ def digest(rows: Sequence[Row]) -> list[Row]:
 
 
 def digest_of_peers(rows: Sequence[Row]) -> list[Row]:
-    """The digest without our reference, which nobody runs for its speed."""
+    """Returns the digest without our reference, which is not meant to be fast."""
     return [line for line in digest(rows) if line["peer"] != "reference"]
 
 
 def seconds_of(row: Row) -> dict[str, float]:
-    """By implementation, what one call of the row took."""
+    """Returns the seconds of one call by implementation."""
     theirs = {name: peer["us"] / 1e6 for name, peer in row["peers"].items() if "us" in peer}
     return {"dd_kernels": row["us"] / 1e6, **theirs}
 
 
 def images_per_second(row: Row, steps: int) -> dict[str, float]:
-    """By implementation: of a step's row extrapolated to ``steps`` of them, of a whole run's as it was measured."""
+    """Returns images/s by implementation: those of a whole run, or of ``steps`` steps extrapolated from one."""
     repeats = 1 if row.get("steps") == steps else steps
     return {name: row["shape"][0] / (repeats * one) for name, one in seconds_of(row).items()}

@@ -1,7 +1,7 @@
-"""The GroupNorm+SiLU inputs of the models people run, as (channels, side); 32 groups each.
+"""The inputs of GroupNorm+SiLU in the models that people run, as (channels, side); every norm has 32 groups.
 
-From the forward passes of ``nn.UNet`` (a test counts them again) and of Stable Diffusion 1.5's U-Net (latents of
-64 x 64) and VAE decoder (512 x 512).
+They come from the forward passes of ``nn.UNet``, which a test counts again, and of Stable Diffusion 1.5's U-Net
+(latents of 64 x 64) and VAE decoder (512 x 512).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODELS: dict[str, list[tuple[int, int]]] = {
     "stable diffusion vae": [(512, 64), (512, 128), (512, 256), (256, 256), (256, 512), (128, 512)],
 }
 
-# By device: model, batch, and which of its shapes are timed (None: all).
+# By device: the model, the batch, and which of its shapes are timed (None: all).
 SELECTION: dict[str, list[tuple[str, int, list[tuple[int, int]] | None]]] = {
     "cuda": [
         ("cifar10", 256, None),

@@ -1,4 +1,4 @@
-"""Rows of results as cells of text, and cells as lines: aligned for a terminal, or Markdown."""
+"""Formats rows of results as cells of text, and cells as lines for a terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from collections.abc import Sequence
 
 from .harness import Row
 
+RATIO = "ratio: a peer's time over ours, the median (and quartiles) of paired ratios of interleaved runs"
 HEADS = ("op", "case", "shape", "dtype", "layout", "threads", "us", "ns/elt", "MB", "GB/s", "% copy", "% bandwidth")
 
 
+def title(rows: Sequence[Row]) -> str:
+    """Returns what the rows were measured on, and what a ratio is."""
+    devices = sorted({", ".join(filter(None, (row["device"], row["isa"], f"torch {row['torch']}"))) for row in rows})
+    return f"{'; '.join(devices)}; {RATIO} of the same shape and dtype"
+
+
 def figure(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """Returns a number with three significant digits and no exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def peer_text(peers: Row) -> str:
-    """Each peer's ratio with its quartiles, or why it was not measured."""
+    """Returns each peer's ratio with its quartiles, or why it was not measured."""
     texts = []
     for name, peer in peers.items():
         if "not_measured" in peer:
@@ -30,8 +37,8 @@ def peer_text(peers: Row) -> str:
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """One line per row under HEADS; ratios are peer's time / ours, median (quartiles)."""
-    lines = [(*HEADS, "peers")]
+    """Returns HEADS and a line per row."""
+    lines: list[tuple[str, ...]] = [(*HEADS, "peers")]
     for row in rows:
         lines.append(
             (
@@ -54,12 +61,12 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns under one another."""
+    """Returns lines whose columns are aligned."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first line is the head."""
+    """Returns a table whose first line is its head."""
     rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in rows)

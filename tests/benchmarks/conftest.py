@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from benchmarks import harness, machine, timing_cpu, timing_gpu
+from benchmarks import harness, machine, timing
 
 
 class FakeCuda:
@@ -86,12 +86,12 @@ def cuda():
 @pytest.fixture
 def gpu_clock(cuda):
     """The GPU's clock on the fake device; its tensors are on the CPU."""
-    clock = timing_gpu.GpuClock(cuda)
+    clock = timing.GpuClock(cuda)
     clock.device = "cpu"
     return clock
 
 
-class TickingClock(timing_gpu.GpuClock):
+class TickingClock(timing.GpuClock):
     """Each call takes a millisecond of the fake device, whatever it does."""
 
     device = "cpu"
@@ -108,9 +108,9 @@ class TickingClock(timing_gpu.GpuClock):
 @pytest.fixture
 def few_rounds(monkeypatch):
     """Benchmarks that only show that they run."""
-    monkeypatch.setattr(timing_cpu, "ROUND_SECONDS", 1e-6)
-    monkeypatch.setattr(timing_gpu, "GRAPH_SECONDS", 1e-6)
-    monkeypatch.setattr(timing_gpu, "MAX_COPIES", 2)
+    monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-6)
+    monkeypatch.setattr(timing, "GRAPH_SECONDS", 1e-6)
+    monkeypatch.setattr(timing, "MAX_COPIES", 2)
     monkeypatch.setattr(harness, "MIN_ROUNDS", 2)
     monkeypatch.setattr(harness, "MAX_ROUNDS", 2)
     monkeypatch.setattr(harness, "SLOW_ROUNDS", 2)
@@ -122,7 +122,7 @@ def few_rounds(monkeypatch):
 
 @pytest.fixture
 def cpu_target(few_rounds):
-    clock = timing_cpu.CpuClock()
+    clock = timing.CpuClock()
     clock.case_seconds = 1e-3
     return harness.Target("cpu", "cpu", clock)
 

@@ -13,8 +13,6 @@ import dd_kernels as dd
 from benchmarks import (
     bench_group_norm_silu,
     bench_growth,
-    bench_model_norms,
-    bench_ops_alone,
     bench_q_sample,
     bench_randn,
     bench_reverse_step,
@@ -26,6 +24,7 @@ from benchmarks import (
     models,
     shapes,
     text,
+    variants,
 )
 from dd_kernels.nn import CONFIGS, UNet
 from dd_kernels.nn.blocks import GroupNormSiLU
@@ -44,14 +43,14 @@ def tiny(monkeypatch):
     both = dict.fromkeys(("cpu", "cuda"), TINY_IMAGES)
     for module in (bench_randn, bench_q_sample, bench_reverse_step):
         monkeypatch.setattr(module, "SHAPES", both)
-    monkeypatch.setattr(bench_q_sample, "COMPILED", {"cpu": None, "cuda": None})
+    monkeypatch.setattr(bench_q_sample, "EVERY_PEER", {"cpu": None, "cuda": None})
     monkeypatch.setattr(bench_reverse_step, "MAIN", dict.fromkeys(both, (3, 3, 8, 8)))
     monkeypatch.setattr(bench_group_norm_silu, "MAIN", dict.fromkeys(both, TINY_NORMS))
-    monkeypatch.setattr(bench_group_norm_silu, "COMPILED", dict.fromkeys(both, TINY_NORMS[:1]))
+    monkeypatch.setattr(bench_group_norm_silu, "EVERY_PEER", dict.fromkeys(both, TINY_NORMS[:1]))
     monkeypatch.setattr(shapes, "MODELS", {name: [(32, 4)] for name in shapes.MODELS})
-    monkeypatch.setattr(bench_model_norms, "MODELS", shapes.MODELS)
+    monkeypatch.setattr(bench_group_norm_silu, "MODELS", shapes.MODELS)
     monkeypatch.setattr(
-        bench_model_norms, "SELECTION", {k: [("cifar10", 2, None), ("imagenet64", 1, None)] for k in both}
+        bench_group_norm_silu, "SELECTION", {k: [("cifar10", 2, None), ("imagenet64", 1, None)] for k in both}
     )
     monkeypatch.setitem(CONFIGS, "cifar10", {**CONFIGS["cifar10"], **TINY_UNET})
     monkeypatch.setitem(CONFIGS, "imagenet64", {**CONFIGS["imagenet64"], **TINY_ADM})
@@ -79,9 +78,14 @@ def problems(row):
     return {name: peer for name, peer in row["peers"].items() if "not_measured" in peer}
 
 
-@pytest.mark.parametrize("module", [bench_randn, bench_q_sample, bench_reverse_step, bench_model_norms])
+def called(plans):
+    """The plans of public functions."""
+    return [plan for plan in plans if "op alone" not in str(plan)]
+
+
+@pytest.mark.parametrize("module", [bench_randn, bench_q_sample, bench_reverse_step])
 def test_ops(module, target):
-    rows = measured(module.plans(target), target)
+    rows = measured(called(module.plans(target)), target)
     for row in rows:
         assert row["how"] == ("clock" if target.kind == "cpu" else "graph"), row
         assert set(problems(row)) <= {"apex"}, row["peers"]
@@ -90,7 +94,7 @@ def test_ops(module, target):
 
 def test_reverse_step_has_a_row_in_place_beside_each_that_allocates(target):
     rows = measured(bench_reverse_step.plans(target)[:4], target)
-    names = {str(plan) for plan in bench_reverse_step.plans(target)}
+    names = {str(plan) for plan in called(bench_reverse_step.plans(target))}
     assert {row["case"] for row in rows} == {"ddpm", "ddim", "ddpm in place", "ddim in place"}
     for name in names:
         if "contiguous" in name and "in place" not in name and "bfloat16" not in name and "(3, 3, 8, 8)" not in name:
@@ -98,8 +102,15 @@ def test_reverse_step_has_a_row_in_place_beside_each_that_allocates(target):
             assert name.replace(sampler, f"{sampler} in place", 1) in names
 
 
+def test_group_norm_silu_at_the_shapes_of_models(target):
+    rows = measured([plan for plan in bench_group_norm_silu.plans(target) if plan.part == "shapes"], target)
+    assert {row["model"] for row in rows} == {"imagenet64"}  # cifar10's one is among the main sizes
+    assert all(set(problems(row)) <= {"apex"} for row in rows)
+
+
 def test_group_norm_silu(target):
-    rows = measured(bench_group_norm_silu.plans(target), target)
+    plans = [plan for plan in called(bench_group_norm_silu.plans(target)) if plan.part == "ops"]
+    rows = measured(plans, target)
     assert {row["case"] for row in rows} == {"forward", "backward"}
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert {row["layout"] for row in rows} == {"contiguous", "channels_last"}
@@ -109,8 +120,9 @@ def test_group_norm_silu(target):
 
 
 def test_ops_alone(target):
-    """On a GPU nothing of what a public function adds is timed anyway."""
-    plans = bench_ops_alone.plans(target)
+    """A GPU replays a graph, in which nothing of what a public function adds is timed."""
+    modules = (bench_reverse_step, bench_q_sample, bench_group_norm_silu)
+    plans = [plan for module in modules for plan in module.plans(target) if "op alone" in str(plan)]
     if target.kind == "cuda":
         assert plans == []
         return
@@ -121,8 +133,33 @@ def test_ops_alone(target):
     assert all(plan.build().hot and len(plan.build().inputs) == 1 for plan in plans)
 
 
+BY_HAND = {
+    bench_randn: [],
+    bench_q_sample: ["--noise", "drawn"],
+    bench_reverse_step: ["--sampler", "ddim", "--in-place"],
+    bench_group_norm_silu: ["--backward"],
+}
+
+
+@pytest.mark.parametrize("module", BY_HAND, ids=lambda module: module.__name__)
+def test_one_row_by_hand(module, cpu_target, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(variants, "clock_of", lambda device: cpu_target.clock)
+    given = ["--shape", "2,32,4,4", "--dtype", "bfloat16", "--layout", "channels_last", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["bench", *given, *BY_HAND[module]])
+    variants.main(module.Variant, module._case, module.__doc__)
+    title, heads, line = capsys.readouterr().out.splitlines()
+    assert "the median (and quartiles) of paired ratios of interleaved runs of the same shape and dtype" in title
+    assert re.search(r"2x32x4x4  .*bfloat16 +channels_last +1 ", line)
+    assert line[heads.index("peers") :].count("x (") >= 2
+    for bad in (["--shape", "2,3"], ["--threads", "0"], ["--dtype", "int8"]):
+        monkeypatch.setattr("sys.argv", ["bench", *given, *bad])
+        with pytest.raises(SystemExit):
+            variants.main(module.Variant, module._case, module.__doc__)
+        assert bad[0] in capsys.readouterr().err
+
+
 def test_the_backward_pass_is_the_gradient(cpu_target, tiny):
-    variant = bench_group_norm_silu.Variant((2, 32, 4), torch.float32, "channels_last", backward=True)
+    variant = bench_group_norm_silu.Variant((2, 32, 4, 4), torch.float32, "channels_last", backward=True)
     with torch.no_grad():
         case = bench_group_norm_silu._case(cpu_target, variant)
         for ours, theirs in zip(case.ours(*case.inputs[0]), case.peers["eager"](*case.inputs[0]), strict=True):
@@ -193,7 +230,7 @@ def test_a_compiled_step_runs_its_model_once(cpu_target, tiny, monkeypatch):
 
 
 def test_a_missing_peer_is_named_and_stops_nothing(gpu_target, tiny, monkeypatch):
-    for name in ("diffusers", "apex", "dd_kernels.integrations.diffusers_unet"):
+    for name in ("diffusers", "apex", "dd_kernels.integrations.diffusers.unet"):
         monkeypatch.setitem(sys.modules, name, None)
     plans = [*bench_q_sample.plans(gpu_target)[:1], *bench_reverse_step.plans(gpu_target)[:1]]
     runs = [bench_throughput.Run("cifar10", "ddim", 1), bench_throughput.Run("stable diffusion", "ddim", 1)]
@@ -211,7 +248,7 @@ def test_training(target, monkeypatch):
     few = {kind: [replace(r, batch=min(r.batch, 2)) for r in runs] for kind, runs in bench_training.RUNS.items()}
     monkeypatch.setattr(bench_training, "RUNS", few)
     monkeypatch.setitem(CONFIGS, "digits", {**CONFIGS["digits"], "channels": (8, 16)})
-    plans = {str(plan): plan for plan in bench_training.plans(target) if "cifar10" in str(plan) or plan.slow}.values()
+    plans = [plan for plan in bench_training.plans(target) if "cifar10" in str(plan) or plan.part == "compiled"]
     for row in measured(plans, target):
         assert not problems(row)
         assert row["memory"]["dd_kernels"]["saved_bytes"] > 0

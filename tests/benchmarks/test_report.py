@@ -6,7 +6,7 @@ import types
 import PIL.Image
 import pytest
 
-from benchmarks import measuring, parts, plots, render, report, results
+from benchmarks import parts, plots, render, report, results
 
 
 def row(ratio, threads=1, shape=(1, 3, 8, 8), **changes):
@@ -115,16 +115,23 @@ def test_images_per_second_follow_from_the_time_of_one_step_and_from_a_whole_run
     assert results.images_per_second(step(1.0), 10) == {"dd_kernels": 0.8, "diffusers": 0.4}
     assert results.images_per_second(step(2.0, steps=10), 10) == {"dd_kernels": 4.0, "diffusers": 2.0}
     text = render.throughput(results.rows(full()), every=True)
-    assert "| cifar10 | DDIM-20, extrapolated | 8 | float32 | 0.400 | 0.200 |" in text
-    assert "| cifar10 | DDIM-10, whole run, measured | 8 | float32 | 4.00 | 2.00 |" in text
+    assert "| cifar10 | DDIM-20, extrapolated | 8 | float32 | 0.400 | 0.200 (2.00x) |" in text
+    assert "| cifar10 | DDIM-10, whole run, measured | 8 | float32 | 4.00 | 2.00 (2.00x) |" in text
     assert "DDIM-20" not in render.throughput(results.rows(full()), every=False)
     assert render.throughput([row(3.0)], every=True) == ""
 
 
-def test_the_headline_takes_the_best_batch_and_cites_the_paper():
-    text = render.headline(results.rows(full()))
-    assert "| DDIM, 10 steps | 17.4 h (batch 8, float32) | 34.7 h (batch 8, float32) |" in text
-    assert "| DDPM, 1000 steps | 868 h (batch 8, float32) |" in text
+def test_the_headline_compares_at_our_best_batch_by_paired_ratios_and_cites_the_paper():
+    rows = results.rows(full())
+    rows[-1]["peers"]["elsewhere"] = {"us": 1.0, "ratio": 9.0}  # a peer of another row has no figure in this one
+    rows.append(step(9.0, 64))
+    rows[-1]["peers"] = {"reference": {"us": 1.0, "ratio": 9.0}}
+    next(r for r in rows if r["op"] == "sample")["peers"]["diffusers"]["ratio"] = 1.75  # not the quotient of medians
+    text = render.headline(rows)
+    assert "| sampler | batch | dtype | dd_kernels | diffusers | reference |" in text
+    assert "| DDIM, 10 steps | 8 | float32 | 17.4 h | 34.7 h (1.75x) |  |" in text
+    assert "| DDPM, 1000 steps | 8 | float32 | 868 h | 1,736 h (2.00x) |  |" in text
+    assert "the median of paired ratios of interleaved runs, both at the row's batch and dtype" in text
     assert "20 hours" in text
     assert "Song" in text
     assert render.headline([row(1.0)]) == ""
@@ -144,7 +151,7 @@ def test_the_page_of_a_device_says_everything():
         "compute-sanitizer memcheck: ok; 4 s; 0 errors, 4 groups of ops",
         "| cifar10 ddim | 8 | float32 | dd_kernels | 170 | 25.0% | 5.0% | 70.0% | 5.00 |",
         "| digits | 1 | float32 | dd_kernels | 100,000 | 3.00 |  |",
-        "| batch | 2 | 1.00 | 0.00200 | 0.00500 | 0.0200 | 0.0200 |",
+        "| batch | 2 | 1.00 | 0.00200 | 0.00500 | 0.0200 | 0.0200 (2.00x) |",
         "- sanitizer, y (1): x",
         "triton 3.6",
         "apex: not measured (apex is not installed)",
@@ -205,7 +212,7 @@ def run(tmp_path, monkeypatch):
             raise RuntimeError("a part that breaks")
         return {"rows": [row(2.0)], "not_measured": []}
 
-    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(parts, "measure", measure)
     return types.SimpleNamespace(seen=seen, folder=tmp_path, run=lambda *names: report.run(names, 60, tmp_path))
 
 
@@ -251,11 +258,10 @@ def test_a_failed_check_is_the_exit_status(run, monkeypatch, capsys):
         (folder / "tests.log").write_text("what pytest said")
         return [bad, ahead]
 
-    monkeypatch.setitem(report.CHECKS, "checks", checked)
+    monkeypatch.setattr(parts, "side_by_side", checked)
     monkeypatch.setattr("sys.argv", ["report", "--parts", "checks", "--results", str(run.folder)])
     assert report.main() == 1
     out = capsys.readouterr().out
     assert "    where" in out
     assert "compiled ahead: in part: stopped after 9 s; 9 s; 7 plans" in out
     assert (run.folder / "some_cpu_r.tests.log").read_text() == "what pytest said"
-    assert not render.is_bad(ahead)

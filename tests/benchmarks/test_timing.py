@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import harness, timing_cpu, timing_gpu
+from benchmarks import harness, timing
 from benchmarks.timing import Timer, UnusableError
 
 
@@ -19,12 +19,12 @@ def test_a_graph_holds_many_calls_and_its_time_is_divided_by_them(cuda, gpu_cloc
     seen.clear()
     assert timer.measure() == pytest.approx(0.04e-3, rel=0.02)
     assert not seen  # a replay calls nothing on the host
-    assert timer.round_seconds == pytest.approx(timing_gpu.GRAPH_SECONDS, rel=1)
+    assert timer.round_seconds == pytest.approx(timing.GRAPH_SECONDS, rel=1)
 
 
 def test_a_graph_never_keeps_more_outputs_than_fit(cuda, gpu_clock, monkeypatch):
     calls = []
-    monkeypatch.setattr(timing_gpu, "GRAPH_BYTES", 3000)
+    monkeypatch.setattr(timing, "GRAPH_BYTES", 3000)
     timer = gpu_clock.timer(lambda: calls.append(cuda.tick(1e-3)), [()], bytes_moved=1000)
     assert len(calls) == 1 + 3 + 3  # warm-up, first look, captured
     assert timer.measure() == pytest.approx(1e-6)
@@ -71,7 +71,7 @@ def test_usable_asks_the_device_and_its_random_numbers(cuda, gpu_clock, monkeypa
 
 
 def test_no_graphs_where_none_are_wanted(cuda):
-    clock = timing_gpu.GpuClock(cuda, graphs=False)
+    clock = timing.GpuClock(cuda, graphs=False)
     assert clock.timer(lambda: cuda.tick(1.0), [()]).how == "stream"
     assert cuda.captures == 0
 
@@ -80,25 +80,25 @@ def test_the_collector_rests_during_a_capture_and_only_then(cuda):
     import gc
 
     states = []
-    timing_gpu.captured(lambda: states.append(gc.isenabled()), cuda)
+    timing.captured(lambda: states.append(gc.isenabled()), cuda)
     assert states == [False]
     assert gc.isenabled()
     with pytest.raises(ZeroDivisionError):
-        timing_gpu.captured(lambda: 1 / 0, cuda)
+        timing.captured(lambda: 1 / 0, cuda)
     assert gc.isenabled()
 
 
 def test_arguments_are_as_many_as_fall_out_of_the_cache(gpu_clock):
     assert gpu_clock.copies(1 << 19) == 5
-    assert gpu_clock.copies(1) == timing_gpu.MAX_COPIES
+    assert gpu_clock.copies(1) == timing.MAX_COPIES
     assert gpu_clock.copies(1 << 30) == 1
-    assert timing_cpu.CpuClock().copies(1 << 10) == 1
-    assert timing_cpu.CpuClock().copies(16 << 20) == 5
+    assert timing.CpuClock().copies(1 << 10) == 1
+    assert timing.CpuClock().copies(16 << 20) == 5
 
 
 def test_the_cpu_clock_takes_the_arguments_in_turn():
     seen = []
-    timer = timing_cpu.CpuClock().timer(seen.append, [(0,), (1,), (2,)])
+    timer = timing.CpuClock().timer(seen.append, [(0,), (1,), (2,)])
     assert timer.how == "clock"
     assert timer.measure() > 0
     assert seen[:6] == [0, 1, 2, 0, 1, 2]

@@ -68,7 +68,7 @@ def assert_compiled_well(rows):
 
 @pytest.mark.slow
 def test_compiled_kernels_do_not_spill_and_move_whole_vectors():
-    rows = compiling("-m", "benchmarks.triton_aot", "--quick", "--arch", "90", "--dtypes", "bfloat16", "--json")
+    rows = compiling("-m", "tools.triton_aot", "--quick", "--arch", "90", "--dtypes", "bfloat16", "--json")
     assert {row["kernel"] for row in rows} >= {*WRITES_TILES, *READS_TILES}
     assert {row["allowed_bits"] for row in rows if row["layout"] == "NCHW"} == {128}
     assert_compiled_well(rows)
@@ -76,7 +76,7 @@ def test_compiled_kernels_do_not_spill_and_move_whole_vectors():
 
 @pytest.mark.slow
 def test_every_kernel_for_every_architecture():
-    rows = compiling("-m", "benchmarks.triton_aot", "--json")
+    rows = compiling("-m", "tools.triton_aot", "--json")
     assert {row["arch"] for row in rows} == {80, 90, 100}
     assert_compiled_well(rows)
 
@@ -91,7 +91,7 @@ def test_the_table_lists_the_kernels_that_are_compiled():
     lines = (ROOT / "benchmarks" / "results" / "triton_aot.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     known = checks()["table"]
-    assert [line[: len(known[0])] for line in cells[1:]] == known, "run python -m benchmarks.triton_aot"
+    assert [line[: len(known[0])] for line in cells[1:]] == known, "run python -m tools.triton_aot"
     columns = dict(zip(cells[0], zip(*cells[1:], strict=True), strict=True))
     assert set(columns["stack"]) == set(columns["spills"]) == {"0"}
     assert set(columns["sm"]) == {"80 90 100"}

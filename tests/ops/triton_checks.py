@@ -18,9 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from unrun import unrun
 
 import dd_kernels as dd
-from benchmarks.cubin import usages
-from benchmarks.triton_aot import cases, cells, group_norm, listed, q_sample, randn
-from benchmarks.triton_compile import compile_only, specialisations
 from dd_kernels import backend as backends
 from dd_kernels.nn import UNet
 from dd_kernels.ops import triton_common
@@ -28,6 +25,9 @@ from dd_kernels.ops.activation import Activation
 from dd_kernels.ops.group_norm_silu import triton as gn
 from dd_kernels.ops.group_norm_silu import triton_activations
 from dd_kernels.ops.reverse_step import triton as step_op
+from tools.cubin import usages
+from tools.triton_aot import cases, cells, group_norm, listed, q_sample, randn
+from tools.triton_compile import compile_only, specialisations
 
 
 def _steps_and_seeds(batch: int, step: int, seed: int, scale: float) -> None:

@@ -1,4 +1,4 @@
-"""What compiled kernels take, read from their cubins by the tools in Triton's package."""
+"""Reads registers, stack and instructions of compiled kernels from their cubins, with the tools in Triton's package."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ _INSTRUCTION = 16  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """What one kernel takes: registers, local memory (stack bytes, spill instructions), access widths in bits."""
+    """What one kernel uses: registers, stack bytes, spill instructions, and access widths.
+
+    ``loads`` and ``stores`` count the global-memory instructions by their width in bits.
+    """
 
     registers: int
     stack: int
     spills: int
     instructions: int
-    loads: dict[int, int]  # width: instructions
+    loads: dict[int, int]
     stores: dict[int, int]
 
 
 def _tool(name: str, *arguments: str) -> str:
+    """Runs one of the programs in Triton's package and returns what it prints."""
     done = subprocess.run([str(_BINARIES / name), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
 
 
 def _code(cubin: bytes) -> bytes:
-    """The instructions of the one kernel in a cubin: its ELF section .text.<name>."""
+    """Returns the instructions of the one kernel in a cubin, its ELF section ``.text.<name>``."""
     (sections,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, sections + i * size) for i in range(count)]
@@ -45,7 +49,8 @@ def _code(cubin: bytes) -> bytes:
 
 
 def _widths(opcodes: list[str], stem: str) -> dict[int, int]:
-    widths = collections.Counter()
+    """Counts the instructions that begin with ``stem`` by their width in bits; 32 is the unmarked width."""
+    widths: collections.Counter[int] = collections.Counter()
     for opcode in opcodes:
         if opcode.startswith(stem):
             bits = re.search(r"\.[US]?(8|16|64|128|256)(?:\.|$)", opcode)
@@ -54,7 +59,10 @@ def _widths(opcodes: list[str], stem: str) -> dict[int, int]:
 
 
 def usages(cubins: Sequence[bytes], arch: int) -> list[Usage]:
-    """What each kernel takes. They are disassembled together: starting nvdisasm takes as long as compiling one."""
+    """Returns what each kernel uses.
+
+    All kernels are disassembled by one nvdisasm, because starting it takes as long as compiling a kernel.
+    """
     codes = [_code(cubin) for cubin in cubins]
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder, "code")
@@ -70,7 +78,7 @@ def usages(cubins: Sequence[bytes], arch: int) -> list[Usage]:
     result = []
     for code, resource in zip(codes, resources, strict=True):
         own, opcodes = opcodes[: len(code) // _INSTRUCTION], opcodes[len(code) // _INSTRUCTION :]
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resource).groups())
+        ((registers, stack),) = [map(int, pair) for pair in re.findall(r"REG:(\d+) STACK:(\d+)", resource)]
         spills = sum(opcode.startswith(("LDL", "STL")) for opcode in own)
         result.append(Usage(registers, stack, spills, len(own), _widths(own, "LDG"), _widths(own, "STG")))
     return result

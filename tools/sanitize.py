@@ -1,7 +1,7 @@
-"""A short run of every op on one backend, for compute-sanitizer to watch: ``python -m benchmarks.sanitize cuda``.
+"""Calls every op on one backend while compute-sanitizer watches: ``python -m tools.sanitize cuda``.
 
-Small shapes, one for each way in which a kernel cuts its work. Inputs come from the host: what is
-watched is the ops' own kernels.
+The shapes are small, one for each way in which a kernel partitions its work. Inputs are made on the host, so
+that the ops' own kernels are the only ones that run.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import torch
 import dd_kernels as dd
 from dd_kernels import backend as backends
 
-from . import machine
-
 NORMS = [(2, 32, 4, 4), (2, 64, 16, 16), (3, 96, 7, 5), (1, 64, 64, 64), (1, 32, 160, 160)]
-OF_TWO = [(2, 32, 8, 8), (1, 64, 32, 32)]
+PAIRS = [(2, 32, 8, 8), (1, 64, 32, 32)]
 IMAGES = [(2, 3, 8, 8), (3, 3, 7, 5)]
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -28,23 +26,22 @@ def _tensor(shape: tuple[int, ...], device: str, dtype: torch.dtype, layout: tor
 
 
 def norms(device: str, backend: str) -> int:
-    """group_norm_silu, forward and backward, with all that is folded into it."""
+    """Runs group_norm_silu forward and backward with pre_shift, scale and shift; returns the number of cases."""
     done = 0
     for shape, layout, dtype in itertools.product(NORMS, LAYOUTS, DTYPES):
         x = _tensor(shape, device, dtype, layout).requires_grad_()
         weight, bias = (torch.randn(shape[1]).to(device).requires_grad_() for _ in range(2))
-        per_sample = [torch.randn(shape[:2]).to(device).requires_grad_() for _ in range(3)]
-        names = dict(zip(("pre_shift", "scale", "shift"), per_sample, strict=True))
-        y = dd.group_norm_silu(x, 32, weight, bias, backend=backend, **names)
+        pre_shift, scale, shift = (torch.randn(shape[:2]).to(device).requires_grad_() for _ in range(3))
+        y = dd.group_norm_silu(x, 32, weight, bias, pre_shift=pre_shift, scale=scale, shift=shift, backend=backend)
         y.backward(torch.ones_like(y))
         done += 1
     return done
 
 
-def norms_of_two(device: str, backend: str) -> int:
-    """group_norm_silu, forward and backward, of a sum and of two tensors side by side."""
+def norms_of_pairs(device: str, backend: str) -> int:
+    """Runs group_norm_silu forward and backward with a residual and with a skip; returns the number of cases."""
     done = 0
-    for shape, layout, dtype in itertools.product(OF_TWO, LAYOUTS, DTYPES):
+    for shape, layout, dtype in itertools.product(PAIRS, LAYOUTS, DTYPES):
         x, other = (_tensor(shape, device, dtype, layout).requires_grad_() for _ in range(2))
         y, total = dd.group_norm_silu(x, 32, residual=other, backend=backend)
         torch.autograd.backward([y, total], [torch.ones_like(y), torch.ones_like(total)])
@@ -55,7 +52,7 @@ def norms_of_two(device: str, backend: str) -> int:
 
 
 def steps(device: str, backend: str) -> int:
-    """randn, q_sample and reverse_step, with the noise drawn and given, in place and not."""
+    """Runs randn, q_sample and reverse_step, noise drawn and given, in place and not; returns the number of cases."""
     schedule, done = dd.linear_schedule(), 0
     table = dd.ddpm(schedule)
     for shape, layout, dtype in itertools.product(IMAGES, LAYOUTS, DTYPES):
@@ -70,14 +67,14 @@ def steps(device: str, backend: str) -> int:
     return done
 
 
-def main(backend: str, device: str = machine.DEVICE) -> None:
-    """Runs all on one backend, and says so: the report counts the lines."""
-    obstacle = backends.unavailable(backend, device)
-    if obstacle is not None:
-        print(f"not available: {obstacle}")
+def main(backend: str, device: str) -> None:
+    """Runs all cases on one backend and prints a line for each group; ``tools.checks`` counts the lines."""
+    reason = backends.unavailable(backend, device)
+    if reason is not None:
+        print(f"not available: {reason}")
         return
     torch.manual_seed(0)
-    for run in (steps, norms, norms_of_two):
+    for run in (steps, norms, norms_of_pairs):
         number = run(device, backend)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -85,4 +82,4 @@ def main(backend: str, device: str = machine.DEVICE) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,10 +1,10 @@
-"""What the Triton kernels compile to, with no GPU: registers, stack, spills and access width per shape.
+"""Compiles the Triton kernels with no GPU and tabulates registers, stack, spills and access widths by shape.
 
-    python -m benchmarks.triton_aot                  the table, into benchmarks/results/triton_aot.md
-    python -m benchmarks.triton_aot --quick --arch 90 --json
+    python -m tools.triton_aot                  the table, into benchmarks/results/triton_aot.md
+    python -m tools.triton_aot --quick --arch 90 --json
 
-The ops' own launch code runs on meta tensors of the shapes of the cifar10 and Stable Diffusion networks,
-before a driver that compiles for the GPU it is told and launches nothing: what is compiled is what a user runs.
+The ops' own launch code runs on meta tensors of the shapes of the cifar10 and Stable Diffusion networks, with a
+driver that compiles for a chosen GPU and launches nothing. So the kernels compiled here are those that a user runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -26,11 +28,12 @@ from torch import Tensor
 from .cubin import usages
 from .triton_compile import Launch, compile_only, without_compiling
 
-TABLE = pathlib.Path(__file__).parent / "results" / "triton_aot.md"
+Row = dict[str, Any]
+TABLE = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "triton_aot.md"
 ARCHS = (80, 90, 100)
 DTYPES = ("bfloat16", "float32")
 
-# network: batch, and the channels of its GroupNorms, each of 32 groups, by the side of the map.
+# By network: the batch, and by the side of the map the channels of the GroupNorms, which have 32 groups each.
 NETWORKS = {
     "cifar10": (256, {32: (128, 256, 384), 16: (128, 256, 384, 512), 8: (256, 512), 4: (256, 512)}),
     "sd unet": (
@@ -44,7 +47,7 @@ NETWORKS = {
     ),
     "sd vae": (1, {64: (512,), 128: (512,), 256: (512, 256), 512: (256, 128)}),
 }
-# (network, C, side, batch)
+# (network, channels, side, batch)
 SHAPES = tuple(
     (network, channels, side, batch)
     for network, (batch, sides) in NETWORKS.items()
@@ -52,16 +55,17 @@ SHAPES = tuple(
     for channels in widths
 )
 QUICK = (("cifar10", 128, 32, 256), ("sd unet", 320, 64, 2))
-STATES = (("cifar10", 3, 32, 256), ("sd unet", 4, 64, 2))  # what is denoised
+STATES = (("cifar10", 3, 32, 256), ("sd unet", 4, 64, 2))  # the denoised images and latents
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32, last: bool = False) -> Tensor:
+    """Returns a meta tensor."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
 
 def group_norm(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool, backward: bool) -> None:
-    """GroupNorm+SiLU as the U-Nets call it: 32 groups, weight, bias and the time embedding's shift."""
+    """Launches GroupNorm+SiLU as the U-Nets call it, with weight, bias and the time embedding added before the norm."""
     from dd_kernels.ops.group_norm_silu import triton as op
 
     x = _empty(batch, channels, side, side, dtype=dtype, last=last)
@@ -75,7 +79,7 @@ def group_norm(channels: int, side: int, batch: int, dtype: torch.dtype, last: b
 
 
 def reverse_step(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool, guided: bool) -> None:
-    """A DDPM step with its noise, or a guided DDIM step: float32 state, model output of ``dtype``."""
+    """Launches a DDPM step that draws noise, or a guided DDIM step: float32 state, model output in ``dtype``."""
     from dd_kernels.ops.reverse_step import triton as op
 
     x = _empty(batch, channels, side, side, last=last)
@@ -87,7 +91,7 @@ def reverse_step(channels: int, side: int, batch: int, dtype: torch.dtype, last:
 
 
 def q_sample(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool) -> None:
-    """A training input and its noise."""
+    """Launches q_sample, drawing the noise and returning it."""
     from dd_kernels.ops.q_sample import triton as op
 
     x = _empty(batch, channels, side, side, dtype=dtype, last=last)
@@ -96,36 +100,36 @@ def q_sample(channels: int, side: int, batch: int, dtype: torch.dtype, last: boo
 
 
 def randn(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool) -> None:
-    """x_T."""
+    """Launches the normals of x_T."""
     from dd_kernels.ops.randn import triton as op
 
     z = _empty(batch, channels, side, side, dtype=dtype, last=last)
     op.randn(z, _empty(3, dtype=torch.int64), 0)
 
 
-OPS = {
-    "group_norm_silu": (lambda *shape: group_norm(*shape, backward=False), SHAPES),
-    "group_norm_silu_backward": (lambda *shape: group_norm(*shape, backward=True), SHAPES),
-    "reverse_step": (lambda *shape: reverse_step(*shape, guided=False), STATES),
-    "reverse_step guided": (lambda *shape: reverse_step(*shape, guided=True), STATES),
+OPS: dict[str, tuple[Callable[..., None], tuple[tuple[str, int, int, int], ...]]] = {
+    "group_norm_silu": (partial(group_norm, backward=False), SHAPES),
+    "group_norm_silu_backward": (partial(group_norm, backward=True), SHAPES),
+    "reverse_step": (partial(reverse_step, guided=False), STATES),
+    "reverse_step guided": (partial(reverse_step, guided=True), STATES),
     "q_sample": (q_sample, STATES),
     "randn": (randn, STATES),
 }
 
 
-def vector_bits(channels: int, side: int, itemsize: int, last: bool, options: dict) -> int:
-    """The widest access that the layout of a tile allows, at most 128 bits."""
+def vector_bits(channels: int, side: int, itemsize: int, last: bool, options: dict[str, Any]) -> int:
+    """Returns the widest access in bits, at most 128, that the layout of a tile allows."""
     run = options.get("BLOCK_CHANNELS", channels) if last else side * side
     return 8 * math.gcd(16, run * itemsize, channels * itemsize if last else 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of an op, compiled for one architecture."""
+    """One call of an op, compiled for one architecture. ``last``: channels_last; ``shape``: (channels, side, batch)."""
 
     op: str
     network: str
-    shape: tuple[int, int, int]  # C, side, batch
+    shape: tuple[int, int, int]
     dtype: str
     last: bool
     arch: int
@@ -134,8 +138,8 @@ class Case:
         """Calls the op's launch code."""
         OPS[self.op][0](*self.shape, getattr(torch, self.dtype), self.last)
 
-    def row(self, launch: Launch) -> dict:
-        """What is known of a launch before it is compiled."""
+    def row(self, launch: Launch) -> Row:
+        """Returns the entries of a row that are known before the launch is compiled."""
         (channels, side, batch), options = self.shape, launch.options
         itemsize = getattr(torch, self.dtype).itemsize
         return {
@@ -153,74 +157,75 @@ class Case:
 
 
 def cases(archs: Iterable[int] = ARCHS, dtypes: Iterable[str] = DTYPES, quick: bool = False) -> list[Case]:
-    """Every op at the shapes of the networks, in both layouts; ``quick``: a few shapes that reach every kernel."""
+    """Lists every op at the networks' shapes, in both layouts; ``quick``: a few shapes that reach every kernel."""
     return [
-        Case(op, network, shape, dtype, last, arch)
+        Case(op, network, (channels, side, batch), dtype, last, arch)
         for arch in archs
         for op, (_, shapes) in OPS.items()
-        for network, *shape in (s for s in shapes if not quick or s in QUICK + STATES[1:])
+        for network, channels, side, batch in (s for s in shapes if not quick or s in QUICK + STATES[1:])
         for dtype in dtypes
         for last in (False, True)
     ]
 
 
-def listed(case: Case) -> list[dict]:
-    """The rows of a case without what they take, without compiling."""
+def listed(case: Case) -> list[Row]:
+    """Returns the rows of a case, without compiling and so without what the kernels use."""
     with without_compiling(case.arch) as (launches, _):
         case.launch()
     return [case.row(launch) for launch in launches]
 
 
-def _compiled(case: Case) -> list[tuple[dict, bytes]]:
-    """The rows of a case, and their cubins."""
+def _compiled(case: Case) -> list[tuple[Row, bytes]]:
+    """Compiles a case and returns its rows, each with its cubin."""
     with compile_only(case.arch) as launches:
         case.launch()
     return [(case.row(launch), launch.kernel.asm["cubin"]) for launch in launches]
 
 
-def rows(wanted: list[Case], jobs: int) -> list[dict]:
-    """A row per launch of every case, compiled by ``jobs`` processes."""
+def rows(wanted: list[Case], jobs: int) -> list[Row]:
+    """Compiles every case in ``jobs`` processes and returns a row per launch."""
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         found = [pair for case in pool.map(_compiled, wanted) for pair in case]
     for arch in {row["arch"] for row, _ in found}:
         distinct = list({cubin for row, cubin in found if row["arch"] == arch})
-        taken = dict(zip(distinct, usages(distinct, arch), strict=True))
+        used = dict(zip(distinct, usages(distinct, arch), strict=True))
         for row, cubin in found:
             if row["arch"] == arch:
-                row |= dataclasses.asdict(taken[cubin])
+                row |= dataclasses.asdict(used[cubin])
     return [row for row, _ in found]
 
 
 HEAD = "op, kernel, network, shape, dtype, layout, tile, warps, sm, registers, stack, spills, load bits, store bits"
 
 
-def cells(row: dict) -> list[str]:
-    """The table's cells of a row but for the architecture's."""
+def cells(row: Row) -> list[str]:
+    """Returns the cells of a row that do not depend on the architecture."""
     names = ("op", "kernel", "network", "shape", "dtype", "layout", "tile", "warps")
     return ["x".join(map(str, row[name])) if isinstance(row[name], list) else str(row[name]) for name in names]
 
 
-def _taken(of_archs: Sequence[dict]) -> list[str]:
-    """The architectures' cells of one launch: a value each, or the one that they share."""
+def _used(of_archs: Sequence[Row]) -> list[str]:
+    """Returns what a launch uses on each architecture; a value that all share is written once."""
     columns = [[row[name] for row in of_archs] for name in ("arch", "registers", "stack", "spills")]
     columns += [[max(row[name], default="") for row in of_archs] for name in ("loads", "stores")]
     return [" ".join(map(str, column if len(set(column)) > 1 else column[:1])) for column in columns]
 
 
-def _markdown(table: Sequence[dict]) -> str:
-    """A line per launch, the architectures side by side."""
+def _markdown(table: Sequence[Row]) -> str:
+    """Returns the table, a line per launch, the architectures side by side."""
     names = HEAD.split(", ")
-    lines = [f"Triton {triton.__version__}, compiled without a GPU by `python -m benchmarks.triton_aot`.", ""]
+    lines = [f"Triton {triton.__version__}, compiled without a GPU by `python -m tools.triton_aot`.", ""]
     lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    launches: dict[tuple[str, ...], list[dict]] = {}
+    launches: dict[tuple[str, ...], list[Row]] = {}
     for row in table:
         launches.setdefault(tuple(cells(row)), []).append(row)
-    lines += ["| " + " | ".join([*known, *_taken(of_archs)]) + " |" for known, of_archs in launches.items()]
+    lines += ["| " + " | ".join([*known, *_used(of_archs)]) + " |" for known, of_archs in launches.items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.triton_aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities, 90 for 9.0")
     parser.add_argument("--dtypes", nargs="+", default=DTYPES)
     parser.add_argument("--quick", action="store_true", help="a few shapes that reach every kernel")

@@ -1,14 +1,11 @@
-"""Build, tests and sanitizer: what is read from their output, and that none of them can stop a report."""
+"""Build, tests and sanitizer: what is read from their output, and that none of them can stop its caller."""
 
 import sys
-import threading
 import time
 
 import pytest
-import torch
 
-from benchmarks import checks, prepare, processes, sanitize
-from benchmarks.harness import Case, Plan
+from tools import checks, processes, sanitize
 
 pytestmark = pytest.mark.slow
 PLAIN = """
@@ -66,11 +63,11 @@ def test_a_build_without_the_cuda_kernels_says_why_where_there_is_a_gpu(tmp_path
     monkeypatch.setattr(
         checks, "BUILDS", {"pip install": ("-c", "print('cuda.cu(9): Error: what')" + 20 * "; print(1)")}
     )
-    monkeypatch.setattr(checks, "DEVICE", "cuda")
+    monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(processes, "ROOT", tmp_path)
     (check,) = checks.build(30.0, tmp_path)
     assert (check["outcome"], check["tail"]) == ("ok", ["cuda.cu(9): Error: what", *["1"] * checks.TAIL])
-    monkeypatch.setattr(checks, "DEVICE", "cpu")
+    monkeypatch.setattr(checks.torch.cuda, "is_available", lambda: False)
     assert "tail" not in checks.build(30.0, tmp_path)[0]
 
 
@@ -101,7 +98,7 @@ def test_the_four_tools_of_the_sanitizer(tmp_path):
     checked = {check["check"]: check for check in checks.sanitizer(2.5, tmp_path, str(tool))}
     assert len(checked) == 8
     assert checked["compute-sanitizer initcheck triton"]["outcome"] == "not measured: not available: no triton"
-    found = {name: checked[f"compute-sanitizer {name} cuda"] for name in checks.TOOLS}
+    found = {name: checked[f"compute-sanitizer {name} cuda"] for name in checks.SANITIZERS}
     assert (found["racecheck"]["outcome"], found["racecheck"]["errors"]) == ("ok", 0)
     assert (found["initcheck"]["errors"], found["initcheck"]["ops"]) == (0, 1)
     assert (found["memcheck"]["outcome"], found["memcheck"]["errors"]) == ("exit status 9", 2)
@@ -128,84 +125,12 @@ def test_the_sanitized_script_runs_every_op(capsys, monkeypatch):
     sanitize.main("reference", "cpu")
     sanitize.main("cuda", "cpu")
     *done, absent = capsys.readouterr().out.splitlines()
-    assert done == [f"sanitized {name} on reference: 8 cases" for name in ("steps", "norms", "norms_of_two")]
+    assert done == [f"sanitized {name} on reference: 8 cases" for name in ("steps", "norms", "norms_of_pairs")]
     assert absent.startswith("not available: ")
 
 
-def test_checks_run_at_once_and_one_that_breaks_stops_no_other(tmp_path, monkeypatch):
-    together = threading.Barrier(3)
-
-    def op_tests(seconds, folder):
-        together.wait(20)
-        return [{"check": "tests", "outcome": "ok"}]
-
-    def sanitizer(seconds, folder):
-        together.wait(20)
-        raise OSError("no room")
-
-    monkeypatch.setattr(checks, "op_tests", op_tests)
-    monkeypatch.setattr(checks, "sanitizer", sanitizer)
-    monkeypatch.setattr(checks, "compiled_ahead", op_tests)
-    first, second, third = checks.side_by_side(1.0, tmp_path)
-    assert first == third == {"check": "tests", "outcome": "ok"}
-    assert second == {"check": "sanitizer", "outcome": "not measured: OSError: no room"}
-
-
-def test_what_is_compiled_ahead_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "_half_the_cores", lambda: 2)
-    scripts = {"ops": "print('prepared a'); print('prepared b')", "models": "print('model: out of memory'); exit(7)"}
-    start = processes.start
-
-    def started(command, log, environment):
-        assert command[1:3] == ["-m", "benchmarks.prepare"]
-        return start([sys.executable, "-c", scripts[command[3]]], log, environment)
-
-    monkeypatch.setattr(processes, "start", started)
-    (check,) = checks.compiled_ahead(30.0, tmp_path)
-    assert check["plans"] == 4
-    assert check["outcome"] == "in part: exit status 7, ok"
-    assert check["tail"] == ["model: out of memory"]
-
-
-def test_every_implementation_is_called_once_ahead(cpu_target, capsys):
-    called = []
-
-    def large(x):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    peers = {"large": large, "peer": lambda x: called.append(("peer", x)), "absent": "not installed"}
-    case = Case("op", "case", (1,), lambda x: called.append(("ours", x)), [(1,), (2,)], 8, peers)
-    prepare.run([Plan("broken", lambda: 1 / 0), Plan("good", lambda: case)], cpu_target)
-    assert called == [("ours", 1), ("peer", 1)]
-    assert capsys.readouterr().out.splitlines() == ["broken: ZeroDivisionError: division by zero", "prepared good"]
-
-
-def test_the_compiling_ahead_leaves_cores_and_memory_to_others(gpu_target, monkeypatch):
-    taken, ran = {}, []
-    monkeypatch.setattr("sys.argv", ["prepare", "models", "1", "2"])
-    monkeypatch.setattr(prepare.os, "nice", lambda n: taken.update(nice=n))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f: taken.update(memory=f))
-    monkeypatch.setattr(prepare.machine, "DEVICE", "cuda")
-    monkeypatch.setattr(prepare.timing, "clock_of", lambda device, graphs: gpu_target.clock)
-    monkeypatch.setattr(prepare, "run", lambda mine, target: ran.append((mine, target.clock.copies(1), target.kind)))
-    with torch._inductor.config.patch(autotune_local_cache=True):  # puts it back, where monkeypatch would delete it
-        prepare.main()
-    ((mine, copies, kind),) = ran
-    assert [str(plan) for plan in mine] == [str(plan) for plan in prepare.plans(gpu_target, True)[1::2]]
-    assert (copies, kind, taken) == (1, "cuda", {"nice": 10, "memory": prepare.MEMORY / 2})
-
-
-def test_a_device_that_is_lost_ends_the_compiling_ahead(cpu_target, monkeypatch, capsys):
-    monkeypatch.setattr(cpu_target.clock, "usable", lambda: False)
-    prepare.run([Plan("broken", lambda: 1 / 0), Plan("never", lambda: 1 / 0)], cpu_target)
-    assert capsys.readouterr().out == "broken: ZeroDivisionError: division by zero\n"
-
-
-def test_what_is_measured_is_compiled_ahead_but_for_what_tunes(gpu_target):
-    models, others = ({str(plan) for plan in prepare.plans(gpu_target, kind)} for kind in (True, False))
-    assert not models & others
-    assert any("reduce-overhead" in name for name in models)
-    assert not any("max-autotune" in name for name in models)
-    assert {name.split()[0] for name in others} == {
-        *("reverse_step", "randn", "q_sample", "group_norm_silu", "sample", "training", "growth")
-    }
+def test_a_check_is_bad_where_it_failed_and_not_where_it_could_not_be_made():
+    assert checks.is_bad({"check": "memcheck", "outcome": "exit status 9", "errors": 2})
+    assert checks.is_bad({"check": "tests", "outcome": "stopped after 9 s", "failures": 1})
+    assert not checks.is_bad({"check": "compiled ahead", "outcome": "in part: stopped after 9 s"})
+    assert not checks.is_bad({"check": "racecheck", "outcome": "not measured: no device", "errors": None})

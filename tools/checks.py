@@ -1,8 +1,10 @@
-"""The parts that time nothing: the build; then the ops' tests, compute-sanitizer, and compiling ahead. None raises."""
+"""Builds the package, runs the tests of the ops and runs compute-sanitizer, each within a time limit.
+
+Every function returns the outcomes as records and raises nothing of what the programs do.
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib.util
 import itertools
 import os
@@ -11,40 +13,64 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import processes
-from .harness import reason
-from .machine import DEVICE
 
 Check = dict[str, Any]
-# -v: else pip hides why the CUDA kernels do not compile, where the rest of the package does.
+# With -v pip shows why the CUDA kernels did not compile; else it hides the output of a build that succeeds.
 PIP_OPTIONS = ("-v", "--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
 BUILDS = {
     "pip install": ("-m", "pip", "install", *PIP_OPTIONS, "-e", "."),
     "setup.py build_ext": ("setup.py", "build_ext", "--inplace"),
 }
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("cuda", "triton")
-TAIL = 15
-KERNEL = re.compile(r"[\[-](cpu-avx2|cpu-baseline|triton|cuda)(?=[\]-])")
+TAIL = 15  # lines of a failed program's output that a record keeps
+KERNEL = re.compile(r"[\[-](cpu-avx512|cpu-avx2|cpu-baseline|triton|cuda)(?=[\]-])")
 STATUS = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 TEST = re.compile(r"(tests/\S+?::.*?)(?: (?:PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b.*)?$")
-NO_DEVICE = "Device not supported"  # as compute-sanitizer says where it cannot run at all
+UNSUPPORTED_DEVICE = "Device not supported"  # printed by compute-sanitizer where it cannot run at all
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
 def outcome(status: int | str) -> str:
-    """The exit status in a word."""
+    """Returns the exit status in words."""
     if isinstance(status, str):
         return status
     return "ok" if status == 0 else f"exit status {status}"
 
 
+def is_bad(check: Check) -> bool:
+    """Returns whether the check failed; one that passed or could not be made is not bad."""
+    failed = check.get("failures") or check.get("errors")
+    return bool(failed) or check["outcome"].startswith("exit status")
+
+
+def described(check: Check) -> str:
+    """Returns a check in one line."""
+    words = [f"{check['check']}: {check['outcome']}"]
+    if "seconds" in check:
+        words.append(f"{check['seconds']:.0f} s")
+    if check.get("libraries"):
+        words.append(", ".join(check["libraries"]))
+    for kernel, by_status in check.get("kernels", {}).items():
+        words.append(f"{kernel} {', '.join(f'{n} {status}' for status, n in by_status.items())}")
+    if "errors" in check:
+        found = "no summary" if check["errors"] is None else f"{check['errors']} errors"
+        words.append(f"{found}, {check['ops']} groups of ops")
+    if "plans" in check:
+        words.append(f"{check['plans']} plans")
+    words += [f"failed: {name}" for name in check.get("failed", [])]
+    return "; ".join(words)
+
+
 def build(seconds: float, folder: Path) -> list[Check]:
-    """Installs the package as it lies there; builds the libraries in place where pip cannot."""
+    """Installs the package in place with pip, or builds the libraries with setup.py where pip fails."""
     found = []
     cuda = Path("/usr/local/cuda")
     on_path = shutil.which("nvcc") or not (cuda / "bin" / "nvcc").exists()
@@ -54,21 +80,27 @@ def build(seconds: float, folder: Path) -> list[Check]:
         running = processes.start([sys.executable, *arguments], folder / "build.log", environment)
         result = outcome(running.finish(end))
         libraries = sorted(path.name for path in (processes.ROOT / "dd_kernels").glob("_*.so"))
-        found.append({"check": name, "outcome": result, "seconds": running.seconds, "libraries": libraries})
-        if result != "ok" or (DEVICE == "cuda" and not any("_cuda" in name for name in libraries)):
+        check: Check = {"check": name, "outcome": result, "seconds": running.seconds, "libraries": libraries}
+        if result != "ok" or (torch.cuda.is_available() and not any("_cuda" in name for name in libraries)):
             lines = running.lines()
-            found[-1]["tail"] = [line for line in lines if "error" in line.lower()][:TAIL] + lines[-TAIL:]
+            check["tail"] = [line for line in lines if "error" in line.lower()][:TAIL] + lines[-TAIL:]
+        found.append(check)
         if result == "ok":
             break
     return found
 
 
-def _half_the_cores() -> int:
+def half_the_cores() -> int:
+    """Returns how many processes may run beside others."""
     return max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def counts(lines: Sequence[str]) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """From pytest's -v: by kernel how many tests passed, failed ..., and the names of those that failed."""
+    """Reads the output of ``pytest -v``.
+
+    Returns:
+        The number of tests by kernel and status, and the names of the tests that failed.
+    """
     by_kernel: dict[str, Counter[str]] = {}
     failed = []
     for line in lines:
@@ -83,18 +115,17 @@ def counts(lines: Sequence[str]) -> tuple[dict[str, dict[str, int]], list[str]]:
 
 
 def _tests() -> list[str]:
-    """The suite of the ops, and what else nothing but a GPU shows: that the drop-in schedulers' loops are captured."""
+    """Names the suite of the ops, and the test that captures whole loops of the drop-in schedulers on a GPU."""
     captures = "tests/integrations/diffusers/test_diffusers_capture.py::test_a_whole_loop_captures"
     return ["tests/ops", captures] if importlib.util.find_spec("diffusers") is not None else ["tests/ops"]
 
 
 def op_tests(seconds: float, folder: Path, paths: Sequence[str] | None = None) -> list[Check]:
-    """The tests on every kernel that runs here; cut off when their time is over."""
-    paths = _tests() if paths is None else paths
-    command = [sys.executable, "-m", "pytest", *paths, "-v", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=", "-m", "not slow"]  # those of pyproject.toml want pytest-benchmark
-    if importlib.util.find_spec("xdist") is not None and _half_the_cores() > 1:
-        command += ["-n", str(_half_the_cores())]
+    """Runs the tests of the ops on every kernel that runs here, and stops them when their time is over."""
+    command = [sys.executable, "-m", "pytest", *(paths or _tests()), "-v", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=", "-m", "not slow"]  # the options in pyproject.toml need pytest-benchmark
+    if importlib.util.find_spec("xdist") is not None and half_the_cores() > 1:
+        command += ["-n", str(half_the_cores())]
     running = processes.start(command, folder / "tests.log")
     result = outcome(running.finish(time.monotonic() + seconds))
     by_kernel, failed = counts(running.lines())
@@ -106,34 +137,35 @@ def op_tests(seconds: float, folder: Path, paths: Sequence[str] | None = None) -
 
 
 def compute_sanitizer() -> str | None:
-    """Where the tool is, or None."""
-    found = shutil.which("compute-sanitizer")
-    places = [Path("/usr/local/cuda/bin"), Path("/usr/local/cuda/compute-sanitizer")]
-    places += [*Path("/usr/local").glob("cuda-*/bin"), *Path("/opt").glob("*/*/bin")]
-    return found or next((str(p / "compute-sanitizer") for p in places if (p / "compute-sanitizer").exists()), None)
+    """Returns the path of compute-sanitizer, or None."""
+    folders = [Path("/usr/local/cuda/bin"), Path("/usr/local/cuda/compute-sanitizer")]
+    folders += [*Path("/usr/local").glob("cuda-*/bin"), *Path("/opt").glob("*/*/bin")]
+    programs = (folder / "compute-sanitizer" for folder in folders)
+    return shutil.which("compute-sanitizer") or next((str(p) for p in programs if p.exists()), None)
 
 
 def sanitizer(seconds: float, folder: Path, program: str | None = None) -> list[Check]:
-    """Its four tools over a short run of every op on each backend, all side by side."""
+    """Runs the four tools of compute-sanitizer over every op on each backend, all at the same time."""
     program = program or compute_sanitizer()
     if program is None:
         return [{"check": "compute-sanitizer", "outcome": "not measured: compute-sanitizer was not found"}]
     end = time.monotonic() + seconds
-    # Each tensor an allocation of its own, so that running over its end is seen.
+    # Every tensor gets an allocation of its own, so that an access behind its end is seen.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     running = {}
-    for tool, backend in itertools.product(TOOLS, BACKENDS):
-        # Not the compilers that Triton starts.
+    for tool, backend in itertools.product(SANITIZERS, BACKENDS):
+        # "application-only" leaves out the compilers that Triton starts.
         command = [program, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "9"]
-        command += [sys.executable, "-m", "benchmarks.sanitize", backend]
+        command += [sys.executable, "-m", "tools.sanitize", backend]
         running[f"{tool} {backend}"] = processes.start(command, folder / f"{tool}.{backend}.log", environment)
     return [_sanitized(name, started, end) for name, started in running.items()]
 
 
 def _sanitized(name: str, running: processes.Running, end: float) -> Check:
+    """Waits for one tool and reads its summary."""
     result = outcome(running.finish(end))
     lines = running.lines()
-    absent = next((line for line in lines if line.startswith("not available") or NO_DEVICE in line), None)
+    absent = next((line for line in lines if line.startswith("not available") or UNSUPPORTED_DEVICE in line), None)
     if absent is not None:
         return {"check": f"compute-sanitizer {name}", "outcome": f"not measured: {absent.lstrip('= ')}"}
     summaries = [int(found[1]) for line in lines if (found := SUMMARY.search(line))]
@@ -148,38 +180,3 @@ def _sanitized(name: str, running: processes.Running, end: float) -> Check:
         first = next((i for i, line in enumerate(lines) if line.startswith("=========") and "COMPUTE" not in line), 0)
         check["tail"] = lines[first : first + 2 * TAIL]
     return check
-
-
-def compiled_ahead(seconds: float, folder: Path) -> list[Check]:
-    """Fills the caches of Triton and torch.compile with what the other parts call."""
-    end = time.monotonic() + seconds
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    running = []
-    for kind, every in (("ops", _half_the_cores()), ("models", max(1, _half_the_cores() // 2))):
-        for first in range(every):
-            command = [sys.executable, "-m", "benchmarks.prepare", kind, str(first), str(every)]
-            running.append(processes.start(command, folder / f"prepare.{kind}.{first}.log", environment))
-    outcomes = {outcome(one.finish(end)) for one in running}
-    lines = [line for one in running for line in one.lines()]
-    check: Check = {
-        "check": "compiled ahead",
-        "outcome": "ok" if outcomes == {"ok"} else f"in part: {', '.join(sorted(outcomes))}",
-        "seconds": max(one.seconds for one in running),
-        "plans": sum(line.startswith("prepared") for line in lines),
-    }
-    if outcomes - {"ok"}:
-        check["tail"] = [line for line in lines if not line.startswith("prepared")][-TAIL:]
-    return [check]
-
-
-def side_by_side(seconds: float, folder: Path) -> list[Check]:
-    """The ops' tests, compute-sanitizer and the compiling ahead at once: what is not timed may share the device."""
-
-    def checked(run: Callable[[float, Path], list[Check]]) -> list[Check]:
-        try:
-            return run(seconds, folder)
-        except Exception as error:
-            return [{"check": run.__name__, "outcome": f"not measured: {reason(error)}"}]
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return [check for found in pool.map(checked, (op_tests, sanitizer, compiled_ahead)) for check in found]

@@ -1,10 +1,11 @@
-"""Triton with no GPU: launches compile for the architecture they are told, or only say what they would compile."""
+"""Runs Triton's launch code with no GPU: a launch compiles its kernel, or only says which kernel it would compile."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from triton import knobs
@@ -14,7 +15,7 @@ from triton.runtime import driver, jit
 
 
 class CompileOnly(DriverBase):
-    """Stands for a GPU that cannot run anything: ``arch`` is a compute capability (90 is 9.0), or AMD's ("gfx942")."""
+    """A driver that launches nothing. ``arch`` is a compute capability (90 means 9.0) or an AMD name ("gfx942")."""
 
     def __init__(self, arch: int | str) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class CompileOnly(DriverBase):
         return GPUTarget("cuda", self.arch, 32) if isinstance(self.arch, int) else GPUTarget("hip", self.arch, 64)
 
     def get_current_device(self) -> int | str:
-        return self.arch  # triton keeps the kernels of each device apart
+        return self.arch  # Triton caches kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -45,16 +46,16 @@ class CompileOnly(DriverBase):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel launch that was compiled and not run."""
+    """A kernel launch that was compiled and not run; ``kernel`` is Triton's CompiledKernel."""
 
     name: str
-    kernel: object  # triton's CompiledKernel
-    options: dict
+    kernel: Any
+    options: dict[str, Any]
 
 
 @contextlib.contextmanager
 def compile_only(arch: int | str) -> Iterator[list[Launch]]:
-    """Inside, Triton launches compile for ``arch`` and are listed instead of run."""
+    """Within the block, compiles every Triton launch for ``arch`` and appends it to the list instead of running it."""
     launches: list[Launch] = []
     run, before = jit.JITFunction.run, driver._active
 
@@ -73,12 +74,12 @@ def compile_only(arch: int | str) -> Iterator[list[Launch]]:
 
 @contextlib.contextmanager
 def without_compiling(arch: int) -> Iterator[tuple[list[Launch], set[str]]]:
-    """As :func:`compile_only`, but nothing is compiled: the launches, and the kernels that they would compile."""
+    """Within the block, lists the launches, and the kernels that they would compile, without compiling any."""
     kernels: set[str] = set()
 
     def note(*, key: str, fn: jit.JitFunctionInfo, **_: object) -> bool:
         kernels.add(f"{fn.name} {key}")
-        return True  # as if it were done
+        return True  # tells Triton that the kernel is already compiled
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
     try:
@@ -89,7 +90,7 @@ def without_compiling(arch: int) -> Iterator[tuple[list[Launch], set[str]]]:
 
 
 def specialisations(calls: Sequence[Callable[[], None]], arch: int = 90) -> set[str]:
-    """The kernels that the calls would have compiled for ``arch``, without compiling them."""
+    """Returns the kernels that the calls would compile for ``arch``, without compiling them."""
     with without_compiling(arch) as (_, kernels):
         for call in calls:
             call()

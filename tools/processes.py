@@ -1,4 +1,4 @@
-"""Runs other programs: with a limit of time, their output in a file, and their children gone with them."""
+"""Starts other programs with a time limit, their output in a file, and kills them together with their children."""
 
 from __future__ import annotations
 
@@ -12,47 +12,56 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAST_WAIT = 5.0
+KILL_SECONDS = 5.0
 
 
 @dataclass
 class Running:
-    """A program that has been started; ``log`` holds what it prints."""
+    """A program that was started; ``log`` is the file that holds what it prints.
+
+    ``process`` is None where the program could not be started, and ``failure`` then says why.
+    """
 
     process: subprocess.Popen[bytes] | None
     log: Path
     started: float
-    why_not: str | None = None
+    failure: str = ""
 
     def finish(self, end: float) -> int | str:
-        """Its exit status, or why there is none; killed with its children when the monotonic clock shows ``end``."""
+        """Waits until the monotonic clock shows ``end``, kills what still runs, and returns the outcome.
+
+        Returns:
+            The exit status, or in words why there is none.
+        """
         if self.process is None:
-            return self.why_not or "not started"
+            return self.failure
         try:
             return self.process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            return f"stopped after {time.monotonic() - self.started:.0f} s"
+            return f"stopped after {self.seconds:.0f} s"
         finally:
-            self.kill()
+            self._kill(self.process)
 
-    def kill(self) -> None:
-        """Ends it and what it started; does not wait for ever, as a device that hangs may hold it."""
+    @staticmethod
+    def _kill(process: subprocess.Popen[bytes]) -> None:
+        """Kills the process group. Waits a few seconds at most, because a hung device can hold a process forever."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(LAST_WAIT)
+            process.wait(KILL_SECONDS)
 
     def lines(self) -> list[str]:
-        """What it printed."""
+        """Returns the lines that the program printed."""
         return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
 
     @property
     def seconds(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Running:
-    """Starts ``command`` in the repository's root, in a session of its own."""
+    """Starts ``command`` in the repository's root, in a session of its own; ``environment`` is added to ours."""
     with log.open("ab") as file:
         try:
             process = subprocess.Popen(
