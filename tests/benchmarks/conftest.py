@@ -1,4 +1,4 @@
-"""A GPU that is not there: torch.cuda for the benchmarks' clock, its time made of the calls that run."""
+"""Replaces torch.cuda by a fake device whose time advances with the calls that run on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks import harness, machine, timing
 
 
 class FakeCuda:
-    """Every call that ticks takes its time on this device; a graph replays what ticked while it was captured."""
+    """A device whose time advances by :meth:`tick`; a graph replays the ticks that were captured."""
 
     def __init__(self):
         self.now = 0.0  # milliseconds
@@ -85,14 +85,14 @@ def cuda():
 
 @pytest.fixture
 def gpu_clock(cuda):
-    """The GPU's clock on the fake device; its tensors are on the CPU."""
+    """Returns the GPU's clock on the fake device; its tensors are on the CPU."""
     clock = timing.GpuClock(cuda)
     clock.device = "cpu"
     return clock
 
 
 class TickingClock(timing.GpuClock):
-    """Each call takes a millisecond of the fake device, whatever it does."""
+    """A clock for which each call takes a millisecond of the fake device, whatever it does."""
 
     device = "cpu"
     case_seconds = 0.01
@@ -107,7 +107,7 @@ class TickingClock(timing.GpuClock):
 
 @pytest.fixture
 def few_rounds(monkeypatch):
-    """Benchmarks that only show that they run."""
+    """Makes benchmarks measure as little as possible."""
     monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-6)
     monkeypatch.setattr(timing, "GRAPH_SECONDS", 1e-6)
     monkeypatch.setattr(timing, "MAX_COPIES", 2)
@@ -129,7 +129,7 @@ def cpu_target(few_rounds):
 
 @pytest.fixture
 def gpu_target(few_rounds, cuda, monkeypatch):
-    """The selection and the paths of a GPU, on CPU tensors."""
+    """Returns a target with the cases and the code paths of a GPU, on CPU tensors."""
     names = {"device": "Fake GPU", "torch": "2.13.0", "isa": None}
     monkeypatch.setattr(machine, "described", lambda device: dict(names))
     clock = TickingClock(cuda)

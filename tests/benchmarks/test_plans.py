@@ -1,4 +1,4 @@
-"""Every plan of both selections runs, on tiny shapes: what a GPU would run also, on CPU tensors and a fake clock."""
+"""Runs every plan of a CPU and of a GPU on tiny shapes; those of a GPU on CPU tensors with a fake clock."""
 
 import json
 import re
@@ -39,7 +39,7 @@ TINY_ADM = {**TINY_UNET, "head_channels": 32}
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The selections' shapes and models, small."""
+    """Replaces the shapes and models of the plans by small ones."""
     both = dict.fromkeys(("cpu", "cuda"), TINY_IMAGES)
     for module in (bench_randn, bench_q_sample, bench_reverse_step):
         monkeypatch.setattr(module, "SHAPES", both)
@@ -79,7 +79,7 @@ def problems(row):
 
 
 def called(plans):
-    """The plans of public functions."""
+    """Returns the plans that call public functions."""
     return [plan for plan in plans if "op alone" not in str(plan)]
 
 
@@ -120,7 +120,7 @@ def test_group_norm_silu(target):
 
 
 def test_ops_alone(target):
-    """A GPU replays a graph, in which nothing of what a public function adds is timed."""
+    """Ops are called alone on a CPU only: the graph that a GPU replays holds nothing of a public function anyway."""
     modules = (bench_reverse_step, bench_q_sample, bench_group_norm_silu)
     plans = [plan for module in modules for plan in module.plans(target) if "op alone" in str(plan)]
     if target.kind == "cuda":
@@ -189,7 +189,7 @@ def test_whole_steps_and_runs(target, monkeypatch):
 
 @pytest.mark.parametrize(("name", "sampler"), [("cifar10", "ddim"), ("imagenet64", "ddpm"), ("digits", "ddim")])
 def test_every_implementation_takes_the_same_step(name, sampler, cpu_target, tiny):
-    """All weights being one model's: ours, eager, reference and diffusers agree where no noise is drawn."""
+    """Ours, eager, reference and diffusers have the same weights and agree where no noise is drawn."""
     model = models.unet(name, cpu_target, torch.float32)
     x = torch.randn(2, model.config["in_channels"], 8, 8)
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_every_implementation_takes_the_same_step(name, sampler, cpu_target, tin
         out = ours.model(x)
         for other in others:
             torch.testing.assert_close(other.model(x), out, rtol=1e-3, atol=1e-4)
-            if sampler == "ddim":  # small, for diffusers keeps an epsilon whose x_0 was clipped
+            if sampler == "ddim":  # small values, because diffusers keeps the epsilon of a clipped x_0
                 small = (x / 50, out / 50)
                 torch.testing.assert_close(other.update(*small), ours.update(*small), rtol=1e-3, atol=1e-4)
 
@@ -252,7 +252,7 @@ def test_training(target, monkeypatch):
     for row in measured(plans, target):
         assert not problems(row)
         assert row["memory"]["dd_kernels"]["saved_bytes"] > 0
-        if "eager" in row["memory"]:  # ours keeps less than PyTorch's GroupNorm and SiLU do
+        if "eager" in row["memory"]:  # ours keeps fewer bytes than PyTorch's GroupNorm and SiLU
             assert row["memory"]["dd_kernels"]["saved_bytes"] < row["memory"]["eager"]["saved_bytes"]
 
 

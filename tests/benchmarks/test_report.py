@@ -1,4 +1,4 @@
-"""The README shows what is in benchmarks/results, and nothing else."""
+"""Tests that README and pages show the figures of benchmarks/results, and how a report runs its parts."""
 
 import json
 import types
@@ -202,7 +202,7 @@ def test_time_that_is_left_or_overdrawn_is_shared_by_the_rest():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """report.run on a machine of two parts, which it does not measure."""
+    """Returns report.run with measuring replaced, on a made-up machine."""
     monkeypatch.setattr(report, "described", lambda: {"device": "Some CPU (R)", "torch": "2.13.0", "isa": "avx2"})
     seen = []
 

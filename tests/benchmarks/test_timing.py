@@ -1,4 +1,4 @@
-"""The clocks: what they time, over which arguments, and what happens where a capture fails."""
+"""Tests the clocks: what they time, over which arguments, and what happens where a capture fails."""
 
 import pytest
 import torch

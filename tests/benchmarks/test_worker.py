@@ -1,4 +1,4 @@
-"""Workers: a plan that takes its process with it, or hangs, costs no other; and the parts that they run."""
+"""Tests workers: a plan that kills its process, or hangs, loses no other plan; and the parts that they run."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Build, tests and sanitizer: what is read from their output, and that none of them can stop its caller."""
+"""Tests the checks of a build: what is read from their output, and that none of them stops its caller."""
 
 import sys
 import time
