@@ -1,0 +1,65 @@
+"""The Dynamo backend: ``torch.compile(model, backend="dd_kernels")``.
+
+Dynamo captures a model as graphs of functional calls and guards what it saw: hooks, adapters, modules swapped and
+attributes changed later are its matter, as are dynamic sizes. Each graph is rewritten once, in place, and runs as it
+is, with autograd, or is handed on to Inductor. The model itself is not touched.
+
+The name is an entry point of the group ``torch_dynamo_backends``: nothing has to be imported for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from .identity import remove_identities
+from .norm import fuse_norms
+from .report import GraphReport, Report
+
+_log = logging.getLogger(__name__)
+_OPTIONS = ("inductor", "report")
+
+
+def rewrite(module: fx.GraphModule) -> GraphReport:
+    """Rewrites a graph that Dynamo captured, and the graphs within it, in place."""
+    started, identities, norms = time.perf_counter(), 0, []
+    for part in module.modules():  # checkpointed and conditional parts are graphs of their own
+        if isinstance(part, fx.GraphModule):
+            identities += remove_identities(part.graph)
+            norms += fuse_norms(part.graph)
+            part.graph.lint()
+            part.recompile()
+    return GraphReport(tuple(norms), identities, 0, 0, time.perf_counter() - started)
+
+
+def dd_kernels(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compiles a captured graph; what Dynamo calls for ``torch.compile(model, backend="dd_kernels", options=...)``.
+
+    Args:
+        module: the graph, which is rewritten in place.
+        example_inputs: tensors and sizes of the call that was captured.
+        options: ``{"inductor": True}`` hands the rewritten graph on to Inductor; ``{"report": Report()}`` takes an
+            entry per graph: see :class:`dd_kernels.compile.Report`.
+
+    Raises:
+        ValueError: an option of another name.
+    """
+    options = options or {}
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise ValueError(f"options must be among {', '.join(map(repr, _OPTIONS))}; got {', '.join(map(repr, unknown))}")
+    report: Report = options.get("report") or Report()
+    report.graphs.append(rewrite(module))
+    _log.info("%s", report)
+    if options.get("inductor"):
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Any = compile_fx(module, list(example_inputs))
+        return compiled
+    return module.forward

@@ -1,0 +1,11 @@
+"""Every test captures its models anew."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
