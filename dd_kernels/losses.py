@@ -1,23 +1,38 @@
-"""The terms of the variational bound of DDPM, in nats per element."""
+r"""The losses of diffusion models, of any model and schedule: simple, the variational bound, and both together.
+
+The bound of DDPM (Ho et al., 2020, eq. 5) has a term for each timestep and one that no training changes:
+
+.. math:: L = D_{KL}(q(x_T | x_0) \| p(x_T)) + \sum_{t \ge 1} D_{KL}(q(x_{t-1} | x_t, x_0) \| p(x_{t-1} | x_t))
+    - \log p(x_0 | x_1)
+
+Terms are in bits per dimension; a loss is [N], one number per sample.
+"""
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .ops.reverse_step import reverse_step
+from .ops.reverse_step.table import StepTable, from_columns
+from .samplers import rows
+from .schedules import Schedule
 
 # The width of one grey level of 255 on the scale of [-1, 1] is 2 / 255: a pixel's bin is its value +- half of that.
 HALF_BIN = 1.0 / 255.0
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """The mean of each sample, [N, ...] -> [N]."""
+    """Returns the mean of each sample, [N, ...] -> [N]."""
     return x.flatten(1).mean(dim=1)
 
 
 def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    r"""KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) per element, in nats; the four broadcast.
+    r"""Returns KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) per element, in nats; the four broadcast.
 
     .. math:: \tfrac12 \big(l_2 - l_1 - 1 + e^{l_1 - l_2} + (m_1 - m_2)^2 e^{-l_2}\big)
 
@@ -27,18 +42,18 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
     like = next((v for v in (mean1, logvar1, mean2, logvar2) if isinstance(v, Tensor)), None)
     if like is None:
         raise TypeError("at least one of mean1, logvar1, mean2 and logvar2 must be a tensor; got numbers")
-    logvar1, logvar2 = (v if isinstance(v, Tensor) else torch.full_like(like, v) for v in (logvar1, logvar2))
+    log1, log2 = (v if isinstance(v, Tensor) else torch.full_like(like, v) for v in (logvar1, logvar2))
     squared = (mean1 - mean2) ** 2
-    return 0.5 * (logvar2 - logvar1 - 1.0 + torch.exp(logvar1 - logvar2) + squared * torch.exp(-logvar2))
+    return 0.5 * (log2 - log1 - 1.0 + torch.exp(log1 - log2) + squared * torch.exp(-log2))
 
 
 def approx_standard_normal_cdf(x: Tensor) -> Tensor:
-    """The normal distribution function by tanh, to 3e-4 (Page, 1977), as in DDPM's and guided-diffusion's code."""
+    """Returns the normal distribution function by tanh, to 3e-4 (Page, 1977), as DDPM's and guided-diffusion's code."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """log p(x) in nats of 8-bit images under a Gaussian cut into 256 bins, eq. 13 of DDPM (Ho et al., 2020).
+    """Returns log p(x) in nats of 8-bit images under a Gaussian cut into 256 bins, eq. 13 of DDPM.
 
     Args:
         x: images, grey levels 0..255 scaled to [-1, 1].
@@ -55,3 +70,89 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     # The first and the last bin reach to infinity.
     probability = torch.where(x < -0.999, upto, torch.where(x > 0.999, 1.0 - below, upto - below))
     return torch.log(probability.clamp(min=1e-12))
+
+
+def learned_log_variance(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Returns the log-variance of a model whose values -1 to 1 lie between two, eq. 15 of Nichol & Dhariwal (2021)."""
+    fraction = (values + 1) / 2
+    return fraction * high + (1 - fraction) * low
+
+
+def simple_loss(out: Tensor, target: Tensor) -> Tensor:
+    """Returns the mean squared error of each sample, [N], eq. 14 of DDPM; target is epsilon, x_0, v ..."""
+    return mean_flat((target - out) ** 2)
+
+
+def prior_term(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Returns KL(q(x_T | x_0) || N(0, I)), [N], given q's mean and log-variance."""
+    return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+
+def bound_term(
+    x_start: Tensor,
+    t: Tensor,
+    posterior_mean: Tensor,
+    posterior_log_variance: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+) -> Tensor:
+    """Returns one term of the bound for each sample, [N].
+
+    Args:
+        x_start: x_0, [N, ...], 8-bit images scaled to [-1, 1].
+        t: timesteps [N]; at 0 the term is the decoder's negative log-likelihood, elsewhere the KL divergence.
+        posterior_mean, posterior_log_variance: of q(x_{t-1} | x_t, x_0), of x_start's shape.
+        mean, log_variance: of the model's p(x_{t-1} | x_t), of x_start's shape.
+    """
+    divergence = mean_flat(normal_kl(posterior_mean, posterior_log_variance, mean, log_variance))
+    likelihood = discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
+    return torch.where(t == 0, -mean_flat(likelihood), divergence) / math.log(2.0)
+
+
+def variational_bound(
+    x_start: Tensor, x_t: Tensor, t: Tensor, mean: Tensor, log_variance: Tensor, schedule: Schedule
+) -> Tensor:
+    """Returns :func:`bound_term` with the posterior of ``schedule``; x_t is a sample of q(x_t | x_0)."""
+    q = schedule.q_posterior(x_start, x_t, t)
+    return bound_term(x_start, t, q.mean, q.log_variance.expand(x_start.shape), mean, log_variance)
+
+
+@lru_cache(maxsize=32)
+def _mean_table(schedule: Schedule, prediction: str) -> StepTable:
+    """Row t gives the mean of p(x_{t-1} | x_t) of the model's output."""
+    step = rows.Transition.of(schedule)
+    columns = rows.x0_columns(prediction, step.alpha_bar) | rows.posterior_columns(step)
+    return from_columns(np.arange(len(schedule)), **columns)
+
+
+def hybrid_loss(
+    out: Tensor,
+    target: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    *,
+    prediction: str = "epsilon",
+    weight: float = 1e-3,
+) -> Tensor:
+    r"""Returns L_hybrid = L_simple + weight L_vlb, [N], eq. 16 of Improved DDPM (Nichol & Dhariwal, 2021).
+
+    L_vlb is estimated by T times the bound's term at t. It trains the variance alone: the mean is detached in it.
+
+    Args:
+        out: [N, 2 C, ...], the model's prediction and, as its second half, the values of its learned variance.
+        target: what the first half is to be, [N, C, ...].
+        x_start, x_t, t: x_0, x_t [N, C, ...] and timesteps [N].
+        prediction: "epsilon", "x_start" or "v".
+    """
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
+    if out.shape[1] != 2 * x_t.shape[1]:
+        raise ValueError(f"out must have {2 * x_t.shape[1]} channels, twice those of x_t; got {out.shape[1]}")
+    predicted, values = out.chunk(2, dim=1)
+    mean = reverse_step(x_t, predicted.detach(), _mean_table(schedule, prediction), t)
+    low = schedule.gather(schedule.posterior_log_variance_clipped, t, x_t)
+    high = schedule.gather(np.log(schedule.beta), t, x_t)
+    log_variance = learned_log_variance(values, low, high)
+    bound = variational_bound(x_start, x_t, t, mean, log_variance, schedule)
+    return simple_loss(predicted, target) + weight * len(schedule) * bound

@@ -3,7 +3,7 @@
 import sys
 
 from ..integrations.guided_diffusion import *  # noqa: F403
-from ..integrations.guided_diffusion import gaussian_diffusion, losses, respace
+from ..integrations.guided_diffusion import gaussian_diffusion, losses, nn, respace
 
-for _module in (gaussian_diffusion, losses, respace):
+for _module in (gaussian_diffusion, losses, nn, respace):
     sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module

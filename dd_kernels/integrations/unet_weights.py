@@ -1,12 +1,13 @@
-"""What the U-Net of this package and those of other projects have in common: the same layers under other names.
+"""Weights of the U-Net of this package under the names of other projects, and back.
 
-Only an attention's projections are laid out differently. So a format is a table of names, and what it
-does to an attention.
+Their layers are the same under other names, but for the layout of an attention's projections. So a format is a
+table of names, and a function that converts an attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -18,8 +19,13 @@ ConvertAttention = Callable[[Mapping[str, Tensor], str, str, int], StateDict]
 
 
 def blocks(model: UNet) -> Iterator[tuple[str, int, str, int]]:
-    """(side, level, kind, index) of every block, in the order in which the model calls them."""
-    for side, stages in (("down", model.down), ("middle", [model.middle]), ("up", model.up)):
+    """Yields (side, level, kind, index) of every block, in the order in which the model calls them."""
+    sides: tuple[tuple[str, Iterable[Any]], ...] = (
+        ("down", model.down),
+        ("middle", [model.middle]),
+        ("up", model.up),
+    )
+    for side, stages in sides:
         for level, stage in enumerate(stages):
             for i in range(len(stage.resnets)):
                 yield side, level, "resnets", i
@@ -30,13 +36,13 @@ def blocks(model: UNet) -> Iterator[tuple[str, int, str, int]]:
 
 
 def block_name(side: str, level: int, kind: str, i: int) -> str:
-    """A block's name in our U-Net."""
+    """Returns a block's name in our U-Net."""
     stage = side if side == "middle" else f"{side}.{level}"
     return f"{stage}.{kind}" if kind == "resample" else f"{stage}.{kind}.{i}"
 
 
 def layers(model: UNet, blocks: Pairs, outer: Mapping[str, str], resnet: Mapping[str, str], down: str) -> Pairs:
-    """(our layer, theirs) but for attentions, (our block, theirs); ``down`` is the name of a strided convolution."""
+    """Yields (our layer, theirs), for an attention (our block, theirs); ``down`` names a strided convolution."""
     yield from outer.items()
     for ours, theirs in blocks:
         block = model.get_submodule(ours)
@@ -51,9 +57,9 @@ def layers(model: UNet, blocks: Pairs, outer: Mapping[str, str], resnet: Mapping
 def converted(
     model: UNet, source: Mapping[str, Tensor], pairs: Pairs, attention: ConvertAttention, to_ours: bool
 ) -> StateDict:
-    """``source`` under our names or under theirs; ``pairs`` are of :func:`layers`.
+    """Returns ``source`` under our names or under theirs; ``pairs`` come from :func:`layers`.
 
-    ``attention`` is given ``source``, the old name and the new, and the number of heads.
+    ``attention`` is called with ``source``, the old name and the new, and the number of heads.
     """
     heads = {name: module.heads for name, module in model.named_modules() if hasattr(module, "qkv")}
     result: StateDict = {}
@@ -64,10 +70,12 @@ def converted(
 
 
 def renamed(source: Mapping[str, Tensor], old: str, new: str) -> StateDict:
+    """Returns weight and bias of the layer ``old``, where it has them, under the name ``new``."""
     return {f"{new}.{key}": source[f"{old}.{key}"] for key in ("weight", "bias") if f"{old}.{key}" in source}
 
 
 def check_keys(state_dict: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raises ``ValueError`` unless ``state_dict`` has the names and shapes of ``wanted``."""
     missing, unexpected = wanted.keys() - state_dict.keys(), state_dict.keys() - wanted.keys()
     if missing or unexpected:
         raise ValueError(

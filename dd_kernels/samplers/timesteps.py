@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits."""
+"""Sequences of timesteps that a sampler visits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def timestep_sequence(
     spacing: str = "leading",
     timesteps: Sequence[int] | None = None,
 ) -> np.ndarray:
-    r"""The timesteps to visit, increasing, int64 [S].
+    r"""Returns the timesteps to visit, increasing, int64 [S].
 
     ``linspace`` is round(i (T-1) / (S-1)), ``leading`` i floor(T/S), ``trailing``
     round((i+1) T/S) - 1, ``quadratic`` floor((i \sqrt{0.8 T} / (S-1))^2) (DDIM, appendix D.2).
@@ -54,7 +54,7 @@ def _spaced(num_timesteps: int, steps: int, spacing: str) -> np.ndarray:
         return i * (num_timesteps // steps)
     if spacing == "trailing":
         return np.round((i + 1) * (num_timesteps / steps)).astype(np.int64) - 1
-    # A single step starts from the noisiest timestep.
+    # With a single step the sampler starts from the noisiest timestep.
     fraction = i / (steps - 1) if steps > 1 else np.ones(1)
     if spacing == "linspace":
         return np.round(fraction * (num_timesteps - 1)).astype(np.int64)

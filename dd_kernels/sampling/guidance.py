@@ -14,20 +14,20 @@ Model = Callable[..., Any]
 
 
 def float_parameter(model: Model) -> Tensor | None:
-    """A floating parameter of the model, which says where and in what dtype it runs; None for a function."""
+    """Returns a floating parameter of the model, on its device and in its dtype; None for a function."""
     if not isinstance(model, torch.nn.Module):
         return None
     return next((p for p in model.parameters() if p.is_floating_point()), None)
 
 
 def device_of(model: Model) -> torch.device:
-    """Where the model runs; the CPU for a function."""
+    """Returns the device that the model runs on; the CPU for a function."""
     parameter = float_parameter(model)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def model_output(result: Any) -> Tensor:
-    """The tensor in what a model returns: itself, diffusers' ``output.sample``, or the first of a tuple."""
+    """Returns the tensor in what a model returns: itself, diffusers' ``output.sample``, or the first of a tuple."""
     if isinstance(result, Tensor):
         return result
     result = result[0] if isinstance(result, tuple) else getattr(result, "sample", None)
@@ -37,7 +37,7 @@ def model_output(result: Any) -> Tensor:
 
 
 def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any], batch: int) -> dict[str, Any] | None:
-    """Both sets of arguments as one of twice the batch, or None where some cannot be joined."""
+    """Joins both sets of arguments to one of twice the batch; returns None where some cannot be joined."""
     if cond.keys() != uncond.keys():
         return None
     joined: dict[str, Any] = {}
@@ -57,10 +57,10 @@ def _joined(cond: Mapping[str, Any], uncond: Mapping[str, Any], batch: int) -> d
 def predict(
     model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(conditional, unconditional) output for classifier-free guidance (Ho & Salimans, 2022).
+    """Returns the (conditional, unconditional) output for classifier-free guidance (Ho & Salimans, 2022).
 
-    One call of twice the batch where the arguments are tensors of one shape, two calls otherwise.
-    Without ``uncond_kwargs`` the second is None.
+    Calls the model once with twice the batch where the arguments are tensors of one shape, twice otherwise.
+    Without ``uncond_kwargs`` the second output is None.
     """
     if uncond_kwargs is None:
         return model_output(model(x, t, **model_kwargs)), None
@@ -74,7 +74,7 @@ def predict(
 def classifier_guided(
     model: Model, log_probability: Callable[..., Tensor], schedule: Schedule, scale: float = 1.0
 ) -> Model:
-    r"""An epsilon model guided by a classifier: algorithm 2 of Dhariwal & Nichol (2021).
+    r"""Returns an epsilon model guided by a classifier, algorithm 2 of Dhariwal & Nichol (2021).
 
     .. math:: \hat\epsilon = \epsilon(x_t, t) - scale\, \sqrt{1 - \bar\alpha_t}\, \nabla_{x_t} \log p(y | x_t)
 

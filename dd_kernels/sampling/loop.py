@@ -1,4 +1,4 @@
-"""Draw samples: a loop of (model, reverse_step) over the rows of a table, and single steps by name."""
+"""Draws samples: a loop of (model, reverse_step) over the rows of a table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ops import randn, reverse_step
+from ..ops.randn import randn
+from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
 from .guidance import Model, device_of, float_parameter, predict
 
@@ -18,9 +19,12 @@ Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
 
 
 class Step(NamedTuple):
-    """What one step of a sampler leaves behind; x0 is None where nobody asked for it."""
+    """What one step of a sampler gives: its row, its timestep, x_{t-1}, and x_0 where it was asked for.
 
-    index: int
+    Nobody writes to ``x`` or ``x0`` afterwards.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
     timestep: int
     x: Tensor
     x0: Tensor | None
@@ -28,14 +32,15 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """Where x_T and the noise of the steps come from: a seed, a generator, or the caller's tensors."""
+    """Where x_T and the noise of the steps come from: the caller's tensors, a generator, or a seed."""
 
-    seed: int
     noise: Noise | None
     generator: torch.Generator | None
+    seed: int  # 0 where nothing is drawn from it
 
     @staticmethod
-    def checked(table: StepTable, seed: int | None, noise: Noise | None, generator: Any) -> _Source:
+    def checked(table: StepTable, noise: Noise | None, generator: object, seed: int | None, draws_x_T: bool) -> _Source:
+        """Returns the source, or raises where the arguments clash; draws a seed only where one is needed."""
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
         for name, other in (("seed", seed), ("noise", noise)):
@@ -44,26 +49,28 @@ class _Source:
         if noise is not None and not callable(noise) and len(noise) != len(table):
             raise ValueError(f"noise must hold one tensor per step, {len(table)}; got {len(noise)}")
         if seed is None:
+            needed = generator is None and (draws_x_T or (table.stochastic and noise is None))
             # torch.manual_seed decides, as for any other random function of torch.
-            seed = 0 if generator is not None else int(torch.randint(2**63 - 1, ()))
-        return _Source(seed, noise, generator)
-
-    def _drawn(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-        z = torch.randn(tuple(shape), generator=self.generator, device=self.generator.device, dtype=dtype)
-        return z.to(device)
+            seed = int(torch.randint(2**63 - 1, ())) if needed else 0
+        return _Source(noise, generator, seed)
 
     def x_T(self, shape: Sequence[int], first_sample: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Draws x_T."""
         if self.generator is not None:
-            return self._drawn(shape, device, dtype)
+            return _drawn(self.generator, shape, device, dtype)
         return randn(shape, seed=self.seed, first_sample=first_sample, device=device, dtype=dtype)
 
     def of_step(self, index: int, x: Tensor, batch: slice) -> Tensor | None:
-        """The noise of step ``index``, or None where the kernel draws it from the seed."""
+        """Returns the noise of step ``index``, or None where the kernel draws it from the seed."""
         if self.generator is not None:
-            return self._drawn(x.shape, x.device, x.dtype)
+            return _drawn(self.generator, x.shape, x.device, x.dtype)
         if self.noise is None:
             return None
         return (self.noise(index) if callable(self.noise) else self.noise[index])[batch]
+
+
+def _drawn(generator: torch.Generator, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
 
 
 @dataclass(frozen=True)
@@ -79,17 +86,15 @@ class _Loop:
     first_sample: int
     backend: str
 
-    def _kwargs(self, kwargs: Mapping[str, Any] | None, total: int, batch: slice) -> dict[str, Any] | None:
-        """The batch's share of the model's arguments: tensors of one row per sample are cut."""
-        if kwargs is None:
-            return None
-        return {k: v[batch] if isinstance(v, Tensor) and v.ndim and len(v) == total else v for k, v in kwargs.items()}
+    def steps(self, x: Tensor, total: int, batch: slice, bar: tqdm, return_x0: bool) -> Iterator[Step]:
+        """Runs the rows in order, from ``x``; yields after every step.
 
-    def steps(self, x: Tensor, total: int, batch: slice, bar: tqdm, keep: bool) -> Iterator[Step]:
-        """Runs the rows in order. ``keep``: every step's x is a tensor of its own, and x0 comes too."""
+        Every x is a new tensor: the model, the callback and the caller may have kept the one before.
+        """
         parameter = float_parameter(self.model)
         model_dtype = x.dtype if parameter is None else parameter.dtype
-        kwargs, uncond_kwargs = (self._kwargs(k, total, batch) for k in (self.model_kwargs, self.uncond_kwargs))
+        kwargs = _of_batch(self.model_kwargs, total, batch)
+        uncond_kwargs = None if self.uncond_kwargs is None else _of_batch(self.uncond_kwargs, total, batch)
         timesteps = self.table.on(x.device).timesteps
         sigmas = self.table.column("sigma").tolist()
         for index, timestep in enumerate(self.table.timesteps.tolist()):
@@ -106,18 +111,21 @@ class _Loop:
                 noise=noise,
                 seed=self.source.seed if noise is None else None,
                 first_sample=self.first_sample + batch.start,
-                # The first x may be the caller's. After it, a batch in place needs no fresh memory.
-                x_prev=None if keep or index == 0 else x,
-                return_x0=keep,
+                return_x0=return_x0,
                 backend=self.backend,
             )
-            x, x0 = result if keep else (result, None)
+            x, x0 = result if isinstance(result, tuple) else (result, None)
             bar.update()
             yield Step(index, timestep, x, x0)
 
 
+def _of_batch(kwargs: Mapping[str, Any], total: int, batch: slice) -> dict[str, Any]:
+    """Returns the batch's share of the model's arguments: tensors of one row per sample are cut."""
+    return {k: v[batch] if isinstance(v, Tensor) and v.ndim and len(v) == total else v for k, v in kwargs.items()}
+
+
 def _slices(total: int, batch_size: int | None) -> list[slice]:
-    """Samples 0..total cut into batches; one empty batch where there are none."""
+    """Cuts the samples 0..total into batches; returns one empty batch where there are none."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     size = batch_size or max(total, 1)
@@ -131,7 +139,7 @@ def _start(
     device: torch.device | str | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The x that a batch starts from: cut from the tensor given, or drawn."""
+    """Returns the x that a batch starts from: cut from the tensor given, or drawn."""
     if isinstance(shape_or_x, Tensor):
         return shape_or_x[batch]
     device = device_of(loop.model) if device is None else torch.device(device)
@@ -148,6 +156,7 @@ def _sample_count(shape_or_x: Sequence[int] | Tensor) -> int:
 
 def _loop(
     model: Model,
+    shape_or_x: Sequence[int] | Tensor,
     table: StepTable,
     seed: int | None,
     first_sample: int,
@@ -162,7 +171,7 @@ def _loop(
         raise TypeError(f"model must be callable as model(x, t, **model_kwargs); got {type(model).__name__}")
     if not isinstance(table, StepTable):
         raise TypeError(f"table must be a StepTable, as ddpm() and ddim() make it; got {type(table).__name__}")
-    source = _Source.checked(table, seed, noise, generator)
+    source = _Source.checked(table, noise, generator, seed, draws_x_T=not isinstance(shape_or_x, Tensor))
     return _Loop(model, table, source, model_kwargs or {}, uncond_kwargs, guidance_scale, first_sample, backend)
 
 
@@ -194,7 +203,8 @@ def sample(
         shape_or_x: the shape [N, C, H, W] of what to draw, or x_T (or x_0, for an inversion) itself.
         table: :func:`dd_kernels.ddpm`, :func:`dd_kernels.ddim` or :func:`dd_kernels.ddim_inversion`.
         seed: images depend on (seed, first_sample + n) alone, not on the batch, device or backend's
-            scheduling; without any source of noise the seed is drawn from torch's global generator.
+            scheduling. Where noise has to be drawn and there is no source of it, the seed is drawn from torch's
+            global generator, which is left alone otherwise.
         first_sample: index of sample 0 in the whole job, for ranks and resumed jobs.
         noise: the steps' noise instead: a tensor [S, N, ...], a sequence of S tensors, or step -> tensor.
         generator: a torch.Generator that x_T (if a shape was given) and every noisy step's noise come from.
@@ -202,19 +212,29 @@ def sample(
         uncond_kwargs, guidance_scale: classifier-free guidance, out = uncond + scale (cond - uncond).
         batch_size: samples per model call; all at once if None.
         device, dtype: of x_T where a shape is given; the model's device and float32 by default.
-        callback: called with a :class:`Step` after every step (its x0 and a fresh x are made for it).
+        callback: called with a :class:`Step` after every step, x0 included.
         progress: show a tqdm bar.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
-        The samples, of the shape and dtype of x_T.
+        The samples, of the shape and dtype of x_T. Neither ``shape_or_x`` nor an x that the model saw is written to.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message names it.
         BackendUnavailableError: a backend asked for by name cannot run.
     """
     loop = _loop(
-        model, table, seed, first_sample, noise, generator, model_kwargs, uncond_kwargs, guidance_scale, backend
+        model,
+        shape_or_x,
+        table,
+        seed,
+        first_sample,
+        noise,
+        generator,
+        model_kwargs,
+        uncond_kwargs,
+        guidance_scale,
+        backend,
     )
     total = _sample_count(shape_or_x)
     batches = _slices(total, batch_size)
@@ -222,7 +242,7 @@ def sample(
     with tqdm(total=len(table) * len(batches), desc="sampling", unit="step", disable=not progress) as bar:
         for batch in batches:
             x = _start(loop, shape_or_x, batch, device, dtype)
-            for step in loop.steps(x, total, batch, bar, keep=callback is not None):
+            for step in loop.steps(x, total, batch, bar, return_x0=callback is not None):
                 x = step.x
                 if callback is not None:
                     callback(step)
@@ -250,10 +270,20 @@ def sample_progressive(
 ) -> Iterator[Step]:
     """As :func:`sample`, in one batch, but yields a :class:`Step` (index, timestep, x, x0) after every step."""
     loop = _loop(
-        model, table, seed, first_sample, noise, generator, model_kwargs, uncond_kwargs, guidance_scale, backend
+        model,
+        shape_or_x,
+        table,
+        seed,
+        first_sample,
+        noise,
+        generator,
+        model_kwargs,
+        uncond_kwargs,
+        guidance_scale,
+        backend,
     )
     total = _sample_count(shape_or_x)
     batch = slice(0, total)
     with tqdm(total=len(table), desc="sampling", unit="step", disable=not progress) as bar:
         x = _start(loop, shape_or_x, batch, device, dtype)
-        yield from loop.steps(x, total, batch, bar, keep=True)
+        yield from loop.steps(x, total, batch, bar, return_x0=True)

@@ -1,4 +1,4 @@
-"""Single steps by name: the posterior mean, DDPM's and DDIM's."""
+"""Single steps by name: the posterior mean, a step of DDPM and one of DDIM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..ops import reverse_step
+from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import DynamicThreshold, StepTable, from_columns
 from ..samplers import ddim, ddpm, rows
 from ..schedules import Schedule
@@ -16,7 +16,7 @@ from ..schedules import Schedule
 
 @lru_cache(maxsize=32)
 def _posterior_table(schedule: Schedule) -> StepTable:
-    """Row t of the posterior mean, whose "model output" is x_0 itself."""
+    """Returns the table whose row t is the posterior mean at t, the model's output being x_0 itself."""
     columns = rows.posterior_columns(rows.Transition.of(schedule))
     return from_columns(np.arange(len(schedule)), x0_num_out=1.0, **columns)
 
@@ -24,7 +24,7 @@ def _posterior_table(schedule: Schedule) -> StepTable:
 def posterior_mean(
     x_start: Tensor, x_t: Tensor, t: int | Tensor, schedule: Schedule, *, backend: str = "auto"
 ) -> Tensor:
-    r"""Mean of q(x_{t-1} | x_t, x_0), eq. 7 of DDPM (Ho et al., 2020).
+    r"""Returns the mean of q(x_{t-1} | x_t, x_0), eq. 7 of DDPM (Ho et al., 2020).
 
     .. math:: \tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\beta_t}{1-\bar\alpha_t} x_0
         + \frac{\sqrt{\alpha_t}(1-\bar\alpha_{t-1})}{1-\bar\alpha_t} x_t
@@ -43,7 +43,7 @@ def posterior_mean(
 
 @lru_cache(maxsize=32)
 def _full_ddpm_table(schedule: Schedule, variance: str, prediction: str, clip: Any) -> StepTable:
-    """Row t is timestep t: the sampler's table the other way round."""
+    """Returns DDPM's table in the order of timesteps, so that row t is timestep t."""
     table = ddpm(schedule, variance=variance, prediction=prediction, clip=clip)
     return StepTable(table.rows.flip(0), table.timesteps.flip(0), table.learned_variance, table.threshold)
 
@@ -59,7 +59,7 @@ def ddpm_step(
     clip: float | DynamicThreshold | None = 1.0,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One ancestral step x_t -> x_{t-1} on the full schedule, algorithm 2 of DDPM (Ho et al., 2020).
+    """Takes one ancestral step x_t -> x_{t-1} on the full schedule, algorithm 2 of DDPM (Ho et al., 2020).
 
     Args:
         x, out: x_t and the model's output.
@@ -92,7 +92,7 @@ def ddim_step(
     clip: float | DynamicThreshold | None = 1.0,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One DDIM step from timestep ``t`` to ``t_prev`` (-1: to x_0), eq. 12 of DDIM (Song et al., 2021).
+    """Takes one DDIM step from timestep ``t`` to ``t_prev`` (-1: to x_0), eq. 12 of DDIM (Song et al., 2021).
 
     Args:
         x, out: x_t and the model's output.

@@ -118,11 +118,47 @@ def test_without_a_source_torchs_own_seed_decides():
     assert torch.equal(dd.sample(model, SHAPE, table), first)
 
 
-def test_the_callers_x_is_never_written():
-    x_T = torch.randn(SHAPE)
-    kept = x_T.clone()
-    dd.sample(model, x_T, dd.ddpm(SCHEDULE, 5), seed=0)
-    assert torch.equal(x_T, kept)
+def _global_draws(call):
+    """Whether a call moves torch's global generator."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    call()
+    return not torch.equal(torch.get_rng_state(), before)
+
+
+def test_nothing_is_drawn_that_is_not_used():
+    noisy, still = dd.ddpm(SCHEDULE, 5), dd.ddim(SCHEDULE, 5)
+    x_T, noise = torch.zeros(SHAPE), torch.zeros(5, *SHAPE)
+    assert not _global_draws(lambda: dd.sample(model, x_T, noisy, noise=noise))
+    assert not _global_draws(lambda: dd.sample(model, x_T, still))
+    assert not _global_draws(lambda: dd.sample(model, SHAPE, noisy, seed=0))
+    assert not _global_draws(lambda: dd.sample(model, SHAPE, noisy, generator=torch.Generator()))
+    assert not _global_draws(lambda: list(dd.sample_progressive(model, x_T, still)))
+    assert _global_draws(lambda: dd.sample(model, SHAPE, noisy, noise=noise))  # for x_T
+    assert _global_draws(lambda: dd.sample(model, x_T, noisy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("table", [dd.ddpm(SCHEDULE, 5), dd.ddim(SCHEDULE, 5)])
+def test_what_the_model_the_callback_and_the_caller_keep_is_never_written(table, dtype):
+    kept = []
+
+    def keep(x):
+        kept.append((x, x.clone()))
+
+    def keeping_model(x, t):
+        keep(x)
+        keep(x[1:].detach())  # a view of the same storage
+        return model(x, t).to(x.dtype)
+
+    x_T = torch.randn(SHAPE).to(dtype)
+    keep(x_T)
+    for options in ({}, {"callback": lambda step: [keep(step.x), keep(step.x0)]}, {"batch_size": 3}):
+        keep(dd.sample(keeping_model, x_T, table, seed=0, **options))
+    keep(dd.sample(keeping_model, SHAPE, table, seed=0, dtype=dtype))
+    for step in dd.sample_progressive(keeping_model, x_T, table, seed=0):
+        keep(step.x)
+    assert all(torch.equal(x, as_it_was) for x, as_it_was in kept)
 
 
 def test_progressive_yields_every_step_and_ends_at_the_sample():

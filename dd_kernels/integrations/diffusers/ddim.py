@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.schedulers import scheduling_ddim, scheduling_ddim_inverse
 from torch import Tensor
@@ -12,11 +11,15 @@ from torch import Tensor
 from . import rows
 from .scheduler import FusedScheduler, FusedSchedulerWithVelocity, Generators, Timestep, constructor
 
+# Without its types, which differ from version to version of diffusers.
+_DDIMScheduler: Any = scheduling_ddim.DDIMScheduler
+_DDIMInverseScheduler: Any = scheduling_ddim_inverse.DDIMInverseScheduler
 
-class DDIMScheduler(FusedSchedulerWithVelocity, diffusers.DDIMScheduler):
+
+class DDIMScheduler(FusedSchedulerWithVelocity, _DDIMScheduler):
     """diffusers' ``DDIMScheduler``: DDIM (Song et al., 2021), eq. 12 and 16."""
 
-    __init__ = constructor(diffusers.DDIMScheduler)
+    __init__ = constructor(_DDIMScheduler)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Sets the timesteps to visit, as diffusers' method; ``device`` is where they are kept."""
@@ -64,10 +67,10 @@ class DDIMScheduler(FusedSchedulerWithVelocity, diffusers.DDIMScheduler):
         return rows.as_table(columns, clip)
 
 
-class DDIMInverseScheduler(FusedScheduler, diffusers.DDIMInverseScheduler):
+class DDIMInverseScheduler(FusedScheduler, _DDIMInverseScheduler):
     """diffusers' ``DDIMInverseScheduler``: from an image to the noise that DDIM makes it of."""
 
-    __init__ = constructor(diffusers.DDIMInverseScheduler)
+    __init__ = constructor(_DDIMInverseScheduler)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Sets the timesteps to visit, increasing; ``device`` is where they are kept."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers import scheduling_ddpm
 from torch import Tensor
 
 from ...samplers.rows import Transition
 from . import rows
 from .scheduler import FusedSchedulerWithVelocity, Generators, Timestep, constructor
 
+# Without its types, which differ from version to version of diffusers.
+_DDPMScheduler: Any = scheduling_ddpm.DDPMScheduler
 
-class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
+
+class DDPMScheduler(FusedSchedulerWithVelocity, _DDPMScheduler):
     """diffusers' ``DDPMScheduler``: algorithm 2 of DDPM (Ho et al., 2020)."""
 
-    __init__ = constructor(diffusers.DDPMScheduler)
+    __init__ = constructor(_DDPMScheduler)
 
     def set_timesteps(
         self,
@@ -36,7 +38,7 @@ class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> scheduling_ddpm.DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """x_{t-1} from x_t and the model's output, see :func:`dd_kernels.reverse_step`.
 
         Args:
@@ -52,7 +54,7 @@ class DDPMScheduler(FusedSchedulerWithVelocity, diffusers.DDPMScheduler):
         given = len(source) > 0  # torch 2.11 does not trace bool(source)
         options = rows.AncestralOptions(self.config.prediction_type, self._clip(), self.variance_type, learned, given)
         result = self._advance(("ddpm", *options), timestep, value, sample, model_output, source)
-        return DDPMSchedulerOutput(*result) if return_dict else result
+        return scheduling_ddpm.DDPMSchedulerOutput(*result) if return_dict else result
 
     def _has_list(self) -> bool:
         return bool(self.custom_timesteps or self.num_inference_steps)

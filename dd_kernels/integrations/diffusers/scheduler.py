@@ -1,10 +1,9 @@
-"""What this package's diffusers schedulers share; the schedulers themselves are in ``diffusers``."""
+"""The base of this package's diffusers schedulers: timesteps, tables, noise, one reverse_step per step."""
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,24 +11,26 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ...ops import q_sample, reverse_step
-from . import rows as rows
+from ...ops.q_sample import q_sample
+from ...ops.reverse_step import reverse_step
+from . import rows
 
 Generators = torch.Generator | list[torch.Generator] | None
 Timestep = int | Tensor
-MOST_TABLES = 32  # kept at a time
-# What the tables are made of, besides the configuration, which is in their keys.
+# A scheduler drops its tables when there would be more than this, as when eta changes at every step.
+MOST_TABLES = 32
+# The attributes that tables are made of; the options of the configuration are in the tables' keys.
 SOURCES = ("betas", "alphas", "alphas_cumprod", "one", "final_alpha_cumprod", "initial_alpha_cumprod", "timesteps")
 
 
-def constructor(parent: type) -> Callable[..., None]:
-    """diffusers' constructor with one more option; from_config reads the options in its signature."""
+def constructor(parent: Any) -> Any:
+    """Returns diffusers' constructor with the option ``noise``, which from_config finds in its signature."""
 
     def __init__(self: Any, *args: Any, noise: str = "generator", **kwargs: Any) -> None:
         if noise not in ("generator", "philox"):
             raise ValueError(f"noise must be 'generator' or 'philox'; got {noise!r}")
         parent.__init__(self, *args, **kwargs)
-        self._seed: int | None = None
+        self._seed = None
         if noise != "generator":
             self.register_to_config(noise=noise)
 
@@ -37,20 +38,37 @@ def constructor(parent: type) -> Callable[..., None]:
     option = inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="generator", annotation=str)
     parameters = list(signature.parameters.values())
     place = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    __init__.__signature__ = signature.replace(parameters=[*parameters[:place], option, *parameters[place:]])
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:place], option, *parameters[place:]]
+    )
     return __init__
 
 
 class FusedScheduler:
-    """What the four share: timesteps known without asking the device, tables that are built once, one step."""
+    """The base of the schedulers, mixed into diffusers' class of the same name.
 
-    _values: tuple[int, ...] = ()  # of ``timesteps``
+    It knows the values of ``timesteps`` without asking the device, builds each table once, and takes a step by one
+    :func:`dd_kernels.reverse_step`.
+    """
+
+    # Attributes that diffusers' class sets.
+    config: Any
+    timesteps: Tensor
+    num_inference_steps: int | None
+    betas: Tensor
+    alphas: Tensor
+    alphas_cumprod: Tensor
+    one: Tensor
+    variance_type: str
+
+    _values: tuple[int, ...] = ()  # the values of ``timesteps``
+    _seed: int | None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whatever the tables are made of makes them anew, in the graphs of torch.compile too."""
+        """Drops the tables when an attribute is set that they are made of, in the graphs of torch.compile too."""
         super().__setattr__(name, value)
         if name == "alphas_cumprod":
-            self._given_alphas_cumprod = value  # stays where it is when the other is moved
+            self._given_alphas_cumprod = value  # stays on its device when add_noise moves alphas_cumprod
         if name == "timesteps":
             before, self._values = self._values, tuple(value.tolist())
             if self._values == before:
@@ -58,11 +76,10 @@ class FusedScheduler:
         if name in SOURCES:
             self._forget_tables()
 
-    # Timesteps.
-
     def _place_timesteps(self, device: torch.device | str | None) -> None:
-        """Ends set_timesteps, which ran on the CPU."""
-        object.__setattr__(self, "timesteps", self.timesteps.to(device))  # their values are known already
+        """Moves the timesteps, which set_timesteps made on the CPU, and draws the seed of their noise."""
+        # Around __setattr__, which would read the values back from the device; they are known already.
+        object.__setattr__(self, "timesteps", self.timesteps.to(device))
         self._seed = self._drawn_seed()
 
     def _ends_below_0(self) -> bool:
@@ -70,14 +87,14 @@ class FusedScheduler:
         return -1 in self._values[:1] + self._values[-1:]
 
     def _all_timesteps(self) -> Tensor:
-        """The timestep of each row of a table: 0 .. T-1, and -1 where it is needed."""
+        """Returns the timestep of each row of a table: 0 .. T-1, and -1 where ``timesteps`` has it."""
         steps = torch.arange(len(self.alphas_cumprod))
         return torch.cat((steps, torch.tensor([-1]))) if self._ends_below_0() else steps
 
     def _value(self, timestep: Timestep) -> int | None:
-        """A timestep as an int; None for a tensor whose value only the device knows.
+        """Returns a timestep as an int, or None for a tensor whose value only the device knows.
 
-        The loop ``for t in scheduler.timesteps`` hands out views of ``timesteps``, which tell their place.
+        The loop ``for t in scheduler.timesteps`` hands out views of ``timesteps``: their offset tells their value.
         """
         if not isinstance(timestep, Tensor):
             return timestep if torch.compiler.is_compiling() else operator.index(timestep)
@@ -91,10 +108,10 @@ class FusedScheduler:
         return self._values[timestep.storage_offset() - whole.storage_offset()]
 
     def _row(self, timestep: Timestep, value: int | None, device: torch.device) -> int | Tensor:
-        """The table's row of a timestep."""
+        """Returns the table's row of a timestep: t itself, T for timestep -1."""
         below, steps = self._ends_below_0(), len(self.alphas_cumprod)
         if value is None:
-            return timestep.remainder(steps + 1) if below else timestep
+            return timestep % (steps + 1) if below else timestep
         if torch.compiler.is_compiling():
             # As a tensor, so that another timestep is not another graph.
             return torch.full((1,), value, device=device) % (steps + 1)
@@ -102,14 +119,12 @@ class FusedScheduler:
             raise ValueError(f"timestep must be in [{-below}, {steps}); got {value}")
         return value % (steps + 1)
 
-    # Tables.
-
     def _forget_tables(self) -> None:
         self._tables: dict[tuple, Any] = {}
-        self._traced = SimpleNamespace()  # the same tables, by name
+        self._traced = SimpleNamespace()  # the same tables as attributes, see _name_of_built
 
     def _built(self, key: tuple, device: torch.device) -> Any:
-        """The table of ``key``, on the device."""
+        """Returns the table of ``key``, uploaded to the device; ``key`` is (method without "_", its arguments)."""
         if len(self._tables) >= MOST_TABLES and key not in self._tables:
             self._forget_tables()
         if key not in self._tables:
@@ -120,7 +135,10 @@ class FusedScheduler:
 
     @torch.compiler.assume_constant_result
     def _name_of_built(self, key: tuple, device: torch.device) -> str:
-        """Builds while torch.compile traces, which reads attributes afterwards, but a dict as it was before."""
+        """Builds a table and stores it as an attribute.
+
+        While it traces, torch.compile sees new attributes, but not new entries of a dict.
+        """
         table, name = self._built(key, device), repr(key).replace(".", "_")  # an attribute has no dot
         setattr(self._traced, name, table)
         return name
@@ -128,26 +146,26 @@ class FusedScheduler:
     def _table(self, key: tuple, device: torch.device) -> Any:
         if not torch.compiler.is_compiling():
             return self._built(key, device)
-        # What a set holds is a constant of the graph; a number on its own may be an input of it.
+        # torch.compile takes a number of a tuple as an input of the graph, but what a set holds as a constant.
         key = tuple([list({option})[0] for option in key])  # noqa: RUF015
         name = self._name_of_built(key, device)
         return getattr(self._traced, name)
 
     def _before_first(self) -> Tensor:
-        """alpha_bar before timestep 0."""
+        """Returns alpha_bar before timestep 0."""
         return self.one
 
     def _alpha_bar(self, timesteps: Tensor) -> Tensor:
-        """alpha_bar at ``timesteps``; below 0, before the first."""
+        """Returns alpha_bar at ``timesteps``, and that before the first for those below 0."""
         alpha_bar = self._given_alphas_cumprod.cpu()
         return torch.where(timesteps >= 0, alpha_bar[timesteps.clamp(min=0)], self._before_first().cpu())
 
     def _alpha_bar_of_rows(self) -> Tensor:
-        """alpha_bar of each row; theirs for timestep -1 is, by Python's indexing, that of T - 1."""
+        """Returns alpha_bar of each row; for timestep -1 theirs is, by Python's indexing, that of T - 1."""
         return self._given_alphas_cumprod.cpu()[self._all_timesteps()]
 
     def _stride(self) -> int:
-        """How far DDIM steps, whatever the list of timesteps says."""
+        """Returns how far DDIM steps: T // N, whatever the list of timesteps says."""
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps must be set before step is called: call set_timesteps first")
         return self.config.num_train_timesteps // self.num_inference_steps
@@ -158,10 +176,8 @@ class FusedScheduler:
             return ("threshold", config.dynamic_thresholding_ratio, config.sample_max_value)
         return ("clip", config.clip_sample_range) if config.clip_sample else None
 
-    # The step.
-
     def _noise(self, like: Tensor, generator: Generators) -> dict[str, Any]:
-        """Where reverse_step takes its noise from: diffusers' tensor, or a seed."""
+        """Returns reverse_step's argument for the noise: the tensor that diffusers draws, or a seed."""
         if self.config.get("noise") != "philox":
             return {"noise": randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)}
         if isinstance(generator, list) and len(generator) == 1:
@@ -178,7 +194,10 @@ class FusedScheduler:
         return {"seed": self._seed}
 
     def _drawn_seed(self) -> int | None:
-        """Of the steps' noise where no generator is given, until set_timesteps: torch.manual_seed decides."""
+        """Draws the seed of the steps' noise where no generator is given, from torch's global generator.
+
+        It holds until set_timesteps is called again.
+        """
         return int(torch.randint(2**63 - 1, ())) if self.config.get("noise") == "philox" else None
 
     def _advance(
@@ -190,24 +209,24 @@ class FusedScheduler:
         model_output: Tensor,
         source: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """(previous sample, x_0) by the row of a timestep in the table of a key."""
+        """Returns (previous sample, x_0) by the row of a timestep in the table of a key."""
         row = self._row(timestep, value, sample.device)
         return self._reverse(self._table(key, sample.device), row, sample, model_output, source)
 
     def _reverse(
         self, table: Any, row: int | Tensor, sample: Tensor, model_output: Tensor, source: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """(previous sample, x_0), in the wider of the two dtypes as in diffusers."""
+        """Returns (previous sample, x_0), in the wider of the two dtypes as in diffusers."""
         sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         return reverse_step(sample, model_output, table, row, return_x0=True, **source)
 
     def _ancestral_noise(
         self, value: int | None, sample: Tensor, model_output: Tensor, generator: Generators
     ) -> tuple[Tensor, bool, dict[str, Any]]:
-        """What a step of DDPM adds: (model_output, whether the variance is learned, where the noise is from).
+        """Prepares a step of DDPM: (model_output, whether the variance is learned, reverse_step's noise argument).
 
-        Timestep 0 has no noise. Of a timestep that only the device knows noise is drawn, and left out by the
-        row of timestep 0.
+        Timestep 0 has no noise. For a timestep whose value only the device knows noise is drawn, and the row of
+        timestep 0 leaves it out.
         """
         draws = value is None or value > 0
         channels = sample.shape[1]
@@ -219,11 +238,9 @@ class FusedScheduler:
                 f"variance_type={self.variance_type!r}; got {model_output.shape[1]}"
             )
         if learned and self.variance_type == "learned":
-            # Theirs is the variance itself, the ops' its logarithm.
+            # diffusers' model gives the variance itself, reverse_step takes its logarithm.
             model_output = torch.cat((model_output[:, :channels], model_output[:, channels:].log()), dim=1)
         return model_output, learned, self._noise(model_output[:, :channels], generator) if draws else {}
-
-    # The forward process.
 
     def _diffused(self, sign: int, x: Tensor, y: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar) x + sign sqrt(1 - alpha_bar) y, broadcast as diffusers does."""
@@ -235,7 +252,7 @@ class FusedScheduler:
         return q_sample(x.expand(shape), timesteps, table, y.expand(shape))
 
     def _move_alphas_cumprod(self, device: torch.device) -> None:
-        """As in diffusers, whose users index it there afterwards. The tables stay what they are."""
+        """Moves alphas_cumprod as diffusers does, whose users index it there afterwards; the tables stay."""
         if self.alphas_cumprod.device != device:
             object.__setattr__(self, "alphas_cumprod", self.alphas_cumprod.to(device))
 
@@ -248,7 +265,7 @@ class FusedScheduler:
 
 
 class FusedSchedulerWithVelocity(FusedScheduler):
-    """With the velocity, which diffusers gives to DDPM and DDIM alone."""
+    """Adds the velocity, which diffusers gives to DDPM and DDIM alone."""
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) sample: v of Salimans & Ho (2022)."""

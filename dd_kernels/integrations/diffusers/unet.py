@@ -68,14 +68,14 @@ def _our_state(model: UNet, state_dict: Mapping[str, torch.Tensor]) -> StateDict
 
 
 def _one(name: str, values: set[Any]) -> Any:
-    """The value that all levels share."""
+    """Returns the value that all levels share, or raises ``ValueError``."""
     if len(values) != 1:
         raise ValueError(f"{name} must be the same at every level; got {sorted(map(str, values))}")
     return values.pop()
 
 
 def _our_options(config: Mapping[str, Any], image_size: int | None, learn_variance: bool) -> dict[str, Any]:
-    """The options of nn.UNet for a UNet2DModel's configuration."""
+    """Returns the options of nn.UNet for a UNet2DModel's configuration."""
     required = {
         "center_input_sample": False,
         "time_embedding_type": "positional",
@@ -138,7 +138,7 @@ def _resampling(kind: str, config: Mapping[str, Any]) -> str:
 
 
 def _their_options(model: UNet) -> dict[str, Any]:
-    """A UNet2DModel's configuration for the options of nn.UNet."""
+    """Returns a UNet2DModel's configuration for the options of nn.UNet."""
     options = model.config
     if options["resample"] == "plain":
         raise ValueError("resample must be 'conv' or 'resblock' for a UNet2DModel; got 'plain'")
@@ -146,7 +146,8 @@ def _their_options(model: UNet) -> dict[str, Any]:
         raise ValueError(
             f"embedding_channels must be channels[0] for a UNet2DModel; got {options['embedding_channels']}"
         )
-    attended = [len(stage.attentions) > 0 for stage in model.down]
+    stages: list[Any] = list(model.down)
+    attended = [len(stage.attentions) > 0 for stage in stages]
     heads = {x for x, has in zip(options["channels"], attended, strict=True) if has}
     heads |= {options["channels"][-1]} if options["middle_attention"] else set()
     plain = "Resnet{}sampleBlock2D" if options["resample"] == "resblock" else "{}Block2D"
@@ -175,7 +176,7 @@ def _their_options(model: UNet) -> dict[str, Any]:
         "downsample_padding": 0 if options["downsample_padding"] == "bottom_right" else 1,
         "dropout": options["dropout"],
         "norm_num_groups": options["num_groups"],
-        # Without it, UNet2DModel's middle attention has no norm with scale_shift.
+        # Where it is None, UNet2DModel's middle attention has no norm with scale_shift.
         "attn_norm_num_groups": options["num_groups"] if options["scale_shift"] else None,
         "norm_eps": options["eps"],
         "num_class_embeds": None if model.class_embedding is None else model.class_embedding.num_embeddings,
@@ -183,7 +184,7 @@ def _their_options(model: UNet) -> dict[str, Any]:
 
 
 def from_diffusers(source: Any, *, image_size: int | None = None, learn_variance: bool = False) -> UNet:
-    """A :class:`dd_kernels.nn.UNet` with the configuration and weights of diffusers' UNet2DModel.
+    """Returns a :class:`dd_kernels.nn.UNet` with the configuration and weights of diffusers' UNet2DModel.
 
     Args:
         source: a UNet2DModel, or the folder of one (``config.json`` and its weights), or of a pipeline's ``unet``.
@@ -201,11 +202,11 @@ def from_diffusers(source: Any, *, image_size: int | None = None, learn_variance
 
 
 def to_diffusers(model: UNet) -> Any:
-    """diffusers' UNet2DModel with the model's configuration and weights; ``save_pretrained`` writes its folder.
+    """Returns diffusers' UNet2DModel with the model's configuration and weights; ``save_pretrained`` writes its folder.
 
     A null class becomes one class more. The attention's head width must be the same at every level.
     """
-    result = diffusers.UNet2DModel(**_their_options(model))
+    result: Any = diffusers.UNet2DModel(**_their_options(model))
     result.load_state_dict(_their_state(model))
     dtype = next(model.parameters()).dtype
     return (result if result.dtype == dtype else result.to(dtype)).train(model.training)

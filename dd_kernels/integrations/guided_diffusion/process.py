@@ -1,4 +1,4 @@
-"""q and p of one diffusion process: its arrays, its step tables, and what a model's output says about x_{t-1}."""
+"""One diffusion process: its arrays, its step tables, q, and the p(x_{t-1} | x_t) of a model's output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import ops
+from ...losses import learned_log_variance
+from ...ops.q_sample import q_sample
+from ...ops.reverse_step import reverse_step
 from ...ops.reverse_step.table import StepTable, from_columns
 from ...samplers import rows
 from ...sampling.guidance import Model, model_output
@@ -18,8 +20,14 @@ from .types import ModelMeanType, ModelVarType
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in at least float32: results are float32 for 16-bit inputs, as in guided-diffusion."""
+    """Returns ``x`` in at least float32: results are float32 for 16-bit inputs, as in guided-diffusion."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _extract_into_tensor(arr: np.ndarray | Tensor, timesteps: Tensor, broadcast_shape: Sequence[int]) -> Tensor:
+    """Returns arr[timesteps] in float32, [N, 1, ...] expanded to ``broadcast_shape``, on the timesteps' device."""
+    picked = torch.as_tensor(np.array(arr) if isinstance(arr, np.ndarray) else arr).to(timesteps.device)[timesteps]
+    return picked.float().reshape(-1, *[1] * (len(broadcast_shape) - 1)).expand(tuple(broadcast_shape))
 
 
 class Process:
@@ -43,42 +51,42 @@ class Process:
         self._uploads: dict[tuple, Tensor] = {}
 
     def _name_arrays(self) -> None:
-        """The schedule under guided-diffusion's names, and the model's variance where it is fixed."""
+        """Copies the schedule to arrays under guided-diffusion's names, and the model's variance where it is fixed."""
         s = self.schedule
-        self.betas, self.log_betas = s.beta, np.log(s.beta)
-        self.alphas_cumprod, self.alphas_cumprod_prev = s.alpha_bar, s.alpha_bar_prev
+        with np.errstate(divide="ignore"):  # 1 / 0 at a step of zero SNR
+            recip, recipm1 = np.sqrt(1.0 / s.alpha_bar), np.sqrt(1.0 / s.alpha_bar - 1)
+        self.betas, self.log_betas = s.beta.copy(), np.log(s.beta)
+        self.alphas_cumprod, self.alphas_cumprod_prev = s.alpha_bar.copy(), s.alpha_bar_prev.copy()
         self.alphas_cumprod_next = np.append(s.alpha_bar[1:], 0.0)
         self.one_minus_alphas_cumprod = 1.0 - s.alpha_bar
         self.sqrt_alphas_cumprod = np.sqrt(s.alpha_bar)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(self.one_minus_alphas_cumprod)
         self.log_one_minus_alphas_cumprod = np.log(self.one_minus_alphas_cumprod)
-        with np.errstate(divide="ignore"):  # 1 / 0 at a step of zero SNR
-            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / s.alpha_bar)
-            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / s.alpha_bar - 1)
-        self.posterior_mean_coef1 = s.posterior_mean_coef_x_start
-        self.posterior_mean_coef2 = s.posterior_mean_coef_x_t
-        self.posterior_variance = self.fixed_variance = s.posterior_variance
-        self.posterior_log_variance_clipped = self.fixed_log_variance = s.posterior_log_variance_clipped
+        self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod = recip, recipm1
+        self.posterior_mean_coef1 = s.posterior_mean_coef_x_start.copy()
+        self.posterior_mean_coef2 = s.posterior_mean_coef_x_t.copy()
+        self.posterior_variance = self.fixed_variance = s.posterior_variance.copy()
+        self.posterior_log_variance_clipped = self.fixed_log_variance = s.posterior_log_variance_clipped.copy()
         if self.model_var_type == ModelVarType.FIXED_LARGE:
-            # At t = 0 the small one: a better likelihood of the decoder.
+            # At t = 0 the small one, with which the decoder has a better likelihood.
             self.fixed_log_variance = np.append(s.posterior_log_variance_clipped[:1], self.log_betas[1:])
             self.fixed_variance = np.exp(self.fixed_log_variance)
 
     @property
     def _learned(self) -> bool:
+        """Whether the second half of the model's output is the variance."""
         return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """The array ``name`` at the timesteps t [N], expanded to ``like``'s shape; uploaded once per device."""
+        """Returns the array ``name`` at the timesteps t [N], expanded to ``like``'s shape; one upload per device."""
         check_timesteps("t", t, self.num_timesteps, like.shape[0])
         key = (name, like.device, torch.promote_types(like.dtype, torch.float32))
         if key not in self._uploads:
             self._uploads[key] = torch.from_numpy(np.array(getattr(self, name))).to(*key[1:])
         return self._uploads[key][t].reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
-    # How the model is called; SpacedDiffusion calls it with the original process's timesteps.
-
     def _wrap_model(self, model: Model) -> Model:
+        """Returns the model as it is called; SpacedDiffusion's is called with the original process's timesteps."""
         return model
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
@@ -87,20 +95,26 @@ class Process:
     def _call(self, function: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None) -> Any:
         return self._wrap_model(function)(x, self._scale_timesteps(t), **(model_kwargs or {}))
 
-    def _predict(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None) -> Tensor:
-        """The model's output, [N, C, ...], or [N, 2 C, ...] where the variance is learned."""
+    def _predict(
+        self, model: Model, x: Tensor, t: Tensor, model_kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Calls the model.
+
+        Returns:
+            Its output, [N, C, ...], or [N, 2 C, ...] where the variance is learned, and {"extra": extra} where it
+            returned (output, extra), as GLIDE's and DiT's do.
+        """
         if t.shape != x.shape[:1]:
             raise ValueError(f"t must have the shape [{x.shape[0]}], one per sample; got {list(t.shape)}")
-        out = model_output(self._call(model, x, t, model_kwargs))
+        result = self._call(model, x, t, model_kwargs)
+        out = model_output(result)
         wanted = [x.shape[0], x.shape[1] * (2 if self._learned else 1), *x.shape[2:]]
         if list(out.shape) != wanted:
             raise ValueError(f"model must return {wanted} ({self.model_var_type.name}); got {list(out.shape)}")
-        return out
-
-    # Tables for reverse_step, whose row t is timestep t.
+        return out, {"extra": result[1]} if isinstance(result, tuple) and len(result) == 2 else {}
 
     def _table(self, kind: str, clip: bool = False, eta: float = 0.0) -> StepTable:
-        """``kind`` says what is given and what comes out:
+        """Returns the table whose row t is timestep t; ``kind`` says what is given and what comes out:
 
         "mean", "sample", "ddim", "ddim_reverse": the model's output; the mean of p(x_{t-1} | x_t), a sample
             of it, DDIM's x_{t-1} and x_{t+1}
@@ -143,26 +157,22 @@ class Process:
         epsilon = self.model_mean_type == ModelMeanType.EPSILON and not of_x0
         return rows.x0_columns("epsilon" if epsilon else "x_start", step.alpha_bar)
 
-    # The forward process q.
-
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0), eq. 4 of DDPM (Ho et al., 2020)."""
+        """Returns mean, variance and log-variance of q(x_t | x_0), eq. 4 of DDPM (Ho et al., 2020)."""
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
         variance = self._at("one_minus_alphas_cumprod", t, x_start)
         return mean, variance, self._at("log_one_minus_alphas_cumprod", t, x_start)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """A sample of q(x_t | x_0), see :func:`dd_kernels.q_sample`; without noise, torch.randn_like draws it."""
+        """Returns a sample of q(x_t | x_0), see :func:`dd_kernels.q_sample`; torch.randn_like gives noise if None."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        return ops.q_sample(wide(x_start), t, self.schedule, noise)
+        return q_sample(wide(x_start), t, self.schedule, noise)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), eq. 6 and 7 of DDPM."""
-        mean = ops.reverse_step(wide(x_t), x_start, self._table("posterior"), t)
+        """Returns mean, variance and clipped log-variance of q(x_{t-1} | x_t, x_0), eq. 6 and 7 of DDPM."""
+        mean = reverse_step(wide(x_t), x_start, self._table("posterior"), t)
         variance = self._at("posterior_variance", t, x_t)
         return mean, variance, self._at("posterior_log_variance_clipped", t, x_t)
-
-    # The model's p(x_{t-1} | x_t).
 
     def p_mean_variance(
         self,
@@ -173,37 +183,37 @@ class Process:
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """What the model says about x_{t-1}: "mean", "variance", "log_variance" and "pred_xstart", of x's shape.
+        """Returns what the model says about x_{t-1}: "mean", "variance", "log_variance", "pred_xstart", of x's shape.
 
         Args:
-            model: model(x, t, **model_kwargs) -> output, [N, C, ...], or [N, 2 C, ...] with learned variance.
+            model: model(x, t, **model_kwargs) -> output, [N, C, ...], or [N, 2 C, ...] with learned variance; a
+                model that returns (output, extra) adds "extra".
             x, t: x_t [N, C, ...] and timesteps [N].
             clip_denoised: clip x_0 to [-1, 1].
             denoised_fn: applied to x_0 before it is clipped.
         """
-        out = self._predict(model, x, t, model_kwargs)
+        out, extra = self._predict(model, x, t, model_kwargs)
         values = None
         if self._learned:
             out, values = out.chunk(2, dim=1)
         variance, log_variance = self._variance(values, x, t)
         if denoised_fn is None:
-            mean, x0 = ops.reverse_step(wide(x), out, self._table("mean", clip_denoised), t, return_x0=True)
+            mean, x0 = reverse_step(wide(x), out, self._table("mean", clip_denoised), t, return_x0=True)
         else:
             x0 = denoised_fn(self._x0(out, x, t))
             x0 = x0.clamp(-1, 1) if clip_denoised else x0
             previous = self.model_mean_type == ModelMeanType.PREVIOUS_X
             mean = out if previous else self.q_posterior_mean_variance(x0, x, t)[0]
-        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x0}
+        return {"mean": mean, "variance": variance, "log_variance": log_variance, "pred_xstart": x0, **extra}
 
     def _variance(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(variance, log-variance) of p; ``values`` are the model's second half, None where it is fixed."""
+        """Returns (variance, log-variance) of p; ``values`` are the model's second half, None where it is fixed."""
         if values is None:
             return self._at("fixed_variance", t, x), self._at("fixed_log_variance", t, x)
         log_variance = values
         if self.model_var_type == ModelVarType.LEARNED_RANGE:
             low, high = self._at("posterior_log_variance_clipped", t, x), self._at("log_betas", t, x)
-            fraction = (values + 1) / 2
-            log_variance = fraction * high + (1 - fraction) * low
+            log_variance = learned_log_variance(values, low, high)
         return torch.exp(log_variance), log_variance
 
     def _x0(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -231,7 +241,10 @@ class Process:
         t: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """The mean shifted by variance * cond_fn(x, t), the gradient of log p(y | x): Sohl-Dickstein et al. (2015)."""
+        """Returns the mean shifted by variance * cond_fn(x, t), that is the gradient of log p(y | x).
+
+        It is the guidance of Sohl-Dickstein et al. (2015).
+        """
         gradient = self._call(cond_fn, x, t, model_kwargs)
         return wide(p_mean_var["mean"]) + p_mean_var["variance"] * wide(gradient)
 
@@ -243,7 +256,7 @@ class Process:
         t: Tensor,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Tensor]:
-        """``p_mean_var`` of the score plus cond_fn(x, t): Song et al. (2021), algorithm 2 of Dhariwal & Nichol."""
+        """Returns ``p_mean_var`` with cond_fn(x, t) added to the score: algorithm 2 of Dhariwal & Nichol (2021)."""
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * self._call(cond_fn, x, t, model_kwargs)
         x0 = self._predict_xstart_from_eps(x, t, eps)

@@ -1,4 +1,4 @@
-"""Fewer steps of a process: which timesteps, and the process they make."""
+"""guided-diffusion's module ``respace``: a process on some timesteps of another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gaussian_diffusion import GaussianDiffusion
 
 
 def space_timesteps(num_timesteps: int, section_counts: Sequence[int] | str) -> set[int]:
-    """The timesteps to keep of ``num_timesteps``, by guided-diffusion's rules.
+    """Returns the timesteps to keep of ``num_timesteps``, by guided-diffusion's rules.
 
     Args:
         section_counts: how many steps to take, evenly, from each of as many equal sections; a list or
@@ -25,7 +25,7 @@ def space_timesteps(num_timesteps: int, section_counts: Sequence[int] | str) -> 
         ValueError: a section has fewer timesteps than are asked for, or no stride gives N steps.
     """
     if section_counts == "fast27":
-        # The noisiest timestep gives artefacts with DDIM.
+        # With DDIM the noisiest timestep gives artefacts.
         return space_timesteps(num_timesteps, "10,10,3,2,2") - {num_timesteps - 1} | {num_timesteps - 3}
     if isinstance(section_counts, str) and section_counts.startswith("ddim"):
         wanted = int(section_counts.removeprefix("ddim"))
@@ -48,17 +48,34 @@ def space_timesteps(num_timesteps: int, section_counts: Sequence[int] | str) -> 
     return kept
 
 
-class _RespacedModel:
-    """A model (or cond_fn) of the original process, called with a spaced process's timesteps."""
+class _WrappedModel:
+    """A model (or cond_fn) of the original process, called with a spaced process's timesteps.
 
-    def __init__(self, model: Model, diffusion: SpacedDiffusion) -> None:
+    ``uploads`` keeps ``timestep_map`` on each device, for all the wrappers of one process.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        timestep_map: Sequence[int],
+        rescale_timesteps: bool,
+        original_num_steps: int,
+        uploads: dict[tuple, Tensor] | None = None,
+    ) -> None:
         self.model = model
-        self.diffusion = diffusion
+        self.timestep_map = timestep_map
+        self.rescale_timesteps = rescale_timesteps
+        self.original_num_steps = original_num_steps
+        self._uploads = {} if uploads is None else uploads
 
-    def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Any:
-        original = self.diffusion.original_timesteps(t)
-        if self.diffusion.rescale_timesteps:
-            original = original.float() * (1000.0 / self.diffusion.original_num_steps)
+    def __call__(self, x: Tensor, ts: Tensor, **kwargs: Any) -> Any:
+        """Calls the model with the original process's timesteps."""
+        key = ("timestep_map", ts.device, ts.dtype)
+        if key not in self._uploads:
+            self._uploads[key] = torch.tensor(self.timestep_map, device=ts.device, dtype=ts.dtype)
+        original = self._uploads[key][ts]
+        if self.rescale_timesteps:
+            original = original.float() * (1000.0 / self.original_num_steps)
         return self.model(x, original, **kwargs)
 
 
@@ -80,16 +97,10 @@ class SpacedDiffusion(GaussianDiffusion):
         super().__init__(betas=from_alpha_bars(original.alpha_bar[kept]).beta, **kwargs)
         self.timestep_map = kept
 
-    def original_timesteps(self, t: Tensor) -> Tensor:
-        """The original process's timesteps of this one's, in t's dtype."""
-        key = ("timestep_map", t.device, t.dtype)
-        if key not in self._uploads:
-            self._uploads[key] = torch.tensor(self.timestep_map, device=t.device, dtype=t.dtype)
-        return self._uploads[key][t]
-
     def _wrap_model(self, model: Model) -> Model:
-        return model if isinstance(model, _RespacedModel) else _RespacedModel(model, self)
+        if isinstance(model, _WrappedModel):
+            return model
+        return _WrappedModel(model, self.timestep_map, self.rescale_timesteps, self.original_num_steps, self._uploads)
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
-        # The wrapped model does it, of the original timesteps.
-        return t
+        return t  # the wrapped model scales the original timesteps

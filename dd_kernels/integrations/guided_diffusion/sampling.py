@@ -1,7 +1,8 @@
-"""Sampling with guided-diffusion's interface: single steps and whole loops of DDPM and DDIM."""
+"""The sampling of GaussianDiffusion: single steps and whole loops of DDPM and DDIM."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ... import ops
+from ...ops.randn import randn
+from ...ops.reverse_step import reverse_step
 from ...sampling.guidance import Model, device_of
 from .process import Process, wide
 
@@ -18,29 +20,32 @@ Kwargs = Mapping[str, Any]
 
 
 def _last(results: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The last of the results; there is one, since a process has at least one step."""
-    for result in results:  # noqa: B007
-        pass
-    return result
+    """Returns the last of the results; there is one, since a process has at least one step."""
+    return collections.deque(results, maxlen=1)[0]
 
 
 class Sampler(Process):
     """The sampling methods of :class:`GaussianDiffusion`."""
 
     def _is_fused(self, denoised_fn: Denoised | None, cond_fn: Model | None) -> bool:
-        """Whether one reverse_step on the model's output is the whole step: nobody looks at what lies between."""
+        """Returns whether one reverse_step on the model's output is the whole step.
+
+        It is not where a function changes x_0 or the mean on the way, or a subclass p_mean_variance.
+        """
         untouched = type(self).p_mean_variance is Process.p_mean_variance
         return untouched and denoised_fn is None and cond_fn is None
 
     def _step(
         self, kind: str, x: Tensor, out: Tensor, t: Tensor, seed: int | None, first_sample: int, **table: Any
     ) -> dict[str, Tensor]:
-        """One reverse_step, its noise from torch's generator or from the seed."""
+        """Takes a step by one reverse_step, with noise from torch's generator or from the seed."""
         # guided-diffusion draws at every step, also where sigma is 0: whoever samples next must find the same state.
         noise = torch.randn_like(x) if seed is None else None
         rows = self._table(kind, **table)
-        source = {"noise": noise if rows.stochastic else None, "seed": seed, "first_sample": first_sample}
-        sample, x0 = ops.reverse_step(wide(x), out, rows, t, return_x0=True, **source)
+        noise = noise if rows.stochastic else None
+        sample, x0 = reverse_step(
+            wide(x), out, rows, t, noise=noise, seed=seed, first_sample=first_sample, return_x0=True
+        )
         return {"sample": sample, "pred_xstart": x0}
 
     def p_sample(
@@ -56,7 +61,7 @@ class Sampler(Process):
         seed: int | None = None,
         first_sample: int = 0,
     ) -> dict[str, Tensor]:
-        """One step of algorithm 2 of DDPM: "sample", x_{t-1}, and "pred_xstart", x_0.
+        """Takes a step of algorithm 2 of DDPM: returns "sample", x_{t-1}, and "pred_xstart", x_0.
 
         Args:
             model, x, t, clip_denoised, denoised_fn, model_kwargs: see :meth:`p_mean_variance`.
@@ -64,15 +69,15 @@ class Sampler(Process):
             seed, first_sample: noise from a seed instead of torch's generator.
         """
         if self._is_fused(denoised_fn, cond_fn):
-            out = self._predict(model, x, t, model_kwargs)
+            out, _ = self._predict(model, x, t, model_kwargs)
             return self._step("sample", x, out, t, seed, first_sample, clip=clip_denoised)
         p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        # Drawn before cond_fn is called, which may draw too.
+        # The noise is drawn before cond_fn is called, which may draw too.
         noise = torch.randn_like(x) if seed is None else None
         mean = p["mean"] if cond_fn is None else self.condition_mean(cond_fn, p, x, t, model_kwargs)
         given = torch.cat((wide(mean), wide(p["log_variance"])), dim=1)
         table = self._table("sample_of_mean")
-        sample = ops.reverse_step(wide(x), given, table, t, noise=noise, seed=seed, first_sample=first_sample)
+        sample = reverse_step(wide(x), given, table, t, noise=noise, seed=seed, first_sample=first_sample)
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
     def ddim_sample(
@@ -89,9 +94,9 @@ class Sampler(Process):
         seed: int | None = None,
         first_sample: int = 0,
     ) -> dict[str, Tensor]:
-        """One step of DDIM (Song et al., 2021, eq. 12), epsilon re-derived from x_0; arguments as :meth:`p_sample`."""
+        """Takes a step of DDIM (Song et al., 2021, eq. 12), epsilon re-derived from x_0; as :meth:`p_sample`."""
         if self._is_fused(denoised_fn, cond_fn):
-            kind, given = "ddim", self._predict(model, x, t, model_kwargs)
+            kind, given = "ddim", self._predict(model, x, t, model_kwargs)[0]
         else:
             p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
             if cond_fn is not None:
@@ -108,12 +113,19 @@ class Sampler(Process):
         denoised_fn: Denoised | None = None,
         model_kwargs: Kwargs | None = None,
         eta: float = 0.0,
+        *,
+        cond_fn: Model | None = None,
     ) -> dict[str, Tensor]:
-        """x_{t+1} from x_t by DDIM's ODE; eta must be 0, since only that path is deterministic."""
+        """Returns x_{t+1} from x_t by DDIM's ODE; eta must be 0, since only that path is deterministic.
+
+        ``cond_fn`` is GLIDE's and DiT's, see :meth:`condition_score`.
+        """
         if eta != 0:
             raise ValueError(f"eta must be 0 for ddim_reverse_sample; got {eta}")
         p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        sample = ops.reverse_step(wide(x), p["pred_xstart"], self._table("ddim_reverse_of_x0"), t)
+        if cond_fn is not None:
+            p = self.condition_score(cond_fn, p, x, t, model_kwargs)
+        sample = reverse_step(wide(x), p["pred_xstart"], self._table("ddim_reverse_of_x0"), t)
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
     def _progressive(
@@ -128,6 +140,7 @@ class Sampler(Process):
         first_sample: int,
         **options: Any,
     ) -> Iterator[dict[str, Tensor]]:
+        """Yields what ``step`` returns at t = T-1 .. 0; ``options`` are its."""
         if not isinstance(shape, (tuple, list)):
             raise TypeError(f"shape must be a tuple or list, (N, C, H, W); got {type(shape).__name__}")
         device = device_of(model) if device is None else torch.device(device)
@@ -136,7 +149,7 @@ class Sampler(Process):
         if noise is not None:
             x = noise
         elif seed is not None:
-            x = ops.randn(shape, seed=seed, first_sample=first_sample, device=device)
+            x = randn(shape, seed=seed, first_sample=first_sample, device=device)
         else:
             x = torch.randn(*shape, device=device)
         timesteps = torch.arange(self.num_timesteps, device=x.device)
@@ -161,7 +174,7 @@ class Sampler(Process):
         seed: int | None = None,
         first_sample: int = 0,
     ) -> Iterator[dict[str, Tensor]]:
-        """Samples by DDPM, t = T-1 .. 0, and yields what :meth:`p_sample` returns after every step.
+        """Samples by DDPM, t = T-1 .. 0: yields what :meth:`p_sample` returns after every step.
 
         Args:
             shape: (N, C, H, W) of the samples.
@@ -169,9 +182,9 @@ class Sampler(Process):
             progress: show a tqdm bar.
             model, clip_denoised, denoised_fn, cond_fn, model_kwargs, seed, first_sample: see :meth:`p_sample`.
         """
-        options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
-        run = (model, shape, noise, device, progress, seed, first_sample)
-        yield from self._progressive(self.p_sample, *run, model_kwargs=model_kwargs, **options)
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        run = (self.p_sample, model, shape, noise, device, progress, seed, first_sample)
+        yield from self._progressive(*run, model_kwargs=model_kwargs, **options)
 
     def ddim_sample_loop_progressive(
         self,
@@ -190,14 +203,14 @@ class Sampler(Process):
         first_sample: int = 0,
     ) -> Iterator[dict[str, Tensor]]:
         """Samples by DDIM; as :meth:`p_sample_loop_progressive`, with :meth:`ddim_sample`."""
-        options = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
-        run = (model, shape, noise, device, progress, seed, first_sample)
-        yield from self._progressive(self.ddim_sample, *run, eta=eta, model_kwargs=model_kwargs, **options)
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        run = (self.ddim_sample, model, shape, noise, device, progress, seed, first_sample)
+        yield from self._progressive(*run, eta=eta, model_kwargs=model_kwargs, **options)
 
     def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The samples that :meth:`p_sample_loop_progressive`, which takes the same arguments, ends with."""
+        """Returns the samples that :meth:`p_sample_loop_progressive`, which takes the same arguments, ends with."""
         return _last(self.p_sample_loop_progressive(*args, **kwargs))["sample"]
 
     def ddim_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The samples that :meth:`ddim_sample_loop_progressive`, which takes the same arguments, ends with."""
+        """Returns the samples that :meth:`ddim_sample_loop_progressive`, which takes the same arguments, ends with."""
         return _last(self.ddim_sample_loop_progressive(*args, **kwargs))["sample"]

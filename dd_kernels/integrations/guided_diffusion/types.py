@@ -1,16 +1,34 @@
-"""What a model predicts and is trained for, and the named beta schedules, under guided-diffusion's names."""
+"""What a model predicts and is trained for, under guided-diffusion's names."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-
-import numpy as np
-
-from ...schedules import cosine_schedule, from_alpha_bar_function
+from typing import Any
 
 
-class ModelMeanType(enum.Enum):
+class _SharedEnum(enum.Enum):
+    """An enumeration that equals another package's of the same name, member by member.
+
+    Code that takes only one module from here passes its own members, and compares them with ours.
+    """
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        if isinstance(value, enum.Enum) and type(value).__name__ == cls.__name__:
+            return cls.__members__.get(value.name)
+        return None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, enum.Enum) and self._key() == (type(other).__name__, other.name)
+
+    def __hash__(self) -> int:
+        return hash(self.name)  # that of any enum.Enum
+
+    def _key(self) -> tuple[str, str]:
+        return type(self).__name__, self.name
+
+
+class ModelMeanType(_SharedEnum):
     """What the model's output is."""
 
     PREVIOUS_X = enum.auto()
@@ -18,7 +36,7 @@ class ModelMeanType(enum.Enum):
     EPSILON = enum.auto()
 
 
-class ModelVarType(enum.Enum):
+class ModelVarType(_SharedEnum):
     """The variance of p(x_{t-1} | x_t): from the model's second half, or fixed.
 
     LEARNED: the second half is the log-variance. LEARNED_RANGE: it says where the log-variance lies
@@ -31,7 +49,7 @@ class ModelVarType(enum.Enum):
     LEARNED_RANGE = enum.auto()
 
 
-class LossType(enum.Enum):
+class LossType(_SharedEnum):
     """MSE of the model's output (plus the bound, where the variance is learned), or the variational bound itself."""
 
     MSE = enum.auto()
@@ -40,22 +58,5 @@ class LossType(enum.Enum):
     RESCALED_KL = enum.auto()
 
     def is_vb(self) -> bool:
-        """Whether the loss is the variational bound."""
+        """Returns whether the loss is the variational bound."""
         return self in (LossType.KL, LossType.RESCALED_KL)
-
-
-def betas_for_alpha_bar(
-    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
-) -> np.ndarray:
-    """Betas [T], float64, whose cumulative product of 1 - beta is the function alpha_bar on [0, 1]."""
-    return from_alpha_bar_function(num_diffusion_timesteps, alpha_bar, max_beta).beta.copy()
-
-
-def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
-    """Betas [T], float64: "linear", DDPM's range times 1000 / T, or "cosine" (Nichol & Dhariwal, 2021, eq. 17)."""
-    if schedule_name == "linear":
-        scale = 1000 / num_diffusion_timesteps
-        return np.linspace(scale * 0.0001, scale * 0.02, num_diffusion_timesteps, dtype=np.float64)
-    if schedule_name == "cosine":
-        return cosine_schedule(num_diffusion_timesteps).beta.copy()
-    raise ValueError(f"schedule_name must be 'linear' or 'cosine'; got {schedule_name!r}")

@@ -22,9 +22,9 @@ RESNET = {
 
 
 def _blocks(model: UNet) -> Pairs:
-    """(our block, theirs): guided-diffusion counts places through all levels, and blocks within a place."""
-    stages = {"down": "input_blocks.", "middle": "middle_block", "up": "output_blocks."}
-    place = {"down": 0, "middle": "", "up": -1}  # input_blocks.0 is the first convolution
+    """Yields (our block, theirs): guided-diffusion counts places through all levels, and blocks within a place."""
+    stages = {"down": "input_blocks", "middle": "middle_block", "up": "output_blocks"}
+    place = {"down": 0, "up": -1}  # input_blocks.0 is the first convolution
     within = -1
     for block in blocks(model):
         side, _, kind, _ = block
@@ -34,7 +34,8 @@ def _blocks(model: UNet) -> Pairs:
             within = 0
         elif block == ("middle", 0, "resnets", 0):
             within = 0
-        yield block_name(*block), f"{stages[side]}{place[side]}.{within}"
+        name = stages[side] if side == "middle" else f"{stages[side]}.{place[side]}"
+        yield block_name(*block), f"{name}.{within}"
 
 
 def _layers(model: UNet) -> Pairs:
@@ -50,7 +51,7 @@ def _layers(model: UNet) -> Pairs:
 
 
 def _regrouped(qkv: Tensor, groups: int, parts: int) -> Tensor:
-    """Rows ordered by (group, part, channel) brought into the order (part, group, channel)."""
+    """Brings rows from the order (group, part, channel) into (part, group, channel)."""
     rows = qkv.reshape(groups, parts, -1, *qkv.shape[1:])
     return rows.transpose(0, 1).reshape(qkv.shape)
 
@@ -80,7 +81,7 @@ def _attention_to_ours(new_order: bool, source: Mapping[str, Tensor], theirs: st
 
 
 def to_guided_diffusion(model: UNet, *, new_attention_order: bool = False) -> StateDict:
-    """The model's weights under the names of guided-diffusion's and improved-diffusion's UNetModel.
+    """Returns the model's weights under the names of guided-diffusion's and improved-diffusion's UNetModel.
 
     ``new_attention_order`` is the option of that name that their model is built with.
     """

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...ops import q_sample, reverse_step
+from ...ops.q_sample import q_sample
+from ...ops.reverse_step import reverse_step
 from ...ops.reverse_step.table import StepTable, from_columns
 from ...samplers import rows
 from ...schedules import from_alpha_bars
@@ -142,15 +143,16 @@ class DDIMSampler:
         if noise_dropout > 0:
             noise = F.dropout(noise, p=noise_dropout)
         table = self._table("sample", use_original_steps, temperature)
-        options = {"noise": noise if table.stochastic else None}
-        guidance = {"uncond": uncond, "guidance_scale": scale}
-        x_prev, x0 = reverse_step(x, out, table, index, return_x0=True, **guidance, **options)
+        given = noise if table.stochastic else None
+        x_prev, x0 = reverse_step(
+            x, out, table, index, uncond=uncond, guidance_scale=scale, noise=given, return_x0=True
+        )
         if not quantize_denoised:
             return x_prev, x0
         x0 = self.model.first_stage_model.quantize(x0)[0]
         epsilon = self.model.predict_eps_from_z_and_v(x, t, out) if self.parameterization == "v" else out
         table = self._table("of_x0", use_original_steps, temperature)
-        return reverse_step(epsilon, x0, table, index, **options), x0
+        return reverse_step(epsilon, x0, table, index, noise=given), x0
 
     @torch.no_grad()
     def sample(

@@ -1,0 +1,85 @@
+"""The losses against sums of their own in float64, and against guided-diffusion's interface."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dd_kernels as dd
+from dd_kernels import losses
+from dd_kernels.integrations.guided_diffusion import GaussianDiffusion, LossType, ModelMeanType
+
+SCHEDULE = dd.linear_schedule(100, 1e-3, 0.1)
+T = torch.tensor([0, 7, 99])
+
+
+def _batch(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_0 on the grid of 8-bit images, noise, x_t and a model's output of twice the channels."""
+    generator = torch.Generator().manual_seed(0)
+    x_start = (torch.randint(256, (3, 2, 4, 4), generator=generator) / 127.5 - 1).to(dtype)
+    noise, out = (torch.randn(3, c, 4, 4, generator=generator, dtype=torch.float64).to(dtype) for c in (2, 4))
+    return x_start, noise, dd.q_sample(x_start, T, SCHEDULE, noise), out
+
+
+def test_simple_loss_is_the_mean_square_of_each_sample() -> None:
+    _, noise, _, out = _batch()
+    expected = [np.mean((noise[n].numpy() - out[n, :2].numpy()) ** 2) for n in range(3)]
+    np.testing.assert_allclose(losses.simple_loss(out[:, :2], noise), expected, rtol=1e-14)
+
+
+def test_the_bound_is_a_divergence_after_the_first_timestep_and_a_likelihood_at_it() -> None:
+    x_start, _, x_t, _ = _batch()
+    mean, log_variance = 0.9 * x_t, torch.full_like(x_t, -4.0)
+    bound = losses.variational_bound(x_start, x_t, T, mean, log_variance, SCHEDULE)
+    likelihood = losses.discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
+    assert bound[0] == pytest.approx(-float(likelihood[0].mean()) / math.log(2), rel=1e-14)
+    for n in (1, 2):
+        t = int(T[n])
+        a, b, remaining = SCHEDULE.alpha_bar_prev[t], SCHEDULE.beta[t], 1 - SCHEDULE.alpha_bar[t]
+        q_mean = math.sqrt(a) * b / remaining * x_start[n] + math.sqrt(1 - b) * (1 - a) / remaining * x_t[n]
+        q = torch.distributions.Normal(q_mean, math.sqrt((1 - a) / remaining * b))
+        p = torch.distributions.Normal(mean[n], torch.exp(0.5 * log_variance[n]))
+        expected = float(torch.distributions.kl_divergence(q, p).mean()) / math.log(2)
+        assert bound[n] == pytest.approx(expected, rel=1e-11)
+
+
+def test_the_prior_term_is_0_for_a_standard_normal_and_grows_with_the_mean() -> None:
+    mean = torch.zeros(2, 3)
+    assert losses.prior_term(mean, mean).tolist() == [0, 0]
+    assert losses.prior_term(mean + 2, mean).tolist() == pytest.approx([2 / math.log(2)] * 2)
+
+
+@pytest.mark.parametrize(("prediction", "mean_type"), [("epsilon", "EPSILON"), ("x_start", "START_X")])
+def test_the_hybrid_loss_is_guided_diffusions(prediction: str, mean_type: str) -> None:
+    x_start, noise, x_t, out = _batch(torch.float32)
+    target = noise if prediction == "epsilon" else x_start
+    ours = losses.hybrid_loss(out, target, x_start, x_t, T, SCHEDULE, prediction=prediction)
+    diffusion = GaussianDiffusion(
+        betas=SCHEDULE.beta, model_mean_type=ModelMeanType[mean_type], loss_type=LossType.RESCALED_MSE
+    )
+    theirs = diffusion.training_losses(lambda x, t: out, x_start, T, noise=noise)["loss"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_the_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_square() -> None:
+    x_start, noise, x_t, out = _batch(torch.float32)
+    out.requires_grad_()
+    gradients = [
+        torch.autograd.grad(losses.hybrid_loss(out, noise, x_start, x_t, T, SCHEDULE, weight=w).sum(), out)[0]
+        for w in (0.0, 1.0)
+    ]
+    assert torch.equal(gradients[0][:, :2], gradients[1][:, :2])
+    assert gradients[0][:, 2:].abs().max() == 0
+    assert (gradients[1][:, 2:].flatten(1).abs().amax(dim=1) > 0).all()
+
+
+def test_errors_name_the_argument() -> None:
+    x_start, noise, x_t, out = _batch()
+    with pytest.raises(ValueError, match="out must have 4 channels"):
+        losses.hybrid_loss(out[:, :2], noise, x_start, x_t, T, SCHEDULE)
+    with pytest.raises(ValueError, match="prediction must be one of"):
+        losses.hybrid_loss(out, noise, x_start, x_t, T, SCHEDULE, prediction="x0")
