@@ -1,4 +1,4 @@
-// The CPU's ops: their noise key, and onto torch's threads.
+// Runs an op's kernel over tiles on torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,14 +10,17 @@
 
 namespace dd {
 
-inline NoiseKey noise_key(const std::optional<Tensor>& key) {
-    if (!key.has_value()) return {0, 0, 0};
-    const int64_t* values = data<int64_t>(*key);
-    return {values[0], values[1], values[2]};
+// Throws unless every index is a row of a table of `rows`; on a GPU, where they are not read here, kernels write NaN.
+inline void check_rows(const char* op, const char* name, const SampleIndex& index, int64_t samples, int64_t rows) {
+    for (int64_t i = 0; i < (index.stride == 0 ? 1 : samples); ++i) {
+        if (index[i] < 0 || index[i] >= rows) {
+            refuse(op, name, "in [0, " + std::to_string(rows) + ")", std::to_string(index[i]));
+        }
+    }
 }
 
-// Runs kernel(arguments, first tile, last tile, scratch) over all tiles on torch's threads;
-// scratch holds `buffers` tiles of floats. Below 32768 elements waking a thread costs more than it gives.
+// Calls kernel(arguments, first tile, last tile, scratch) for stretches of all tiles, on torch's threads; scratch holds
+// `buffers` tiles of floats. A thread takes at least 32768 elements: waking it for fewer costs more than it gives.
 template <class Arguments>
 void run_tiles(const Arguments& arguments, int buffers, void (*kernel)(const Arguments&, int64_t, int64_t, float*)) {
     constexpr int64_t elements_per_thread = 32768;

@@ -255,6 +255,4 @@ DD_DEVICE void store_row(const Operand& y, int64_t sample, int64_t offset, const
     }
 }
 
-DD_DEVICE NoiseKey load_key(const int64_t* key) { return {key[0], key[1], key[2]}; }
-
 }  // namespace dd::cuda

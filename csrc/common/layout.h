@@ -1,4 +1,4 @@
-// What the kernels know of their tensors: no torch type passes beyond the bindings.
+// Describes tensors to the kernels, which see no type of torch.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace dd {
 
 enum class DType { float32, bfloat16, float16 };
 
-// A tensor whose samples are dense, all in the same order, and sample_stride elements apart.
+// A tensor whose samples are dense, all in the same order, and start sample_stride elements apart.
 struct Operand {
     void* data = nullptr;
     int64_t sample_stride = 0;
@@ -18,7 +18,8 @@ struct Operand {
     DD_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
-// A sample lies in memory as [pixels][channels]. A contiguous tensor is one channel of many pixels.
+// How the samples of a call lie in memory: [pixels][channels], which kernels visit in tiles of whole pixels. A
+// contiguous tensor counts as one channel of many pixels.
 struct Layout {
     int64_t samples, pixels, channels;
     int64_t tile_pixels;
@@ -28,12 +29,12 @@ struct Layout {
     int64_t tile_elements() const { return tile_pixels * channels; }
 };
 
-// Elements of one sample that lie dense in memory.
+// Consecutive elements of one sample.
 struct Run {
     int64_t sample, offset, elements;  // the offset is within the sample
 };
 
-// What a kernel works on at a time: all channels of some pixels, a dense run that stays in the L1 cache.
+// The run that a kernel works on at a time: all channels of some pixels, few enough to stay in the L1 cache.
 struct Tile : Run {
     int64_t first_pixel, pixels;
 
@@ -47,12 +48,20 @@ struct Tile : Run {
     }
 };
 
-// Where in all noise a sample's values are: Philox's key and the counter but for the quad.
+// A row of a table for every sample: one value per sample, or one for all (stride 0).
+struct SampleIndex {
+    const int64_t* values;
+    int64_t stride;
+
+    DD_HOST_DEVICE int64_t operator[](int64_t sample) const { return values[sample * stride]; }
+};
+
+// Philox's key, and its counter but for the quad: what tells the noise of one sample from all other noise.
 struct NoiseCounter {
     uint32_t key0, key1, sample, draw, stream;
 };
 
-// (seed, first_sample, draw) as the ops receive it.
+// (seed, first_sample, draw), which the ops receive as an int64 tensor [3].
 struct NoiseKey {
     int64_t seed, first_sample, draw;
 
@@ -61,6 +70,9 @@ struct NoiseKey {
                 static_cast<uint32_t>(first_sample + sample), static_cast<uint32_t>(draw), stream};
     }
 };
+
+// Reads a key where it lies: a kernel on a GPU calls this there.
+DD_HOST_DEVICE NoiseKey load_key(const int64_t* key) { return {key[0], key[1], key[2]}; }
 
 enum Stream : uint32_t { kStreamXT, kStreamReverseStep, kStreamQSample, kStreamTimesteps };
 

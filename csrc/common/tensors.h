@@ -1,4 +1,4 @@
-// From torch's tensors to the plain structs of the kernels.
+// Turns torch's tensors into the plain structs of the kernels; tensor_checks.h does so with checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "common/layout.h"
 
@@ -13,6 +15,10 @@ namespace dd {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+[[noreturn]] inline void refuse(const char* op, const char* name, const std::string& wanted, const std::string& got) {
+    throw std::runtime_error(std::string("dd_kernels::") + op + ": " + name + " must be " + wanted + "; got " + got);
+}
 
 inline DType dtype_of(const Tensor& x) {
     switch (x.scalar_type()) {
@@ -38,14 +44,18 @@ inline bool is_channels_last(const Tensor& x) {
     return true;
 }
 
-// The layout of x, in tiles of about 1024 elements: a kernel holds half a dozen of them in the L1 cache.
+// Tiles have about so many elements: a kernel holds half a dozen of them in the L1 cache.
+constexpr int64_t kTileElements = 1024;
+
+inline Layout contiguous_layout(int64_t samples, int64_t elements) { return {samples, elements, 1, kTileElements}; }
+
 inline Layout layout_of(const Tensor& x) {
-    constexpr int64_t tile = 1024, fewest_pixels = 32;
-    int64_t samples = x.size(0), elements = samples == 0 ? 0 : x.numel() / samples;
-    if (x.numel() == 0) return {0, 0, 1, tile};
-    if (x.is_contiguous()) return {samples, elements, 1, tile};
+    constexpr int64_t fewest_pixels = 32;
+    if (x.numel() == 0) return contiguous_layout(0, 0);
+    int64_t samples = x.size(0), elements = x.numel() / samples;
+    if (x.is_contiguous()) return contiguous_layout(samples, elements);
     STD_TORCH_CHECK(is_channels_last(x), "dd_kernels: a tensor must be contiguous or channels_last");
-    int64_t channels = x.size(1), pixels = tile / channels / fewest_pixels * fewest_pixels;
+    int64_t channels = x.size(1), pixels = kTileElements / channels / fewest_pixels * fewest_pixels;
     return {samples, elements / channels, channels, std::max(pixels, fewest_pixels)};
 }
 
@@ -72,8 +82,5 @@ inline bool has_silu(int64_t activation) {
                     activation);
     return activation == 1;
 }
-
-// How far apart the values of an index [1] or [N] are from sample to sample.
-inline int64_t per_sample(const Tensor& index) { return index.numel() == 1 ? 0 : 1; }
 
 }  // namespace dd

@@ -7,7 +7,7 @@ namespace dd::cuda {
 namespace {
 
 DD_DEVICE Marginal load_marginal(const QSampleArguments& a, int64_t sample) {
-    int64_t t = a.t[sample * a.t_stride];
+    int64_t t = a.t[sample];
     if (t < 0 || t >= a.row_count) return {NAN, NAN};
     return reinterpret_cast<const Marginal*>(a.rows)[t];
 }

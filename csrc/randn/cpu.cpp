@@ -1,15 +1,5 @@
 #include "common/cpu.h"
-
-namespace dd {
-
-struct RandnArguments {
-    Layout layout;
-    Operand z;
-    NoiseKey key;
-    uint32_t stream;
-};
-
-}  // namespace dd
+#include "randn/binding.h"
 
 #define DD_KERNEL "randn/cpu_kernel.h"
 #include "common/each_isa.h"
@@ -17,12 +7,9 @@ struct RandnArguments {
 namespace dd {
 namespace {
 
-void randn(Tensor z, Tensor key, int64_t stream) {
-    RandnArguments a{layout_of(z), operand(z), noise_key(key), static_cast<uint32_t>(stream)};
-    run_tiles(a, 2, DD_CHOOSE(randn));
-}
+void run(const RandnArguments& arguments, const Tensor&) { run_tiles(arguments, 2, DD_CHOOSE(randn)); }
 
 }  // namespace
 }  // namespace dd
 
-STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) { m.impl("randn", TORCH_BOX(&dd::randn)); }
+STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) { m.impl("randn", TORCH_BOX(&dd::randn_op<dd::run>)); }

@@ -22,12 +22,12 @@ struct StepNoise {
 
 DD_INLINE StepNoise step_noise(const ReverseStepArguments& a, const Tile& tile, const StepRow& row, int64_t draw,
                                float* buffer, float* scratch) {
-    if (row.sigma == 0.0f || !(a.noise || a.draws_noise)) return {nullptr, 0.0f};
+    if (row.sigma == 0.0f || !(a.noise || a.key)) return {nullptr, 0.0f};
     const float* z = buffer;
     if (a.noise) {
         z = read_tile(a.noise, tile, buffer);
     } else {
-        fill_noise(buffer, a.layout, tile, a.key.counter(tile.sample, draw, kStreamReverseStep), scratch);
+        fill_noise(buffer, a.layout, tile, load_key(a.key).counter(tile.sample, draw, kStreamReverseStep), scratch);
     }
     if (!a.variance) return {z, row.sigma};
     const float* variance = read_tile(a.variance, tile, scratch);
@@ -58,7 +58,7 @@ void reverse_step(const ReverseStepArguments& a, int64_t first_tile, int64_t las
     for (int i = 0; i < 6; ++i) buffers[i] = scratch + i * size;
     for (int64_t index = first_tile; index < last_tile; ++index) {
         Tile tile(a.layout, index);
-        const int64_t step = a.step[tile.sample * a.step_stride];
+        const int64_t step = a.step[tile.sample];
         const StepRow row = reinterpret_cast<const StepRow*>(a.rows)[step];
         const Clip clip = a.threshold ? Clip{a.threshold[tile.sample], true} : Clip{row.x0_clip, false};
         const float* x = read_tile(a.x, tile, buffers[0]);

@@ -15,7 +15,7 @@ struct Step {
 
 // A step outside the table makes everything NaN: nothing may be read from the device to raise an error.
 DD_DEVICE Step load_step(const ReverseStepArguments& a, int64_t sample) {
-    int64_t index = a.step[sample * a.step_stride];
+    int64_t index = a.step[sample];
     Step step{{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}, {NAN, false}, 0};
     if (index >= 0 && index < a.row_count) {
         step.row = reinterpret_cast<const StepRow*>(a.rows)[index];

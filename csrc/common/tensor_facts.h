@@ -1,0 +1,79 @@
+// What torch tells of a tensor, for checks and for the text of their errors.
+#pragma once
+
+#include <string>
+
+#include "common/tensors.h"
+
+namespace dd {
+
+template <class T>
+constexpr ScalarType kScalarType = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType kScalarType<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;
+
+// The name of a dtype in Python where it is likely to be met, else its name in C++.
+inline const char* dtype_name(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Int:
+            return "int32";
+        default:
+            return toString(type);
+    }
+}
+
+inline std::string shape_text(const int64_t* sizes, int64_t dims) {
+    std::string result = "[";
+    for (int64_t i = 0; i < dims; ++i) result += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+    return result + "]";
+}
+
+// What the checks know of a tensor: each question to torch costs some nanoseconds of every call, and is asked once.
+struct TensorFacts {
+    const char* name;
+    ScalarType type;
+    int64_t dims, elements;
+    const int64_t *sizes, *strides;
+    bool is_contiguous;
+
+    TensorFacts(const char* name, const Tensor& x) : name(name), type(x.scalar_type()), elements(1) {
+        const auto sizes_of_x = x.sizes();
+        dims = static_cast<int64_t>(sizes_of_x.size());
+        sizes = sizes_of_x.data();
+        strides = x.strides().data();
+        is_contiguous = true;
+        for (int64_t d = dims - 1; d >= 0; --d) {
+            is_contiguous = is_contiguous && (sizes[d] == 1 || strides[d] == elements);
+            elements *= sizes[d];
+        }
+        is_contiguous = is_contiguous || elements == 0;
+    }
+
+    bool is_float() const {
+        return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+    }
+    DType dtype() const {
+        return type == ScalarType::Float      ? DType::float32
+               : type == ScalarType::BFloat16 ? DType::bfloat16
+                                              : DType::float16;
+    }
+
+    std::string text() const {
+        return std::string(dtype_name(type)) + " " + shape_text(sizes, dims) + " with strides " +
+               shape_text(strides, dims);
+    }
+};
+
+}  // namespace dd
