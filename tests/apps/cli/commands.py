@@ -15,7 +15,7 @@ def run(*arguments):
 
 
 def fails(capsys, *arguments):
-    """The one line that a command fails with; whether argparse or the command found the error."""
+    """Returns the one line that a command fails with; whether argparse or the command found the error."""
     before = {p: p.read_bytes() for p in pathlib.Path().rglob("*") if p.is_file()}
     capsys.readouterr()
     try:
@@ -34,7 +34,8 @@ def fails(capsys, *arguments):
 
 
 def sample(models, *arguments, name="digits"):
-    return run("sample", "--model", models[name], "--no-progress", *arguments)
+    """Draws, over what an earlier call has drawn."""
+    return run("sample", "--model", models[name], "--no-progress", "--overwrite", *arguments)
 
 
 def pixels(path):
