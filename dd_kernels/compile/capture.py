@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import fx
 
-from .identity import relax_views, remove_identities
+from .identity import remove_identities
 from .norm import fuse_norms
 from .report import GraphReport, Report
 
@@ -31,7 +31,6 @@ def rewrite(module: fx.GraphModule) -> GraphReport:
         if isinstance(part, fx.GraphModule):
             identities += remove_identities(part.graph)
             norms += fuse_norms(part.graph)
-            relax_views(part.graph)
             part.graph.lint()
             part.recompile()
     return GraphReport(tuple(norms), identities, 0, 0, time.perf_counter() - started)

@@ -15,7 +15,7 @@ def run(*arguments):
 
 
 def fails(capsys, *arguments):
-    """Returns the one line that a command fails with; whether argparse or the command found the error."""
+    """The one line that a command fails with; whether argparse or the command found the error."""
     before = {p: p.read_bytes() for p in pathlib.Path().rglob("*") if p.is_file()}
     capsys.readouterr()
     try:
@@ -34,8 +34,7 @@ def fails(capsys, *arguments):
 
 
 def sample(models, *arguments, name="digits"):
-    """Draws, over what an earlier call has drawn."""
-    return run("sample", "--model", models[name], "--no-progress", "--overwrite", *arguments)
+    return run("sample", "--model", models[name], "--no-progress", *arguments)
 
 
 def pixels(path):

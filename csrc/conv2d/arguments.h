@@ -1,0 +1,90 @@
+// What a call of conv2d carries, and how its work is divided. Independent of the instruction set.
+#pragma once
+
+#include "common/layout.h"
+
+namespace dd::conv2d {
+
+// The algorithms, with the numbers of `int method` in the op's schema. The first two leave the choice to the cost model
+// of plan.h: among all, or among those at least as accurate as a direct sum.
+enum class Method : int64_t { fastest, accurate, direct, winograd2, winograd4 };
+
+// Input channels that are summed in one chain of fused multiply-adds. The partial sums are then added up, so that a
+// sum over 256 channels rounds like one of 64 + 4 terms.
+constexpr int64_t kChunk = 64;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Images lie in memory as [samples][height][width][channels]. Rows and columns beyond the image are zeros: `top` and
+// `left` of them come first, and as many follow as the output's size asks for.
+struct Shape {
+    int64_t samples, channels, height, width;
+    int64_t outputs, out_height, out_width;
+    int64_t kernel_height, kernel_width, stride, top, left;
+
+    int64_t taps() const { return kernel_height * kernel_width; }
+};
+
+// Weights: the element of an output, an input and a tap (numbered row by row) lies at output * output_stride +
+// input * input_stride + tap * tap_stride. `turned` reads the taps backwards, a rotation by 180 degrees.
+struct Filters {
+    const float* data;
+    int64_t output_stride, input_stride, tap_stride;
+    bool turned;
+};
+
+// The machine as a plan sees it: vector lanes, rows that the micro-kernel multiplies at most, threads.
+struct Target {
+    int64_t lanes, most_rows, threads;
+
+    int64_t panel() const { return 2 * lanes; }
+};
+
+// How the work is divided. A tile is a square of `tile` x `tile` output pixels; the products of all its `points` are
+// matrix products in which each tile is a row. Panels of output channels are the columns.
+struct Plan {
+    Method method;
+    int64_t tile, points;
+    int64_t tile_rows, tile_columns;  // of one sample
+    int64_t rows;                     // tiles that the micro-kernel multiplies at a time: a group
+    int64_t block;                    // tiles that are transformed, then multiplied: a multiple of rows
+    int64_t depth;                    // length of a packed row
+    int64_t panels, panel_parts;      // a block's products are divided by panels, and by groups
+    int64_t input_parts;              // packing a block's input is divided by chunks of channels, and by tiles
+
+    int64_t tiles(const Shape& shape) const { return shape.samples * tile_rows * tile_columns; }
+    // Distance of two points' planes of packed input; 16 more than needed, so that planes start in different cache
+    // sets.
+    int64_t plane() const { return block * depth + 16; }
+};
+
+// Tiles [first, first + tiles) of all samples' tiles.
+struct Block {
+    int64_t first, tiles;
+};
+
+struct Forward {
+    Shape shape;
+    Plan plan;
+    Operand x;
+    const float *scale, *shift;  // [samples][channels], or null
+    int64_t activation;
+    Filters filters;
+    const float* bias;  // [outputs], or null
+    Operand residual, y;
+};
+
+struct WeightGradient {
+    Shape shape;
+    Plan plan;
+    Operand x, dy;
+    Filters gradient;  // written
+
+    // dy as an image of its own, and the distances of two points' planes of packed inputs and output gradients.
+    Shape output_image() const { return {shape.samples, shape.outputs, shape.out_height, shape.out_width}; }
+    int64_t input_plane() const { return plan.block * plan.depth; }
+    int64_t output_plane(int64_t panel) const { return plan.block * plan.panels * panel; }
+};
+
+}  // namespace dd::conv2d

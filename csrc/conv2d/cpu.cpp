@@ -1,0 +1,64 @@
+#include "common/cpu.h"
+#include "conv2d/bindings.h"
+#include "conv2d/plan.h"
+
+#define DD_KERNEL "conv2d/cpu_kernel.h"
+#define DD_WIDEST avx512
+#include "common/each_isa.h"
+
+namespace dd::conv2d {
+namespace {
+
+void run(Forward a, Method method) {
+    const Target target = DD_CHOOSE(conv2d_target)(threads_of(a.shape));
+    a.plan = plan_of(a.shape, choose(a.shape, method, target), target);
+    const Plan& plan = a.plan;
+    int64_t chunks = plan.method == Method::direct ? 1 : divide_up(a.shape.channels, kChunk);
+    int64_t in_parts = plan.input_parts * chunks, out_parts = plan.panels * plan.panel_parts;
+    Floats packed(packed_size(plan));
+    int64_t tiles = plan.tiles(a.shape);
+    for (int64_t first = 0; first < tiles; first += plan.block) {
+        Block block{first, std::min(plan.block, tiles - first)};
+        on_threads(in_parts, target, [&](int64_t from, int64_t to) {
+            Floats scratch(input_scratch(a.shape, plan));
+            DD_CHOOSE(conv2d_pack)(a, block, from, to, packed.data(), scratch.data());
+        });
+        on_threads(out_parts, target, [&](int64_t from, int64_t to) {
+            Floats scratch(panel_scratch(a.shape, plan, target));
+            DD_CHOOSE(conv2d_multiply)(a, block, from, to, packed.data(), scratch.data());
+        });
+    }
+}
+
+void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale,
+            std::optional<Tensor> shift, int64_t activation, std::optional<Tensor> residual, int64_t stride,
+            int64_t top, int64_t left, bool turned, int64_t method, Tensor y) {
+    Forward a{};
+    a.shape = shape_of(x, weight, turned, y, stride, top, left);
+    check_floats("bias", bias, {a.shape.outputs});
+    check_floats("scale", scale, {a.shape.samples, a.shape.channels});
+    check_floats("shift", shift, {a.shape.samples, a.shape.channels});
+    STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "conv2d: scale and shift go together");
+    STD_TORCH_CHECK(activation == 0 || activation == 1, "conv2d: activation must be 0 (none) or 1 (SiLU)");
+    if (residual.has_value()) check_image("residual", *residual, y);
+    check_apart("x", x, "y", y);
+    check_apart("weight", weight, "y", y);
+    for (const std::optional<Tensor>& other : {bias, scale, shift, residual}) {
+        if (other.has_value()) check_apart("an option", *other, "y", y);
+    }
+    if (y.numel() == 0) return;
+    a.x = operand(x);
+    a.scale = data<float>(scale);
+    a.shift = data<float>(shift);
+    a.activation = activation;
+    a.filters = filters_of(weight, turned);
+    a.bias = data<float>(bias);
+    a.residual = operand(residual);
+    a.y = operand(y);
+    run(a, method_of(method, a.shape));
+}
+
+}  // namespace
+}  // namespace dd::conv2d
+
+STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) { m.impl("conv2d", TORCH_BOX(&dd::conv2d::conv2d)); }

@@ -1,0 +1,73 @@
+// Direct convolution of any kernel size and stride: each output pixel is a packed row of all taps and channels.
+//
+// The depth is ordered by chunks of channels, within a chunk by taps, within a tap by channels; each chunk is padded to
+// whole vectors.
+
+#include "conv2d/arguments.h"
+
+namespace dd::DD_ISA {
+
+// Packs output pixels [first, last) of a block. scratch holds one row of a chunk.
+DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& block, int64_t first, int64_t last,
+                                 float* scratch, float* packed) {
+    using conv2d::kChunk;
+    const conv2d::Shape& shape = a.shape;
+    const conv2d::Plan& plan = a.plan;
+    for (int64_t pixel = first; pixel < last; ++pixel) {
+        int64_t index = block.first + pixel, out_pixels = shape.out_height * shape.out_width;
+        int64_t sample = index / out_pixels, in_sample = index % out_pixels;
+        int64_t y = in_sample / shape.out_width * shape.stride - shape.top;
+        int64_t x = in_sample % shape.out_width * shape.stride - shape.left;
+        Prologue prologue = prologue_of(a, sample);
+        float* to = packed + pixel / plan.rows * plan.depth * plan.rows + pixel % plan.rows * kLanes;
+        for (int64_t channel = 0; channel < shape.channels; channel += kChunk) {
+            int64_t left = shape.channels - channel, count = left < kChunk ? left : kChunk;
+            // A pixel is read up to a whole vector: the next tap, or the padding, overwrites what is beyond.
+            for (int64_t ky = 0; ky < shape.kernel_height; ++ky) {
+                read_row(a.x, shape, sample, y + ky, x, shape.kernel_width, channel, count, prologue,
+                         scratch + ky * shape.kernel_width * count, count);
+            }
+            int64_t length = shape.taps() * count, padded = conv2d::round_up(length, kLanes);
+            for (int64_t i = length; i < padded; ++i) scratch[i] = 0;
+            for (int64_t i = 0; i < padded; i += kLanes, to += plan.rows * kLanes) store(to, load(scratch + i));
+        }
+    }
+}
+
+// Packs the filters of a panel, of input channels [first, first + count): to [round_up(taps count)][kPanel].
+DD_INLINE void pack_direct_filters(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t count,
+                                   float* scratch, float* to) {
+    int64_t taps = a.shape.taps(), length = taps * count, padded = conv2d::round_up(length, kLanes);
+    for (int64_t i = length * kPanel; i < padded * kPanel; i += kLanes) store(to + i, Vec{});
+    for (int v = 0; v < 2; ++v) {
+        int64_t output = panel * kPanel + v * kLanes, outputs = a.shape.outputs - output;
+        if (outputs <= 0) break;
+        for (int64_t c = 0; c < count; c += kLanes) {
+            int64_t inputs = count - c < kLanes ? count - c : kLanes;
+            read_filters(a.filters, taps, output, outputs < kLanes ? outputs : kLanes, first + c, inputs, scratch);
+            for (int64_t i = 0; i < inputs; ++i) {
+                for (int64_t tap = 0; tap < taps; ++tap) {
+                    int64_t source = i * taps + (a.filters.turned ? taps - 1 - tap : tap);
+                    store(to + (tap * count + c + i) * kPanel + v * kLanes, load(scratch + source * kLanes));
+                }
+            }
+        }
+    }
+}
+
+// Writes one output pixel of a panel. products: [kPanel].
+DD_INLINE void write_direct_pixel(const conv2d::Forward& a, int64_t index, int64_t panel, const float* products) {
+    const conv2d::Shape& shape = a.shape;
+    int64_t out_pixels = shape.out_height * shape.out_width, sample = index / out_pixels;
+    for (int v = 0; v < 2; ++v) {
+        int64_t output = panel * kPanel + v * kLanes, left = shape.outputs - output;
+        if (left <= 0) break;
+        int64_t at = index % out_pixels * shape.outputs + output;
+        Vec value = load(products + v * kLanes);
+        if (a.bias != nullptr) value += load(a.bias + output, left);
+        if (a.residual) value += read(a.residual, sample * a.residual.sample_stride + at, left);
+        write(a.y, sample * a.y.sample_stride + at, left, value);
+    }
+}
+
+}  // namespace dd::DD_ISA

@@ -1,0 +1,164 @@
+"""The operators behind conv2d: schemas, fakes, and the gradients by kernels."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import Padding
+
+
+class Method(enum.IntEnum):
+    """The algorithms as the ops carry them, ``int method``; csrc/conv2d/arguments.h has the same numbers."""
+
+    FASTEST = 0  # the cost model chooses among all
+    ACCURATE = 1  # the cost model chooses among those that round no more than a direct sum
+    DIRECT = 2
+    WINOGRAD2 = 3  # F(2x2, 3x3)
+    WINOGRAD4 = 4  # F(4x4, 3x3)
+
+
+torch.library.define(
+    "dd_kernels::conv2d",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int activation, Tensor? residual, "
+    "int stride, int top, int left, bool turned, int method, Tensor(a!) y) -> ()",
+)
+
+
+@torch.library.register_fake("dd_kernels::conv2d")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: int,
+    residual: Tensor | None,
+    stride: int,
+    top: int,
+    left: int,
+    turned: bool,
+    method: int,
+    y: Tensor,
+) -> None:
+    return None
+
+
+torch.library.define(
+    "dd_kernels::conv2d_weight_gradient",
+    "(Tensor dy, Tensor x, int top, int left, int method, Tensor(a!) dweight) -> ()",
+)
+
+
+@torch.library.register_fake("dd_kernels::conv2d_weight_gradient")
+def _(dy: Tensor, x: Tensor, top: int, left: int, method: int, dweight: Tensor) -> None:
+    return None
+
+
+_FORWARD = torch.ops.dd_kernels.conv2d.default
+_WEIGHT_GRADIENT = torch.ops.dd_kernels.conv2d_weight_gradient.default
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Returns x in channels_last, x itself where it is."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _weight_for_kernels(weight: Tensor) -> Tensor:
+    """Returns the weight as float32, contiguous or channels_last."""
+    weight = weight.to(torch.float32)
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return weight if dense else weight.contiguous()
+
+
+def _float32(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.to(torch.float32).contiguous()
+
+
+def out_size(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> tuple[int, int]:
+    """Returns the height and width of the result."""
+    left, right, top, bottom = padding
+    height, width = x.shape[2] + top + bottom - weight.shape[2], x.shape[3] + left + right - weight.shape[3]
+    return height // stride + 1, width // stride + 1
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: int,
+    residual: Tensor | None,
+    stride: int,
+    padding: Padding,
+    method: int,
+) -> Tensor:
+    """Runs the kernel; the result is channels_last."""
+    size = (x.shape[0], weight.shape[0], *out_size(x, weight, stride, padding))
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    residual = None if residual is None else channels_last(residual)
+    small = (_float32(scale), _float32(shift), activation, residual, stride, padding[2], padding[0])
+    _FORWARD(channels_last(x), _weight_for_kernels(weight), _float32(bias), *small, False, method, y)
+    return y
+
+
+def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding, method: int) -> Tensor:
+    """Returns dL/dx: for stride 1 a convolution of dy with the turned weights, by the forward kernel; else torch's."""
+    if stride != 1:
+        return reference.input_gradient(dy, x, weight, stride, padding)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    top, left = weight.shape[2] - 1 - padding[2], weight.shape[3] - 1 - padding[0]
+    weight = _weight_for_kernels(weight)
+    _FORWARD(channels_last(dy), weight, None, None, None, 0, None, 1, top, left, True, method, dx)
+    return dx
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding, method: int) -> Tensor:
+    """Returns dL/dweight: of a 3 x 3 convolution of stride 1 by the adjoint of Winograd's; else torch's."""
+    if stride != 1 or weight.shape[2:] != (3, 3) or dy.numel() == 0:
+        return reference.weight_gradient(dy, x, weight, stride, padding)
+    dweight = torch.empty_like(_weight_for_kernels(weight))
+    _WEIGHT_GRADIENT(channels_last(dy), channels_last(x), padding[2], padding[0], method, dweight)
+    return dweight.to(weight.dtype)
+
+
+class Conv2d(torch.autograd.Function):
+    """The kernel with its first derivatives; a derivative of these is torch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: int,
+        padding: Padding,
+        method: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = stride, padding, method
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return forward(x, weight, bias, None, None, 0, residual, stride, padding, method)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, method = ctx.options
+        wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
+        dx = dweight = dbias = None
+        again = torch.is_grad_enabled()  # create_graph: what follows is differentiated itself
+        if wants_x:
+            arguments = dy, x, weight, stride, padding
+            dx = reference.input_gradient(*arguments) if again else input_gradient(*arguments, method)
+        if wants_weight:
+            arguments = dy, x, weight, stride, padding
+            dweight = reference.weight_gradient(*arguments) if again else weight_gradient(*arguments, method)
+        if wants_bias:
+            dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
+        return dx, dweight, dbias, dy if wants_residual else None, None, None, None

@@ -1,0 +1,64 @@
+"""Convolution in plain PyTorch, differentiable by autograd any number of times."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activation import Activation, activate
+
+Padding = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes them
+
+
+def prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation) -> Tensor:
+    """Returns act(scale x + shift), computed in float32 (float64 for float64), in the dtype of x."""
+    if scale is None and shift is None and activation == Activation.NONE:
+        return x
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    z = x.to(dtype)
+    if scale is not None:
+        z = z * scale.to(dtype)[:, :, None, None]
+    if shift is not None:
+        z = z + shift.to(dtype)[:, :, None, None]
+    return activate(z, activation).to(x.dtype)
+
+
+def padded(x: Tensor, padding: Padding) -> Tensor:
+    """Returns x with zeros around it, left, right, top and bottom."""
+    return F.pad(x, padding) if any(padding) else x
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding, residual: Tensor | None
+) -> Tensor:
+    """Returns torch's conv2d in the dtype of x, plus the residual."""
+    left, right, top, bottom = padding
+    bias = None if bias is None else bias.to(x.dtype)
+    if left == right and top == bottom:
+        y = F.conv2d(x, weight.to(x.dtype), bias, stride, (top, left))
+    else:
+        y = F.conv2d(padded(x, padding), weight.to(x.dtype), bias, stride)
+    return y if residual is None else y + residual
+
+
+def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
+    """Returns dL/dx by torch's convolution_backward."""
+    z, weight = padded(x, padding), weight.to(x.dtype)
+    dz = _backward(dy, z, weight, stride, (True, False, False))[0]
+    left, _, top, _ = padding
+    return dz[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
+    """Returns dL/dweight by torch's convolution_backward, in the dtype of weight."""
+    gradient = _backward(dy, padded(x, padding), weight.to(x.dtype), stride, (False, True, False))[1]
+    return gradient.to(weight.dtype)
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1, list(wanted)
+    )

@@ -1,0 +1,133 @@
+"""How far conv2d's kernels may be from the exact result: a bound from the arithmetic, and what the tests share.
+
+Of every output the bound is the number of roundings on a path from an input to it, times the unit roundoff, times the
+sum of the magnitudes of all terms (Higham, 2002, section 3.1), with the transforms' matrices in absolute values.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dd_kernels.ops.conv2d.op import Method
+
+CHUNK = 64  # input channels, taps or tiles that are summed in one chain
+POINTS = {2: (0.0, 1.0, -1.0), 4: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))}
+TILE = {Method.WINOGRAD2: 2, Method.WINOGRAD4: 4}
+SAME = (1, 1, 1, 1)
+
+
+def matrices(m: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns A^T, G and B^T of F(m x m, 3 x 3), from polynomials through its points."""
+    points = POINTS[m]
+    a = torch.zeros(m, m + 2, dtype=torch.float64)
+    g = torch.zeros(m + 2, 3, dtype=torch.float64)
+    b = torch.zeros(m + 2, m + 2, dtype=torch.float64)
+    for j, point in enumerate((*points, None)):
+        others = [other for other in points if other != point]
+        polynomial = torch.ones(1, dtype=torch.float64)  # lowest power first
+        for other in others:
+            shifted, scaled = F.pad(polynomial, (1, 0)), F.pad(polynomial, (0, 1))
+            polynomial = shifted - other * scaled
+        b[j, : len(polynomial)] = polynomial
+        if point is None:
+            a[m - 1, j] = g[j, 2] = 1
+        else:
+            a[:, j] = torch.tensor([point**i for i in range(m)], dtype=torch.float64)
+            product = torch.tensor([point - other for other in others], dtype=torch.float64).prod()
+            g[j] = torch.tensor([point**i for i in range(3)], dtype=torch.float64) / product
+    return a, g, b
+
+
+def input_tiles(x: Tensor, m: int, padding: tuple[int, int, int, int]) -> Tensor:
+    """Returns the tiles [N, C, rows, columns, m + 2, m + 2] of x [N, C, H, W] with zeros around it."""
+    x = F.pad(x, padding)
+    height, width = x.shape[2] - 2, x.shape[3] - 2
+    x = F.pad(x, (0, -width % m, 0, -height % m))
+    return x.unfold(2, m + 2, m).unfold(3, m + 2, m)
+
+
+def output_tiles(y: Tensor, m: int) -> Tensor:
+    """Returns the tiles [N, K, rows, columns, m, m] of y [N, K, H, W]."""
+    y = F.pad(y, (0, -y.shape[3] % m, 0, -y.shape[2] % m))
+    return y.unfold(2, m, m).unfold(3, m, m)
+
+
+def both_sides(matrix: Tensor, squares: Tensor) -> Tensor:
+    """Returns M S M^T of every square S, the last two dimensions."""
+    return matrix @ squares @ matrix.T
+
+
+def winograd(x: Tensor, weight: Tensor, m: int, padding: tuple[int, int, int, int], absolute: bool) -> Tensor:
+    """Returns the convolution by Winograd's algorithm in the dtype of x, or the magnitudes of its terms."""
+    a, g, b = (v.abs() if absolute else v for v in matrices(m))
+    x, weight = (v.abs() if absolute else v for v in (x, weight))
+    products = torch.einsum("kcij,ncxyij->nkxyij", both_sides(g, weight), both_sides(b, input_tiles(x, m, padding)))
+    tiles = both_sides(a, products).permute(0, 1, 2, 4, 3, 5)
+    y = tiles.reshape(*tiles.shape[:2], tiles.shape[2] * m, tiles.shape[4] * m)
+    left, right, top, bottom = padding
+    return y[:, :, : x.shape[2] + top + bottom - 2, : x.shape[3] + left + right - 2]
+
+
+def gradient_magnitude(x: Tensor, dy: Tensor, m: int, padding: tuple[int, int, int, int]) -> Tensor:
+    """Returns the magnitudes of all terms of the weights' gradient."""
+    a, g, b = (v.abs() for v in matrices(m))
+    inputs, outputs = both_sides(b, input_tiles(x.abs(), m, padding)), both_sides(a.T, output_tiles(dy.abs(), m))
+    return both_sides(g.T, torch.einsum("ncxyij,nkxyij->kcij", inputs, outputs))
+
+
+def unit(roundings: int, isa: str | None) -> float:
+    """Returns the relative error of so many roundings in float32; twice as many where a multiply-add takes two."""
+    n = roundings * (2 if isa == "baseline" else 1)
+    return n * 2.0**-24 / (1 - n * 2.0**-24)
+
+
+# Each of a transform's two passes rounds its coefficients, up to four products and sums, and a sum or difference.
+TRANSFORM = 2 * 6
+EPILOGUE = 2  # bias and residual
+
+
+def bound(
+    x: Tensor,
+    weight: Tensor,
+    method: Method,
+    isa: str | None,
+    padding: tuple[int, int, int, int] = SAME,
+    stride: int = 1,
+    added: Tensor | float = 0.0,
+    prologue: int = 0,
+) -> Tensor:
+    """Returns how far float32 may be from the exact convolution of x; all tensors are float64.
+
+    ``added`` holds the magnitudes of bias and residual, ``prologue`` counts the roundings of x itself.
+    """
+    if method == Method.DIRECT:
+        depth = weight[0].numel()
+        magnitude = F.conv2d(F.pad(x.abs(), padding), weight.abs(), stride=stride)
+        # A chain may end at the padding that makes a chunk's taps whole vectors.
+        roundings = min(depth, CHUNK) + depth // CHUNK + weight.shape[1] // CHUNK + 2
+    else:
+        magnitude = winograd(x, weight, TILE[method], padding, True)
+        roundings = 3 * TRANSFORM + min(weight.shape[1], CHUNK) + weight.shape[1] // CHUNK + 1
+    return unit(roundings + prologue + EPILOGUE, isa) * (magnitude + added)
+
+
+def gradient_bound(
+    x: Tensor, dy: Tensor, method: Method, isa: str | None, padding: tuple[int, int, int, int]
+) -> Tensor:
+    """Returns how far float32 may be from the weights' exact gradient; blocks of tiles are added up too."""
+    m = TILE[method]
+    tiles = output_tiles(dy, m)[:, 0, :, :, 0, 0].numel()
+    roundings = 3 * TRANSFORM + min(tiles, CHUNK) + 2 * (tiles // CHUNK + 1)
+    return unit(roundings, isa) * gradient_magnitude(x, dy, m, padding)
+
+
+def assert_within(actual: Tensor, exact: Tensor, limit: Tensor) -> None:
+    """Compares element by element; a 16-bit result is rounded once more."""
+    assert actual.shape == exact.shape
+    if actual.dtype != torch.float32:
+        info = torch.finfo(actual.dtype)
+        limit = limit + info.eps / 2 * (exact.abs() + limit) + info.smallest_normal * info.eps
+    excess = ((actual.double() - exact).abs() - limit).max() if actual.numel() > 0 else torch.tensor(0.0)
+    assert excess <= 0, f"beyond the bound by {excess:.3g}"

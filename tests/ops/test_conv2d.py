@@ -1,0 +1,200 @@
+"""conv2d and its gradients against float64, for every method, layout, dtype and option."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conv2d_cases import SAME, TILE, assert_within, bound, gradient_bound, matrices, winograd
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dd_kernels.ops.conv2d import conv2d, op, reference
+from dd_kernels.ops.conv2d.op import Method
+
+METHODS = [Method.DIRECT, Method.WINOGRAD2, Method.WINOGRAD4]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+# Fewer channels than a vector, one chunk, several with a rest; odd sizes; one pixel; one row; several panels.
+SHAPES = [
+    (2, 3, 5, 9, 7),
+    (1, 64, 64, 8, 8),
+    (1, 70, 33, 4, 4),
+    (3, 8, 40, 1, 1),
+    (1, 130, 20, 1, 13),
+    (2, 20, 16, 6, 5),
+]
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(kernel):
+    if kernel.name != "cpu":
+        pytest.skip("conv2d has kernels for the CPU alone")
+
+
+def sizes(n, c, k, h, w):
+    return (n, c, h, w), (k, c, 3, 3), (n, k, h, w)
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_matrices_make_a_convolution(m):
+    """The construction that the kernels and the bound share is exact."""
+    x, weight = torch.randn(2, 3, 9, 7, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(winograd(x, weight, m, SAME, False), F.conv2d(x, weight, padding=1))
+    a, g, b = matrices(m)
+    assert (a.shape, g.shape, b.shape) == ((m, m + 2), (m + 2, 3), (m + 2, m + 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(kernel, shape, method, layout):
+    x_size, w_size, y_size = sizes(*shape)
+    x, residual, bias = torch.randn(x_size), torch.randn(y_size), torch.randn(shape[2])
+    weight = torch.randn(w_size).contiguous(memory_format=layout)
+    actual = op.forward(x, weight, bias, None, None, 0, residual, 1, SAME, method)
+    exact = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) + residual.double()
+    added = bias.double().abs()[:, None, None] + residual.double().abs()
+    assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa, added=added))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("activation", [0, 1])
+def test_prologue(kernel, method, activation):
+    """Zeros of the padding stay zeros, whatever the shift."""
+    x, weight = torch.randn(2, 70, 7, 6), torch.randn(20, 70, 3, 3)
+    scale, shift = torch.randn(2, 70), 3 * torch.randn(2, 70)
+    actual = op.forward(x, weight, None, scale, shift, activation, None, 1, SAME, method)
+    z = x.double() * scale.double()[:, :, None, None] + shift.double()[:, :, None, None]
+    magnitude = (x * scale[:, :, None, None]).double().abs() + shift.double().abs()[:, :, None, None]
+    exact = F.conv2d(F.silu(z) if activation else z, weight.double(), padding=1)
+    # One rounding of the affine map; silu magnifies it by 1.1 at most, and has an exponential and a division.
+    assert_within(actual, exact, bound(magnitude, weight.double(), method, kernel.isa, prologue=12))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_16_bits(kernel, method, dtype):
+    x, weight, residual = torch.randn(2, 40, 9, 6), torch.randn(36, 40, 3, 3) / 19, torch.randn(2, 36, 9, 6)
+    x, weight, residual = (v.to(dtype) for v in (x, weight, residual))
+    actual = op.forward(x, weight, None, None, None, 0, residual, 1, SAME, method)
+    assert actual.dtype == dtype
+    exact = F.conv2d(x.double(), weight.double(), padding=1) + residual.double()
+    limit = bound(x.double(), weight.double(), method, kernel.isa, added=residual.double().abs())
+    assert_within(actual, exact, limit)
+
+
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 1, 0, 1), (1, 0, 2, 0), (2, 2, 1, 3)])
+@pytest.mark.parametrize("method", METHODS)
+def test_padding(kernel, method, padding):
+    x, weight = torch.randn(2, 19, 8, 11), torch.randn(18, 19, 3, 3)
+    actual = op.forward(x, weight, None, None, None, 0, None, 1, padding, method)
+    exact = F.conv2d(F.pad(x.double(), padding), weight.double())
+    assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa, padding))
+
+
+@pytest.mark.parametrize("channels", [3, 64, 100])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"),
+    [((1, 1), 1, 0), ((1, 1), 2, 0), ((3, 3), 2, (0, 1, 0, 1)), ((3, 3), 2, 1), ((5, 2), 1, (2, 1)), ((7, 7), 3, 3)],
+)
+def test_direct(kernel, size, stride, padding, channels):
+    """Any kernel size and stride, through the public function, which keeps the layout of x."""
+    weight = torch.randn(21, channels, *size)
+    for layout in LAYOUTS:
+        x = torch.randn(2, channels, 9, 10).contiguous(memory_format=layout)
+        actual = conv2d(x, weight, None, stride, padding, backend="cpu")
+        assert actual.is_contiguous(memory_format=layout)
+        sides = (padding,) * 4 if isinstance(padding, int) else padding
+        sides = (sides[1], sides[1], sides[0], sides[0]) if len(sides) == 2 else sides
+        exact = F.conv2d(F.pad(x.double(), sides), weight.double(), stride=stride)
+        limit = bound(x.double(), weight.double(), Method.DIRECT, kernel.isa, sides, stride)
+        assert_within(actual, exact, limit)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_input_gradient(kernel, shape, method, layout):
+    x_size, w_size, y_size = sizes(*shape)
+    x, dy, weight = torch.randn(x_size), torch.randn(y_size), torch.randn(w_size).contiguous(memory_format=layout)
+    actual = op.input_gradient(dy, x, weight, 1, SAME, method)
+    exact = F.conv_transpose2d(dy.double(), weight.double(), padding=1)
+    turned = weight.double().flip(2, 3).transpose(0, 1)
+    assert_within(actual, exact, bound(dy.double(), turned, method, kernel.isa))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", [Method.WINOGRAD2, Method.WINOGRAD4])
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 40, 36, 33, 31)], ids=str)
+def test_weight_gradient(kernel, shape, method, layout):
+    x_size, w_size, y_size = sizes(*shape)
+    x, dy, weight = torch.randn(x_size), torch.randn(y_size), torch.empty(w_size).contiguous(memory_format=layout)
+    actual = op.weight_gradient(dy, x, weight, 1, SAME, method)
+    assert actual.stride() == weight.stride()
+    exact = reference.weight_gradient(dy.double(), x.double(), weight.double(), 1, SAME)
+    assert_within(actual, exact, gradient_bound(x.double(), dy.double(), method, kernel.isa, SAME))
+
+
+def test_weight_gradient_of_several_blocks(kernel):
+    """Blocks of tiles are added up: 2 x 33 x 33 tiles are more than one."""
+    x, dy, weight = torch.randn(2, 12, 131, 130), torch.randn(2, 9, 131, 130), torch.empty(9, 12, 3, 3)
+    exact = reference.weight_gradient(dy.double(), x.double(), weight.double(), 1, SAME)
+    for method in TILE:
+        actual = op.weight_gradient(dy, x, weight, 1, SAME, method)
+        assert_within(actual, exact, gradient_bound(x.double(), dy.double(), method, kernel.isa, SAME))
+
+
+def test_several_blocks_of_tiles(kernel):
+    """More tiles than one block holds, whose last rows of tiles are cut anywhere."""
+    x, weight = torch.randn(1, 40, 150, 149), torch.randn(20, 40, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    for method in METHODS:
+        actual = op.forward(x, weight, None, None, None, 0, None, 1, SAME, method)
+        assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape(kernel, data):
+    size = st.integers(1, 14)
+    n, c, k = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 140)), data.draw(st.integers(1, 70))
+    padding = tuple(data.draw(st.integers(0, 3)) for _ in range(4))
+    h = data.draw(size.filter(lambda v: v + padding[2] + padding[3] >= 3))
+    w = data.draw(size.filter(lambda v: v + padding[0] + padding[1] >= 3))
+    method, layout = data.draw(st.sampled_from(METHODS)), data.draw(st.sampled_from(LAYOUTS))
+    x, weight = torch.randn(n, c, h, w), torch.randn(k, c, 3, 3).contiguous(memory_format=layout)
+    exact = F.conv2d(F.pad(x.double(), padding), weight.double())
+    actual = op.forward(x, weight, None, None, None, 0, None, 1, padding, method)
+    assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa, padding))
+    dy = torch.randn(actual.shape)
+    dx = op.input_gradient(dy, x, weight, 1, padding, method)
+    exact_dx = reference.input_gradient(dy.double(), x.double(), weight.double(), 1, padding)
+    turned = weight.double().flip(2, 3).transpose(0, 1)
+    back = tuple(2 - side for side in padding)
+    assert_within(dx, exact_dx, bound(dy.double(), turned, method, kernel.isa, back))
+    if method != Method.DIRECT:
+        dweight = op.weight_gradient(dy, x, weight, 1, padding, method)
+        exact_dw = reference.weight_gradient(dy.double(), x.double(), weight.double(), 1, padding)
+        assert_within(dweight, exact_dw, gradient_bound(x.double(), dy.double(), method, kernel.isa, padding))
+
+
+@pytest.mark.parametrize("method", [Method.DIRECT, Method.WINOGRAD2])
+def test_sums_of_64_channels_are_added_up(kernel, method):
+    """2^24 hides the ones of its own chunk, each below half a unit of it, and not the sum of the other chunk's."""
+    x = torch.ones(1, 128, 8, 8)
+    x[:, 0] = 2.0**24
+    weight = torch.zeros(1, 128, 3, 3)
+    weight[:, :, 1, 1] = 1
+    if method == Method.WINOGRAD2:  # the transforms of constant images and filters of equal taps are exact
+        weight[:] = 0
+        weight[:, :, 0, 0] = 1
+    y = op.forward(x, weight, None, None, None, 0, None, 1, (0, 0, 0, 0), method)
+    assert y.eq(2.0**24 + 64).all()
+
+
+@pytest.mark.parametrize("method", [Method.WINOGRAD2, Method.WINOGRAD4])
+def test_root_mean_square_error(kernel, method):
+    """What README says of a layer of 256 channels."""
+    x, weight = torch.randn(2, 256, 16, 16), torch.randn(256, 256, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    y = op.forward(x, weight, None, None, None, 0, None, 1, SAME, method)
+    error = ((y.double() - exact).square().mean() / exact.square().mean()).sqrt()
+    assert error < {Method.WINOGRAD2: 4e-7, Method.WINOGRAD4: 1.3e-6}[method]
