@@ -28,6 +28,8 @@ def sources(pattern: str) -> list[str]:
 
 def cpu_library() -> list[Extension]:
     """dd_kernels/_cpu.abi3.so, or nothing where there is no C++ compiler."""
+    if not os.environ.get("CXX", "").strip():
+        os.environ.pop("CXX", None)  # torch would take an empty CXX for the name of a compiler
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None or sys.platform == "win32":
         warnings.warn(
@@ -37,7 +39,7 @@ def cpu_library() -> list[Extension]:
         )
         return []
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-    flags += ["-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall"]
+    flags += ["-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-g0"]
     return [
         CppExtension(
             "dd_kernels._cpu",

@@ -40,7 +40,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-o
 
 def compiler() -> str | None:
     """The C++ compiler to build with; None if there is none."""
-    return shutil.which(os.environ.get("CXX", "c++").split()[0])
+    return shutil.which((os.environ.get("CXX", "").split() or ["c++"])[0])
 
 
 def address_sanitizer() -> str | None:
