@@ -23,7 +23,7 @@ template <int rows, int vectors, bool transposed>
 DD_INLINE void multiply(const float* a, const float* b, int64_t blocks, Vec (&sum)[rows][vectors]) {
     using At = Steps<rows, transposed>;
     for (int64_t i = 0; i < blocks; ++i, a += At::block, b += kLanes * kPanel) {
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int step = 0; step < kLanes; ++step) {
             Vec column[vectors];
             for (int v = 0; v < vectors; ++v) column[v] = load(b + step * kPanel + v * kLanes);

@@ -57,7 +57,7 @@ DD_INLINE void multiply_panel(const Forward& a, int64_t panel, int64_t first, in
             const float* rows = packed + point * plan.plane() + from * plan.rows;
             float* out = products + point * plan.rows * kPanel;
             for (int64_t group = first; group < last; ++group, out += plan.points * plan.rows * kPanel) {
-                multiply_group(rows + group * plan.depth * plan.rows, filters + point * depth * kPanel, depth, out,
+                multiply_group(rows + group * plan.depth * plan.rows, filters + point * filter_plane(depth), depth, out,
                                channel > 0);
             }
         }
@@ -70,7 +70,8 @@ void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_
                      float* scratch) {
     const Plan& plan = a.plan;
     int64_t taps = a.shape.taps(), in_chunk = (plan.method == Method::direct ? taps : plan.points) * conv2d::kChunk;
-    float *filters = scratch + taps * kLanes * kLanes, *products = filters + (in_chunk + kLanes) * kPanel;
+    float *filters = scratch + taps * kLanes * kLanes,
+          *products = filters + (in_chunk + kLanes) * kPanel + plan.points * 16;
     int64_t groups = conv2d::divide_up(block.tiles, plan.rows);
     for (int64_t part = first; part < last; ++part) {
         int64_t panel = part / plan.panel_parts, piece = part % plan.panel_parts;

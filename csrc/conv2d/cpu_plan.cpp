@@ -24,7 +24,7 @@ Costs costs_of(Method method, const Shape& shape) {
         case Method::winograd2:
             return {180, 90, 110};
         default:
-            return {4 * taps, 8, 7 * taps};
+            return {4 * taps, 8, 14 * taps};
     }
 }
 
@@ -138,7 +138,8 @@ int64_t panel_scratch(const Shape& shape, const Plan& plan, const Target& target
     int64_t taps = shape.taps(), in_chunk = (plan.method == Method::direct ? taps : plan.points) * kChunk;
     int64_t groups = divide_up(divide_up(plan.block, plan.rows), plan.panel_parts) + 1;
     int64_t products = groups * plan.rows * plan.points * target.panel();
-    return taps * target.lanes * target.lanes + (in_chunk + target.lanes) * target.panel() + products;
+    return taps * target.lanes * target.lanes + (in_chunk + target.lanes) * target.panel() + plan.points * 16 +
+           products;
 }
 
 }  // namespace dd::conv2d

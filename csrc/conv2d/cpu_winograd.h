@@ -160,27 +160,30 @@ DD_INLINE void for_strips(const conv2d::Plan& plan, int64_t first, int64_t last,
     }
 }
 
+// Distance of two points' planes of a chunk's transformed filters; 16 floats more than needed, so that the planes,
+// which are written together, start in different cache sets.
+DD_INLINE int64_t filter_plane(int64_t depth) { return depth * kPanel + 16; }
+
 // Transforms the filters of a panel, of input channels [first, first + count): to [points][round_up(count)][kPanel].
 template <int m>
 DD_INLINE void pack_winograd_filters(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t count,
                                      float* scratch, float* to) {
     constexpr int points = m + 2;
-    int64_t padded = conv2d::round_up(count, kLanes), plane = padded * kPanel;
+    int64_t padded = conv2d::round_up(count, kLanes), plane = filter_plane(padded);
+    // Taps are read backwards where the filters are turned.
+    const int64_t start = a.filters.turned ? 8 * kLanes : 0, step = a.filters.turned ? -kLanes : kLanes;
     for (int v = 0; v < 2; ++v) {
         int64_t output = panel * kPanel + v * kLanes, outputs = a.shape.outputs - output;
         if (outputs <= 0) break;
         for (int64_t c = 0; c < padded; c += kLanes) {
             int64_t inputs = count - c < kLanes ? count - c : kLanes;
             read_filters(a.filters, 9, output, outputs < kLanes ? outputs : kLanes, first + c, inputs, scratch);
+            set_zero(scratch + inputs * 9 * kLanes, (kLanes - inputs) * 9 * kLanes);
             for (int64_t i = 0; i < kLanes; ++i) {
-                const float* taps = scratch + i * 9 * kLanes;
+                const float* taps = scratch + i * 9 * kLanes + start;
                 float* row = to + (c + i) * kPanel + v * kLanes;
-                bool beyond = i >= inputs, turned = a.filters.turned;
                 transform_square<conv2d::FilterMatrix<m>, false>(
-                    [&](int y, int x) DD_INLINE_LAMBDA {
-                        int tap = y * 3 + x;
-                        return beyond ? Vec{} : load(taps + (turned ? 8 - tap : tap) * kLanes);
-                    },
+                    [&](int y, int x) DD_INLINE_LAMBDA { return load(taps + (y * 3 + x) * step); },
                     [&](int y, int x, Vec value) DD_INLINE_LAMBDA { store(row + (y * points + x) * plane, value); });
             }
         }
