@@ -43,6 +43,9 @@ class Case:
         peers: by name the function that is called with the same arguments, or in words why it is not measured.
         device: where the tensors are.
         graph: a GPU replays the calls from a graph; where False, they are timed as a program makes them.
+        rounds: number of rounds (None: as many as fit a case's time).
+        settle: seconds to wait before each measurement, which then starts with an untimed call; for implementations
+            whose threads go on spinning after a call.
         hot: ``inputs`` is a single tuple on purpose, whatever its size; the copy then has a single one too.
         extra: further entries of the row.
         inspect: called after the timing, returns further entries that are not timed.
@@ -59,6 +62,8 @@ class Case:
     layout: str = "contiguous"
     device: torch.device | str = "cpu"
     graph: bool = True
+    rounds: int | None = None
+    settle: float = 0.0
     hot: bool = False
     extra: Row = field(default_factory=dict)
     inspect: Callable[[], Row] | None = None
@@ -145,20 +150,29 @@ def _timers(case: Case, clock: Clock) -> tuple[dict[str, Timer], dict[str, str]]
     return timers, missing
 
 
-def interleave(timers: dict[str, Timer], case_seconds: float) -> dict[str, list[float]]:
-    """Returns seconds per call of each timer in every round; slow cases get fewer rounds."""
-    round_seconds = sum(timer.round_seconds for timer in timers.values())
+def number_of_rounds(round_seconds: float, case_seconds: float) -> int:
+    """Returns as many rounds as fit a case's time, with a least number that is smaller for slow cases."""
     least = MIN_ROUNDS
     if round_seconds > 2 * case_seconds:
         least = SLOW_ROUNDS if round_seconds < 16 * case_seconds else SLOWEST_ROUNDS
-    rounds = min(MAX_ROUNDS, max(least, round(case_seconds / max(round_seconds, 1e-9))))
+    return min(MAX_ROUNDS, max(least, round(case_seconds / max(round_seconds, 1e-9))))
+
+
+def interleave(
+    timers: dict[str, Timer], case_seconds: float, rounds: int | None = None, settle: float = 0.0
+) -> dict[str, list[float]]:
+    """Returns seconds per call of each timer in every round; see ``rounds`` and ``settle`` of :class:`Case`."""
+    wanted = rounds or number_of_rounds(sum(timer.round_seconds for timer in timers.values()), case_seconds)
     times: dict[str, list[float]] = {name: [] for name in timers}
     order = list(timers)
     end = time.monotonic() + PATIENCE * case_seconds
-    for done in range(rounds):
-        if done >= SLOW_ROUNDS and time.monotonic() > end:
+    for done in range(wanted):
+        if rounds is None and done >= SLOW_ROUNDS and time.monotonic() > end:
             break
         for name in order:
+            if settle:
+                time.sleep(settle)
+                timers[name].measure()
             times[name].append(timers[name].measure())
         order = order[1:] + order[:1]
     return times
@@ -239,7 +253,8 @@ def measure(plan: Plan, target: Target) -> Row:
         try:
             case = plan.build()
             timers, missing = _timers(case, clock)
-            row = record(case, timers, missing, interleave(timers, clock.case_seconds))
+            times = interleave(timers, clock.case_seconds, case.rounds, case.settle)
+            row = record(case, timers, missing, times)
             bandwidth = machine.limits(clock, target.device, torch.float32)["copy_gb_per_s"]
             row |= {"threads": plan.threads, "percent_of_bandwidth": 100 * row["gb_per_s"] / bandwidth}
             row["backend"] = machine.backend(target.kind)

@@ -46,6 +46,28 @@ def _events(run: Callable[[], object], device: str) -> list[tuple[str, float, in
     return found
 
 
+# The kinds of layers by the operators of a CPU; the first kind that matches has the operator.
+KINDS = {
+    "convolutions": re.compile(r"conv", re.IGNORECASE),
+    "norms and activations": NORM,
+    "attention": re.compile(r"attention|softmax|bmm", re.IGNORECASE),
+    "linear": re.compile(r"addmm|::mm\b|linear|gemm", re.IGNORECASE),
+    "copies and layouts": re.compile(r"copy_|contiguous|clone|::to\b|reorder|::cat\b", re.IGNORECASE),
+}
+
+
+def kinds(run: Callable[[], object]) -> Row:
+    """Returns the shares of a call's time on a CPU by kind of layer."""
+    with torch.no_grad():
+        events = _events(run, "cpu")
+    found: dict[str, float] = {}
+    for name, us, _ in events:
+        kind = next((kind for kind, pattern in KINDS.items() if pattern.search(name)), "rest")
+        found[kind] = found.get(kind, 0.0) + us
+    total = sum(found.values())
+    return {kind: us / total for kind, us in sorted(found.items(), key=lambda pair: -pair[1])}
+
+
 def _copies(name: str) -> bool:
     """Returns whether a GPU's event is a copy or a fill, not a kernel."""
     return name.startswith(("Memcpy", "Memset"))

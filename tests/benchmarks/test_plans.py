@@ -13,6 +13,7 @@ import dd_kernels as dd
 from benchmarks import (
     bench_group_norm_silu,
     bench_growth,
+    bench_model,
     bench_q_sample,
     bench_randn,
     bench_reverse_step,
@@ -22,7 +23,9 @@ from benchmarks import (
     inspect_step,
     machine,
     models,
+    peak,
     shapes,
+    tables,
     text,
     variants,
 )
@@ -254,6 +257,57 @@ def test_training(target, monkeypatch):
         assert row["memory"]["dd_kernels"]["saved_bytes"] > 0
         if "eager" in row["memory"]:  # ours keeps fewer bytes than PyTorch's GroupNorm and SiLU
             assert row["memory"]["dd_kernels"]["saved_bytes"] < row["memory"]["eager"]["saved_bytes"]
+
+
+def test_a_whole_model_beside_every_peer(cpu_target, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(bench_model, "clock_of", lambda device: cpu_target.clock)
+    monkeypatch.setattr(peak, "ROUNDS", 1000)
+    monkeypatch.setattr("sys.argv", ["bench_model", "--model", "cifar10", "--batch", "2", "--rounds", "3"])
+    monkeypatch.setattr(inspect_step, "REPEATS", 1)
+    bench_model.main()
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("| ")]
+    by_name = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    wanted = {"diffusers", "diffusers, channels_last", "torch.compile", "dd_kernels, nn.UNet", "diffusers bfloat16"}
+    assert set(by_name) >= wanted, out
+    assert "Not measured" not in out
+    for name, line in by_name.items():
+        assert 0 < float(line["RMS error"]) < (0.1 if "bfloat16" in name else 1e-5), line
+        assert float(line["% of peak"].replace(",", "")) > 0
+    assert sum(float(by_name["diffusers"][kind].rstrip("%") or 0) for kind in lines[0][7:]) == pytest.approx(100, abs=3)
+    for bad in (["--batch", "0"], ["--rounds", "1"]):
+        monkeypatch.setattr("sys.argv", ["bench_model", *bad])
+        with pytest.raises(SystemExit):
+            bench_model.main()
+        assert bad[0] in capsys.readouterr().err
+
+
+def test_an_implementation_that_cannot_be_made_is_named(cpu_target, tiny, monkeypatch):
+    monkeypatch.setattr(
+        bench_model, "_makers", lambda: {"broken": lambda net: 1 / 0, "diffusers again": bench_model._eager}
+    )
+    monkeypatch.setattr(peak, "ROUNDS", 1000)
+    row = harness.measure(bench_model.plans(cpu_target)[0], cpu_target)
+    assert row["peers"]["broken"] == {"not_measured": "ZeroDivisionError: division by zero"}
+    assert row["peers"]["diffusers again"]["ratio"] > 0
+    assert row["errors"]["diffusers"] == row["errors"]["diffusers again"]
+    assert "broken: ZeroDivisionError" in tables.models([row])
+
+
+def test_the_error_is_relative_and_of_float64():
+    exact = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    assert bench_model.rms_error(torch.tensor([3.0, -4.5]), exact) == pytest.approx(0.1)
+
+
+def test_the_peak_needs_a_compiler_or_takes_a_matrix_product(monkeypatch, few_rounds):
+    monkeypatch.setattr(peak, "ROUNDS", 1000)
+    assert peak.measured()["how"] == "multiply-adds on registers"
+    peak._library.cache_clear()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    without = peak.measured()
+    peak._library.cache_clear()
+    assert without["gflop_per_s"] > 0
+    assert "no C++ compiler" in without["how"]
 
 
 def test_growth(target, monkeypatch):

@@ -6,7 +6,7 @@ import types
 import PIL.Image
 import pytest
 
-from benchmarks import parts, plots, render, report, results
+from benchmarks import parts, plots, render, report, results, tables
 
 
 def row(ratio, threads=1, shape=(1, 3, 8, 8), **changes):
@@ -83,10 +83,10 @@ def test_digest_is_the_median_and_range_over_the_shapes():
     one, two = results.digest(rows)
     assert (one["least"], one["median"], one["most"], one["shapes"]) == (2.0, 3.0, 8.0, 3)
     assert (two["threads"], two["median"]) == (2, 30.0)
-    table = render.ops_table(rows)
+    table = tables.ops_table(rows)
     assert "| reverse_step | ddpm | float32 | contiguous | diffusers | 3.0x (2.0 to 8.0) | 30.0x |" in table
     assert "apex" not in table  # a peer that was not measured has no figure
-    assert "| GPU |" in render.ops_table([row(2.0, threads=None)])
+    assert "| GPU |" in tables.ops_table([row(2.0, threads=None)])
 
 
 @pytest.mark.parametrize(("threads", "title"), [((1, 2), "Some CPU (R), 2 threads:"), ((None,), "Some CPU (R):")])
@@ -114,11 +114,33 @@ def test_slower_compares_ratios_of_the_same_case():
 def test_images_per_second_follow_from_the_time_of_one_step_and_from_a_whole_run():
     assert results.images_per_second(step(1.0), 10) == {"dd_kernels": 0.8, "diffusers": 0.4}
     assert results.images_per_second(step(2.0, steps=10), 10) == {"dd_kernels": 4.0, "diffusers": 2.0}
-    text = render.throughput(results.rows(full()), every=True)
+    text = tables.throughput(results.rows(full()), every=True)
     assert "| cifar10 | DDIM-20, extrapolated | 8 | float32 | 0.400 | 0.200 (2.00x) |" in text
     assert "| cifar10 | DDIM-10, whole run, measured | 8 | float32 | 4.00 | 2.00 (2.00x) |" in text
-    assert "DDIM-20" not in render.throughput(results.rows(full()), every=False)
-    assert render.throughput([row(3.0)], every=True) == ""
+    assert "DDIM-20" not in tables.throughput(results.rows(full()), every=False)
+    assert tables.throughput([row(3.0)], every=True) == ""
+
+
+def model_row():
+    peers = {
+        "ours": {"us": 5e4, "ratio": 0.5, "ratio_q1": 0.4, "ratio_q3": 0.8, "how": "clock"},
+        "OpenVINO": {"not_measured": "ImportError: none"},
+    }
+    errors = {"diffusers": 1e-6, "ours": 2e-6}
+    kinds = {"diffusers": {"convolutions": 0.75, "rest": 0.25}, "ours": {"convolutions": 1.0}}
+    peak = {"gflop_per_s": 400.0, "how": "multiply-adds on registers"}
+    more = {"errors": errors, "kinds": kinds, "flops": 2e10, "peak": peak, "rounds": 11}
+    return row(1.0, op="model", case="cifar10", shape=(16, 3, 32, 32), us=1e5, **more) | {"peers": peers}
+
+
+def test_a_whole_model_is_compared_with_diffusers_eager():
+    text = tables.models([row(2.0), model_row()])
+    assert "| diffusers | 100 | 160 | 1 | 1.0e-06 | 200 | 50.0 | 75% | 25% |" in text
+    assert "| ours | 50.0 | 320 | 2.00 (1.25 to 2.50) | 2.0e-06 | 400 | 100 | 100% |  |" in text
+    assert "Not measured: OpenVINO: ImportError: none." in text
+    assert "paired ratios of 11 interleaved rounds" in text
+    assert results.ratios(model_row()) == {"ours": 2.0}
+    assert tables.models([row(2.0)]) == ""
 
 
 def test_the_headline_compares_at_our_best_batch_by_paired_ratios_and_cites_the_paper():
@@ -127,14 +149,14 @@ def test_the_headline_compares_at_our_best_batch_by_paired_ratios_and_cites_the_
     rows.append(step(9.0, 64))
     rows[-1]["peers"] = {"reference": {"us": 1.0, "ratio": 9.0}}
     next(r for r in rows if r["op"] == "sample")["peers"]["diffusers"]["ratio"] = 1.75  # not the quotient of medians
-    text = render.headline(rows)
+    text = tables.headline(rows)
     assert "| sampler | batch | dtype | dd_kernels | diffusers | reference |" in text
     assert "| DDIM, 10 steps | 8 | float32 | 17.4 h | 34.7 h (1.75x) |  |" in text
     assert "| DDPM, 1000 steps | 8 | float32 | 868 h | 1,736 h (2.00x) |  |" in text
     assert "the median of paired ratios of interleaved runs, both at the row's batch and dtype" in text
     assert "20 hours" in text
     assert "Song" in text
-    assert render.headline([row(1.0)]) == ""
+    assert tables.headline([row(1.0)]) == ""
 
 
 @pytest.mark.parametrize(
@@ -142,7 +164,7 @@ def test_the_headline_compares_at_our_best_batch_by_paired_ratios_and_cites_the_
     [(3.21, "3.21 s"), (90, "1.50 min"), (72_000, "20.0 h"), (0.5, "0.500 s"), (0.00612, "0.00612 s")],
 )
 def test_durations(seconds, text):
-    assert render.duration(seconds) == text
+    assert tables.duration(seconds) == text
 
 
 def test_the_page_of_a_device_says_everything():

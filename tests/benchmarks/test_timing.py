@@ -127,6 +127,15 @@ def test_what_takes_long_gets_fewer_rounds(seconds, rounds):
     assert len(times["ours"]) == getattr(harness, rounds)
 
 
+def test_rounds_are_as_many_as_wanted_and_wait_before_each(monkeypatch):
+    calls, waited = [], []
+    monkeypatch.setattr(harness.time, "sleep", waited.append)
+    times = harness.interleave({"ours": Timer(lambda: calls.append(1) or 1.0, 50.0, "clock")}, 0.01, 7, settle=0.03)
+    assert len(times["ours"]) == 7
+    assert len(calls) == 14  # an untimed call after each wait
+    assert waited == [0.03] * 7
+
+
 def test_ratios_are_taken_within_a_round():
     found = harness.ratio_of([2.0, 30.0, 2.2], [1.0, 10.0, 1.0])
     assert found["ratio"] == pytest.approx(2.2)

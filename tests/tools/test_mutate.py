@@ -1,0 +1,96 @@
+"""Tests which changes are found in a source, which tests run for a file, and what becomes of a change."""
+
+import random
+
+import pytest
+
+from tools import mutate
+
+SOURCE = '''
+"""No change here: 1 < 2."""
+def f(x: int = 3, *rest, ready: bool = True, name: tuple[int, 4] = ("é", 5)) -> "1 + 2":
+    if x <= 1 < 2 or not ready and x is not None:
+        return x // 2 * -1.5
+    return [y for y in rest if y not in (x, )] + [name % 7]
+'''
+
+
+def changes(source):
+    return [(one.line, one.old, one.new) for one in mutate.Finder("a.py", source).mutations()]
+
+
+def test_comparisons_constants_operators_booleans_and_defaults_are_changed():
+    assert changes(SOURCE) == [
+        *((3, "3", "4"), (3, "True", "False"), (3, "5", "6")),
+        *((4, "<=", "<"), (4, "1", "2"), (4, "<", "<="), (4, "2", "3"), (4, "or", "and")),
+        *((4, "not ", ""), (4, "and", "or"), (4, "is not", "is")),
+        *((5, "//", "/"), (5, "2", "3"), (5, "*", "/"), (5, "1.5", "2.5")),
+        *((6, "not in", "in"), (6, "+", "-"), (6, "%", "*"), (6, "7", "8")),
+    ]
+
+
+def test_every_change_is_of_its_place_and_still_compiles():
+    for one in mutate.Finder("a.py", SOURCE).mutations():
+        changed = one.apply(SOURCE)
+        compile(changed, "a.py", "exec")
+        before, after = SOURCE.splitlines(), changed.splitlines()
+        assert [i + 1 for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [one.line]
+
+
+def test_the_same_seed_chooses_the_same_changes():
+    every = mutate.candidates("dd_kernels/samplers")
+    assert len(every) > 100
+    assert random.Random(3).sample(every, 5) == random.Random(3).sample(mutate.candidates("dd_kernels/samplers"), 5)
+
+
+def test_a_file_has_the_tests_of_its_name_and_then_those_of_its_folder():
+    (near, folder) = mutate.mirrors("dd_kernels/ops/randn/reference.py")
+    assert "tests/ops/test_randn.py" in near
+    assert folder == ["tests/ops"]
+    assert mutate.mirrors("dd_kernels/schedules.py") == [["tests/test_schedules.py"]]
+    assert mutate.mirrors("dd_kernels/nn/__init__.py") == [["tests/nn"]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A repository of one function that has one test."""
+    (tmp_path / "dd_kernels").mkdir()
+    (tmp_path / "dd_kernels" / "__init__.py").touch()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "dd_kernels" / "adding.py").write_text("def add(a, b, c=0):\n    return a + b + c\n")
+    (tmp_path / "tests" / "test_adding.py").write_text(
+        "from dd_kernels.adding import add\ndef test_add(): assert add(1, 2) == 3\n"
+    )
+    return tmp_path
+
+
+def test_a_change_is_noticed_or_survives_and_is_undone(folder, capsys):
+    file = folder / "dd_kernels" / "adding.py"
+    source = file.read_text()
+    default, plus, last = mutate.Finder("dd_kernels/adding.py", source).mutations()
+    assert not mutate.survives(default, folder, 60.0)
+    assert not mutate.survives(plus, folder, 60.0)
+    assert mutate.survives(last, folder, 60.0)
+    assert file.read_text() == source
+    lines = capsys.readouterr().out.splitlines()
+    assert "dd_kernels/adding.py:1: '0' becomes '1'; noticed by FAILED tests/test_adding.py::test_add" in lines[0]
+    assert "dd_kernels/adding.py:2: '+' becomes '-'; SURVIVED" in lines[2]
+    assert lines[3] == "    return a + b + c"
+
+
+def test_a_change_that_runs_forever_is_noticed(folder):
+    (folder / "tests" / "test_adding.py").write_text("import time\ndef test_add(): time.sleep(60)\n")
+    assert mutate._failure(folder, ["tests"], 1.0) == "stopped after 1 s"
+
+
+def test_the_command_line_lists_or_runs_in_a_copy(folder, monkeypatch, capsys):
+    monkeypatch.setattr(mutate, "ROOT", folder)
+    monkeypatch.setattr("sys.argv", ["mutate", "--count", "2", "--list"])
+    assert mutate.main() == 0
+    assert capsys.readouterr().out.count("becomes") == 2
+    monkeypatch.setattr(mutate, "copy", lambda into: mutate.shutil.copytree(folder, into, dirs_exist_ok=True))
+    monkeypatch.setattr("sys.argv", ["mutate", "--count", "9"])
+    assert mutate.main() == 1
+    out = capsys.readouterr().out
+    assert "2 of 3 changes were noticed; these survived:" in out
+    assert out.splitlines()[-1] == "dd_kernels/adding.py:2: '+' becomes '-'"
