@@ -25,8 +25,10 @@ import os
 import pathlib
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
+from torch.compiler import is_compiling
 
 BACKENDS = ("auto", "cpu", "cuda", "triton", "reference")
 
@@ -54,34 +56,35 @@ def _load_library(stem: str) -> str | None:
     return None
 
 
-def _why_no_cuda() -> str | None:
+def _cuda_unavailable_reason() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return _load_library("cuda")
 
 
-def _why_no_triton() -> str | None:
+def _triton_unavailable_reason() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None
 
 
-_why_not: dict[str, str | None] = {
+_unavailable_reason: dict[str, str | None] = {
     "cpu": _load_library("cpu"),
-    "cuda": _why_no_cuda(),
-    "triton": _why_no_triton(),
+    "cuda": _cuda_unavailable_reason(),
+    "triton": _triton_unavailable_reason(),
     "reference": None,
 }
 # Checked where it is used, so that a bad value is an error of the call and not of the import.
-_default = os.environ.get("DD_KERNELS_BACKEND", "auto")
-
+_process_default = os.environ.get("DD_KERNELS_BACKEND", "auto")
+_default: ContextVar[str | None] = ContextVar("_default", default=None)
+_blocks: list[str] = []  # the backends of all use_backend blocks that are entered now, in any thread
 
 _LEAST_CAPABILITY = (8, 0)
-_too_old: dict[int, str | None] = {}  # by the index of a CUDA device, which is asked once
+_too_old: dict[int, str | None] = {}  # by the index of a CUDA device, whose capability is asked for once
 
 
-def _why_not_on(device: torch.device) -> str | None:
-    """Why the CUDA library cannot run on this CUDA device, whatever else it can; None if it can."""
+def _too_old_reason(device: torch.device) -> str | None:
+    """Returns why the kernels of the CUDA library cannot run on this CUDA device; None if they can."""
     index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _too_old:
         capability = torch.cuda.get_device_capability(index)
@@ -109,21 +112,21 @@ def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
     if name in ("auto", "reference"):
         return None
     device_type = torch.device(device).type
-    if _why_not[name] is not None:
-        return _why_not[name]
+    if _unavailable_reason[name] is not None:
+        return _unavailable_reason[name]
     if device_type not in _devices(name):
         return f"it takes {' or '.join(_devices(name))} tensors, and these are on {device_type}"
     if name == "cuda" and device_type == "cuda":
-        return _why_not_on(torch.device(device))
+        return _too_old_reason(torch.device(device))
     return None
 
 
-# Filled with the usual ones: what grows under torch.compile is compiled twice.
+# Pre-filled, because a dict that grows while torch.compile traces causes a recompilation.
 _device_types = {torch.device("cpu"): "cpu", **{torch.device("cuda", i): "cuda" for i in range(16)}}
 
 
 def _device_type(device: torch.device) -> str:
-    """``device.type``, which torch spells anew at every call: the dearest of all checks."""
+    """Returns ``device.type``, kept since torch makes it a new string at every call: the most expensive check."""
     found = _device_types.get(device)
     if found is None:
         found = _device_types[device] = device.type
@@ -131,47 +134,58 @@ def _device_type(device: torch.device) -> str:
 
 
 def _fastest(device: torch.device) -> str:
-    device_type = _device_type(device)
+    device_type = _device_types.get(device) or _device_type(device)
     if device_type == "cpu":
-        return "cpu" if _why_not["cpu"] is None else "reference"
+        return "cpu" if _unavailable_reason["cpu"] is None else "reference"
     if device_type == "cuda":
-        if _why_not["cuda"] is None and _why_not_on(device) is None:
+        if _unavailable_reason["cuda"] is None and _too_old_reason(device) is None:
             return "cuda"
-        return "triton" if _why_not["triton"] is None else "reference"
+        return "triton" if _unavailable_reason["triton"] is None else "reference"
     return "reference"
 
 
-def choose(op: str, backend: str, device: torch.device, obstacle: str | None = None) -> str:
-    """The name of the implementation that runs ``op`` on ``device``.
+def choose(op: str, backend: str, device: torch.device, unsupported_reason: str | None = None) -> str:
+    """Returns the name of the implementation that runs ``op`` on ``device``.
 
-    ``obstacle`` says why only the reference serves this call (a float64 input, a gradient asked
+    ``unsupported_reason`` says why only the reference serves this call (a float64 input, a gradient asked
     for), or is None. ``auto`` then takes the reference; a kernel asked for by name raises
     :class:`BackendUnavailableError`.
     """
     argument = "backend"
     if backend == "auto":
-        backend, argument = _default, "DD_KERNELS_BACKEND"
+        backend = _block_default() if _blocks else _process_default
+        argument = "DD_KERNELS_BACKEND"
     if backend == "auto":
-        return "reference" if obstacle else _fastest(device)
+        return "reference" if unsupported_reason else _fastest(device)
     _check_name(argument, backend)
     if backend == "reference":
         return backend
-    reason = unavailable(backend, device) or obstacle
+    reason = unavailable(backend, device) or unsupported_reason
     if reason is not None:
         raise BackendUnavailableError(f"{op}: backend={backend!r} was asked for but cannot run: {reason}")
     return backend
 
 
+def _block_default() -> str:
+    """Returns the backend of the innermost ``use_backend`` block around this call.
+
+    torch.compile cannot read a context variable. It reads, and guards on, the block that was entered last.
+    """
+    return _blocks[-1] if is_compiling() else _default.get() or _process_default
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the ops called inside the block, in every thread, on backend ``name``.
+    """Runs the ops called inside the block on backend ``name``, in this thread or asynchronous task alone.
 
     >>> with dd_kernels.use_backend("reference"):
     ...     x = dd_kernels.randn((1, 3, 8, 8), seed=0)
     """
-    global _default
-    before, _default = _default, _check_name("name", name)
+    _blocks.append(_check_name("name", name))
+    token = None if is_compiling() else _default.set(name)
     try:
         yield
     finally:
-        _default = before
+        _blocks.remove(name)
+        if token is not None:
+            _default.reset(token)

@@ -17,12 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-class MarginalTable(NamedTuple):
-    """What q_sample reads on a device: rows [T, 2] (float32) and every timestep as a tensor [1]."""
-
-    rows: Tensor
-    steps: Sequence[Tensor]
+from .ops.q_sample.table import MarginalTable
+from .ops.upload import real
 
 
 class Gaussian(NamedTuple):
@@ -48,7 +44,7 @@ def posterior_variance(alpha: Any, beta: Any, alpha_bar: Any, alpha_bar_prev: An
     return (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
 
 
-class Schedule:
+class Schedule(MarginalTable):
     r"""The forward process q of a diffusion model with T steps.
 
     Args:
@@ -76,11 +72,11 @@ class Schedule:
         self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
         for array in (self.beta, self.alpha, self.alpha_bar, self.alpha_bar_prev):
             array.flags.writeable = False
-        self.marginal = torch.from_numpy(np.stack((np.sqrt(self.alpha_bar), np.sqrt(1.0 - self.alpha_bar)), axis=1))
-        self._on: dict[torch.device, MarginalTable] = {}
+        marginal = np.stack((np.sqrt(self.alpha_bar), np.sqrt(1.0 - self.alpha_bar)), axis=1)
+        super().__init__(real(lambda: torch.from_numpy(marginal)))
 
-    def __len__(self) -> int:
-        return len(self.beta)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.beta,)
 
     def __repr__(self) -> str:
         return (
@@ -121,20 +117,6 @@ class Schedule:
     def snr(self) -> np.ndarray:
         r"""Signal-to-noise ratio \bar\alpha_t / (1 - \bar\alpha_t), float64 [T]."""
         return self.alpha_bar / (1.0 - self.alpha_bar)
-
-    def on(self, device: torch.device) -> MarginalTable:
-        """The marginal's coefficients on ``device``, uploaded at the first call, or while torch.compile traces it."""
-        there = None if torch.compiler.is_compiling() else self._on.get(device)
-        if there is None:
-            self._upload(device)
-            there = self._on[device]
-        return there
-
-    @torch.compiler.assume_constant_result
-    def _upload(self, device: torch.device) -> None:
-        if device not in self._on:
-            steps = torch.arange(len(self), device=device).split(1)
-            self._on[device] = MarginalTable(self.marginal.to(device, torch.float32), steps)
 
     def gather(self, values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
         """values[t] as [N, 1, ...] in ``like``'s float dtype (at least float32), to multiply ``like``."""

@@ -25,17 +25,17 @@ def run_python(code, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_auto_takes_the_kernel_and_the_reference_where_there_is_an_obstacle():
+def test_auto_takes_the_kernel_and_the_reference_where_only_that_serves():
     assert backends.choose("op", "auto", torch.device("cpu")) == "cpu"
-    assert backends.choose("op", "auto", torch.device("cpu"), "an obstacle") == "reference"
+    assert backends.choose("op", "auto", torch.device("cpu"), "no kernel does it") == "reference"
     assert backends.choose("op", "auto", torch.device("meta")) == "reference"
-    assert backends.choose("op", "reference", torch.device("cpu"), "an obstacle") == "reference"
+    assert backends.choose("op", "reference", torch.device("cpu"), "no kernel does it") == "reference"
 
 
-def test_a_backend_asked_for_by_name_runs_or_says_why_not():
+def test_a_backend_asked_for_by_name_runs_or_says_unavailable_reason():
     assert backends.choose("op", "cpu", torch.device("cpu")) == "cpu"
-    with pytest.raises(dd.BackendUnavailableError, match=r"op: backend='cpu' .* an obstacle"):
-        backends.choose("op", "cpu", torch.device("cpu"), "an obstacle")
+    with pytest.raises(dd.BackendUnavailableError, match=r"op: backend='cpu' .* no kernel does it"):
+        backends.choose("op", "cpu", torch.device("cpu"), "no kernel does it")
     with pytest.raises(dd.BackendUnavailableError, match=r"op: backend='cpu' .* takes cpu tensors, .* on meta"):
         backends.choose("op", "cpu", torch.device("meta"))
     with pytest.raises(ValueError, match="backend must be one of auto, cpu, cuda, triton, reference; got 'mps'"):
@@ -57,7 +57,7 @@ def test_cuda_kernels_need_a_recent_device(monkeypatch, capability, runs):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or capability)
     monkeypatch.setattr(backends, "_too_old", {})
     for name in ("cuda", "triton"):
-        monkeypatch.setitem(backends._why_not, name, None)
+        monkeypatch.setitem(backends._unavailable_reason, name, None)
     reason = "its kernels need compute capability 8.0 or later, and cuda:1 has 7.5"
     assert backends.choose("op", "auto", device) == ("cuda" if runs else "triton")
     assert backends.unavailable("cuda", device) == (None if runs else reason)
@@ -66,7 +66,7 @@ def test_cuda_kernels_need_a_recent_device(monkeypatch, capability, runs):
     else:
         with pytest.raises(dd.BackendUnavailableError, match=f"op: backend='cuda' .* cannot run: {reason}"):
             backends.choose("op", "cuda", device)
-        monkeypatch.setitem(backends._why_not, "triton", "the package triton is not installed")
+        monkeypatch.setitem(backends._unavailable_reason, "triton", "the package triton is not installed")
         assert backends.choose("op", "auto", device) == "reference"
     assert asked == [1]
 
@@ -78,12 +78,12 @@ def test_triton_takes_cpu_tensors_only_in_its_interpreter(monkeypatch):
     assert "takes cuda tensors" in backends.unavailable("triton", "cpu")
 
 
-def test_use_backend_is_for_the_block_and_for_every_thread():
+def test_use_backend_is_for_the_block_and_this_thread_alone():
     cpu = torch.device("cpu")
     with dd.use_backend("reference"):
         assert backends.choose("op", "auto", cpu) == "reference"
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(backends.choose, "op", "auto", cpu).result() == "reference"
+            assert pool.submit(backends.choose, "op", "auto", cpu).result() == "cpu"
         assert backends.choose("op", "cpu", cpu) == "cpu"
         with dd.use_backend("cpu"):
             assert backends.choose("op", "auto", cpu) == "cpu"
@@ -102,7 +102,7 @@ def test_use_backend_ends_with_an_exception():
 def test_environment_variable(monkeypatch):
     show = "import torch, dd_kernels.backend as b; print(b.choose('op', 'auto', torch.device('cpu')))"
     assert run_python(show, DD_KERNELS_BACKEND="reference") == (0, "reference\n")
-    monkeypatch.setattr(backends, "_default", "fast")
+    monkeypatch.setattr(backends, "_process_default", "fast")
     with pytest.raises(ValueError, match="DD_KERNELS_BACKEND must be one of"):
         backends.choose("op", "auto", torch.device("cpu"))
 
@@ -134,7 +134,7 @@ def test_a_library_that_is_absent_or_broken(tmp_path, monkeypatch):
 
 
 def test_without_the_library_the_reference_serves(monkeypatch):
-    monkeypatch.setitem(backends._why_not, "cpu", "it was not built")
+    monkeypatch.setitem(backends._unavailable_reason, "cpu", "it was not built")
     z = dd.randn((2, 8), seed=3)
     assert z.equal(dd.randn((2, 8), seed=3, backend="reference"))
     with pytest.raises(dd.BackendUnavailableError, match="it was not built"):

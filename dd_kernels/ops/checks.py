@@ -5,13 +5,26 @@ Every check raises before anything is written, and names the argument, what came
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _transforms_active
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from .. import backend as backends
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+_FLOAT64 = torch.float64
+_WIDE = "the kernels take float32, bfloat16 and float16, and an input is torch.float64"
+_GRADIENT = "a gradient is asked for, which only the reference gives (call under torch.no_grad())"
+_TRANSFORM = "a torch.func transform is active, and only the reference is made of PyTorch's own operations"
+_TANGENT = "forward-mode derivatives are on, which only the reference gives"
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -20,29 +33,6 @@ def check_float(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {x.dtype}")
-
-
-def check_like(name: str, y: Tensor, x_name: str, x: Tensor) -> None:
-    """Raises unless ``y`` is a floating tensor of ``x``'s shape on ``x``'s device (any dtype)."""
-    check_float(name, y)
-    if y.shape != x.shape:
-        raise ValueError(f"{name} must have the shape of {x_name}, {list(x.shape)}; got {list(y.shape)}")
-    if y.device != x.device:
-        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}; got {y.device}")
-
-
-def check_output(name: str, y: Tensor | None, x_name: str, x: Tensor) -> None:
-    """Raises unless ``y`` is None or can take a result of ``x``'s shape, dtype and device."""
-    if y is None or y is x:
-        return
-    check_like(name, y, x_name, x)
-    if y.dtype is not x.dtype:
-        raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}; got {y.dtype}")
-
-
-def room_for_result(y: Tensor | None, x: Tensor) -> Tensor:
-    """``y`` where a kernel can write a result of dense ``x``'s layout into it, else a new tensor."""
-    return y if y is x or (y is not None and y.stride() == x.stride()) else torch.empty_like(x)
 
 
 def check_shape(name: str, y: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
@@ -56,30 +46,172 @@ def check_shape(name: str, y: Tensor | None, shape: tuple[int, ...], device: tor
         raise ValueError(f"{name} must be on {device}; got {y.device}")
 
 
-def timestep_index(name: str, index: int | Tensor, views: Sequence[Tensor], x: Tensor) -> Tensor:
-    """``index`` as a dense int64 tensor [1] or [N] on the device of ``x`` [N, ...], its values in [0, len(views)).
+def _like(name: str, y: Tensor, x_name: str, x: Tensor) -> Tensor:
+    """Returns ``y``, a batch of one repeated; raises unless it then has ``x``'s shape, on ``x``'s device."""
+    check_float(name, y)
+    if y.device != x.device:
+        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}; got {y.device}")
+    if y.shape == x.shape:
+        return y
+    if y.ndim == x.ndim and y.shape[0] == 1 and y.shape[1:] == x.shape[1:]:
+        return y.expand(x.shape)
+    raise ValueError(f"{name} must have the shape of {x_name}, {list(x.shape)}; got {list(y.shape)}")
+
+
+def visit(
+    op: str, backend: str, names: tuple[str, ...], tensors: list[Any], output: Tensor | None
+) -> tuple[str, Tensor | None, bool]:
+    """Checks the tensors [N, ...] of a call, chooses the backend and lays them out for it, in place of ``tensors``.
+
+    The tensors after the first, each of which may be None, must have its shape and device, and ``output`` its dtype
+    too. ``names`` are those of the tensors and of the output.
+
+    Returns:
+        The backend; what a kernel writes, the caller's output or a new tensor, or None for the reference; and whether
+        all are ordinary tensors, whose memory can be looked at.
+    """
+    x = tensors[0]
+    ordinary = type(x) is Tensor
+    if not ordinary or x.dtype not in KERNEL_DTYPES:
+        check_float(names[0], x)
+    shape, device, on_cpu, contiguous = x.shape, x.device, x.is_cpu, x.is_contiguous()
+    if not shape:
+        raise ValueError(f"{names[0]} must be [N, ...], N samples; got a tensor of shape []")
+    records = torch.is_grad_enabled()
+    with_gradient, wide = records and x.requires_grad, x.dtype is _FLOAT64
+    for i, y in enumerate(tensors):
+        if y is None or i == 0:
+            continue
+        if type(y) is not Tensor:
+            check_float(names[i], y)
+            ordinary = False
+        if (not y.is_cpu if on_cpu else y.device != device) or y.shape != shape or y.dtype not in KERNEL_DTYPES:
+            y = tensors[i] = _like(names[i], y, names[0], x)
+            wide = wide or y.dtype is _FLOAT64
+        contiguous = contiguous and y.is_contiguous()
+        with_gradient = with_gradient or (records and y.requires_grad)
+    if output is not None:
+        if output is not x:
+            _check_output(names[-1], output, names[0], x)
+            ordinary = ordinary and type(output) is Tensor
+        if records and output.requires_grad:
+            _check_not_leaf(names[-1], output)
+            with_gradient = True
+
+    reason = None
+    if wide or with_gradient or _transforms_active() or forward_ad._current_level >= 0:
+        reason = _WIDE if wide else _GRADIENT if with_gradient else _TRANSFORM if _transforms_active() else _TANGENT
+    chosen = backends.choose(op, backend, device, reason)
+    if chosen == "reference":
+        return chosen, None, ordinary and reason is not _TRANSFORM
+    if not contiguous:
+        x = tensors[0] = dense(x)
+        tensors[1:] = [laid_out_like(y, x) for y in tensors[1:]]
+    if output is None:
+        return chosen, torch.empty_like(x), ordinary
+    if output is not x:
+        if output.stride() != x.stride():
+            return chosen, torch.empty_like(x), ordinary
+        if ordinary and not is_compiling():
+            _check_overlap(names[-1], output, names[0], tensors)
+    return chosen, output, ordinary
+
+
+def _check_output(name: str, output: Tensor, x_name: str, x: Tensor) -> None:
+    """Raises unless a result of ``x``'s shape and dtype can be written to ``output``, each element to its own place."""
+    check_float(name, output)
+    if output.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of {x_name}, {list(x.shape)}; got {list(output.shape)}")
+    if output.device != x.device:
+        raise ValueError(f"{name} must be on the device of {x_name}, {x.device}; got {output.device}")
+    if output.dtype is not x.dtype:
+        raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}; got {output.dtype}")
+    if not output.is_contiguous() and output.numel() > 0:
+        span = 0
+        for stride, size in sorted(zip(output.stride(), output.shape, strict=True)):
+            if size > 1 and stride <= span:
+                raise ValueError(f"{name} must not overlap itself; got the strides {list(output.stride())}")
+            span += stride * (size - 1)
+
+
+def _check_not_leaf(name: str, output: Tensor) -> None:
+    if output.is_leaf:
+        raise ValueError(f"{name} must not be a leaf that requires grad, unless under torch.no_grad(); got one")
+
+
+def _bytes_spanned(x: Tensor) -> int:
+    """Returns how many bytes lie from the first element of ``x`` to the end of its last."""
+    if x.is_contiguous():
+        return x.nbytes
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    return (last + 1) * x.element_size()
+
+
+def _check_overlap(name: str, output: Tensor, x_name: str, inputs: Sequence[Tensor | None]) -> None:
+    """Raises if ``output``, which is written while ``inputs`` are read, shares memory with one of them.
+
+    The first input may be the output, element for element.
+    """
+    begin = output.data_ptr()
+    end = begin + output.nbytes
+    for i, y in enumerate(inputs):
+        if y is not None:
+            first = y.data_ptr()
+            if first < end and begin < first + _bytes_spanned(y) and not (i == 0 and first == begin):
+                raise ValueError(
+                    f"{name} must be {x_name} itself, or share no memory with the inputs; got a part of one"
+                )
+
+
+def deliver(result: Tensor, output: Tensor) -> Tensor:
+    """Returns ``output`` with the result in it; its version counter tells autograd of the change."""
+    if result is output:
+        torch.autograd.graph.increment_version(output)
+        return output
+    return output.copy_(result)
+
+
+def timestep_index(name: str, index: Any, views: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Returns ``index`` as a dense int64 tensor [1] or [N] on the device of ``x`` [N, ...], in [0, len(views)).
 
     ``views`` holds every index as a tensor [1] on the device, so that an int costs no upload. Values
     already on an accelerator are not read (that would stop the stream): there a kernel writes NaN
     into a sample whose index is out of range.
     """
-    if isinstance(index, int) and not isinstance(index, bool):
+    if type(index) is not int and not isinstance(index, Tensor):
+        index = _integers(name, index)
+    if type(index) is int:
         if not 0 <= index < len(views):
             raise ValueError(f"{name} must be in [0, {len(views)}); got {index}")
         return views[index]
-    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name} must be an int or an integer tensor; got {kind}")
-    if index.ndim > 1 or index.numel() not in (1, x.shape[0]):
-        raise ValueError(f"{name} must have the shape [] or [{x.shape[0]}], one per sample; got {list(index.shape)}")
-    if index.is_cpu and index.numel() > 0 and not torch.compiler.is_compiling():
+    batch, device, dtype = x.shape[0], x.device, index.dtype
+    if dtype is not torch.int64 and (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
+        raise TypeError(f"{name} must be an int or an integer tensor; got {dtype}")
+    if index.ndim > 1 or index.numel() not in (1, batch):
+        raise ValueError(f"{name} must have the shape [] or [{batch}], one per sample; got {list(index.shape)}")
+    if index.is_cpu and _can_be_read(index) and index.numel() > 0:
         values = index.tolist() if index.ndim == 1 else [index.item()]
         low, high = min(values), max(values)
         if low < 0 or high >= len(views):
             raise ValueError(f"{name} must be in [0, {len(views)}); got {low if low < 0 else high}")
-    if index.ndim == 1 and index.dtype == torch.int64 and index.device == x.device:
+    if index.ndim == 1 and dtype is torch.int64 and index.device == device:
         return index.contiguous()
-    return index.reshape(-1).to(device=x.device, dtype=torch.int64).contiguous()
+    return index.reshape(-1).to(device=device, dtype=torch.int64).contiguous()
+
+
+def _integers(name: str, index: Any) -> int | Tensor:
+    """Returns an int for whatever counts as one, or a tensor of a list, a tuple or an array."""
+    if isinstance(index, SupportsIndex) and not isinstance(index, bool) and getattr(index, "ndim", 0) == 0:
+        return operator.index(index)
+    if isinstance(index, (list, tuple)) or hasattr(index, "__array__"):
+        return torch.as_tensor(index)
+    raise TypeError(f"{name} must be an int or an integer tensor; got {type(index).__name__}")
+
+
+def _can_be_read(index: Tensor) -> bool:
+    """Whether the values of a CPU tensor are there, and not traced or transformed."""
+    traced = type(index) is not Tensor or is_compiling()
+    return not traced and not _transforms_active()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -89,19 +221,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
             if x is not None and x.requires_grad:
                 return True
     return False
-
-
-def kernel_obstacle(*tensors: Tensor | None) -> str | None:
-    """Why the kernels, which take 32- and 16-bit floats and no gradient, cannot serve this call."""
-    with_gradient = torch.is_grad_enabled()
-    for x in tensors:
-        if x is None:
-            continue
-        if x.dtype not in KERNEL_DTYPES:
-            return f"the kernels take float32, bfloat16 and float16, and an input is {x.dtype}"
-        if with_gradient and x.requires_grad:
-            return "a gradient is asked for, which only the reference gives (call under torch.no_grad())"
-    return None
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

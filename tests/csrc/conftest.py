@@ -41,7 +41,7 @@ def host(library: HostLibrary, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host
     for name in host_library.OPS:
         function = getattr(torch.ops.dd_kernels_host, name).default
         override.impl(name, functools.partial(function), allow_override=True)
-    monkeypatch.setitem(backends._why_not, "cuda", None)
+    monkeypatch.setitem(backends._unavailable_reason, "cuda", None)
     monkeypatch.setattr(backends, "_devices", lambda name: ("cpu",))
     library.set_chip()
     library.set_backwards(False)

@@ -30,7 +30,9 @@ class Kernel:
     def op(self, op: str) -> Callable[..., Any]:
         """What the public function of ``op`` calls: outputs are among its arguments."""
         if self.name == "triton":
-            return getattr(importlib.import_module(f"dd_kernels.ops.{op}.triton"), op)
+            launch = getattr(importlib.import_module(f"dd_kernels.ops.{op}.triton"), op)
+            arguments = getattr(importlib.import_module(f"dd_kernels.ops.{op}"), "Arguments", None)
+            return launch if arguments is None else lambda *values: launch(arguments(*values))
         return getattr(torch.ops.dd_kernels, op)
 
     @property

@@ -189,7 +189,7 @@ X = torch.zeros(2, 3, 4, 4)
         ({"x_start": X.sum()}, ValueError, r"x_start must be \[N, ...\]"),
         ({"seed": None}, ValueError, "one of noise and seed must be given; got neither"),
         ({"noise": X}, ValueError, "one of noise and seed must be given; got both"),
-        ({"seed": None, "noise": X[:1]}, ValueError, r"noise must have the shape of x_start, \[2, 3, 4, 4\]"),
+        ({"seed": None, "noise": X[:, :1]}, ValueError, r"noise must have the shape of x_start, \[2, 3, 4, 4\]"),
         ({"seed": None, "noise": X.int()}, TypeError, "noise must be float32"),
         ({"x_t": X[:1]}, ValueError, "x_t must have the shape of x_start"),
         ({"x_t": X.half()}, TypeError, "x_t must have the dtype of x_start, torch.float32; got torch.float16"),

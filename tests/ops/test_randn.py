@@ -1,6 +1,8 @@
 """randn: the noise contract, and that what comes out is normal and independent."""
 
 import math
+import pathlib
+import re
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dd_kernels as dd
-from dd_kernels.ops.randn import noise_key, reference
+from dd_kernels.ops.randn import Stream, noise_key, reference
 
 SHAPES = [(3, 3, 5, 7), (2, 4, 8, 8), (1, 2, 33, 9), (2, 1037), (3,), (1, 1, 1, 1), (2, 3, 4, 2, 3)]
 
@@ -36,7 +38,7 @@ def test_philox_known_answers(counter, key, words):
 
 
 @pytest.mark.parametrize("stream", [0, 3, 2**32 - 1])
-@pytest.mark.parametrize(("seed", "first_sample", "draw"), [(0, 0, 0), (2**63 + 12345, 2**32 - 1, 2**32 - 1)])
+@pytest.mark.parametrize(("seed", "first_sample", "draw"), [(0, 0, 0), (2**63 + 12345, 2**32 - 3, 2**32 - 1)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(kernel, shape, seed, first_sample, draw, stream):
     at = {"seed": seed, "first_sample": first_sample, "draw": draw, "stream": stream}
@@ -113,7 +115,8 @@ def test_empty(kernel, shape):
 @given(st.data())
 def test_any_shape_and_coordinates(data):
     shape = tuple(data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=5), label="shape"))
-    at = {name: data.draw(st.integers(0, 2**32 - 1), label=name) for name in ("first_sample", "draw", "stream")}
+    at = {name: data.draw(st.integers(0, 2**32 - 1), label=name) for name in ("draw", "stream")}
+    at["first_sample"] = data.draw(st.integers(0, 2**32 - shape[0]), label="first_sample")
     at["seed"] = data.draw(st.integers(0, 2**64 - 1), label="seed")
     z = dd.randn(shape, **at)
     assert z.numel() == 0 or (z.double() - exact(shape, **at)).abs().max() <= NORMAL_ERROR
@@ -178,8 +181,13 @@ def test_key_tensor():
         ({"seed": 2**64}, ValueError, r"seed must be in \[0, 2\^64\)"),
         ({"seed": 1.5}, TypeError, "seed must be an int; got float"),
         ({"seed": True}, TypeError, "seed must be an int; got bool"),
-        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"seed must be an int, or an int64 tensor \[3\]"),
+        (
+            {"seed": torch.zeros(2, dtype=torch.int64)},
+            ValueError,
+            r"seed must be an int, or a dense int64 tensor \[3\]",
+        ),
         ({"first_sample": 2**32}, ValueError, r"first_sample must be in \[0, 2\^32\)"),
+        ({"shape": (2, 4), "first_sample": 2**32 - 1}, ValueError, r"first_sample \+ 2 samples must be at most 2\^32"),
         ({"draw": -1}, ValueError, r"draw must be in \[0, 2\^32\); got -1"),
         ({"stream": 2**32}, ValueError, r"stream must be in \[0, 2\^32\)"),
         ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpu"),
@@ -188,6 +196,15 @@ def test_key_tensor():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         dd.randn(**{"shape": (1, 4), "seed": 0, **arguments})
+
+
+def test_streams_are_those_of_the_kernels():
+    """The numbers that csrc draws with, an enumeration that counts from 0."""
+    header = (pathlib.Path(__file__).parents[2] / "csrc" / "common" / "layout.h").read_text()
+    names = re.search(r"enum Stream : uint32_t \{(.*?)\};", header, re.DOTALL)[1].replace(" ", "").split(",")
+    ours = ["kStream" + stream.name.title().replace("_", "") for stream in Stream]
+    assert names == ours[: len(names)]
+    assert [*Stream] == [*range(len(Stream))]
 
 
 def test_opcheck(kernel):

@@ -7,16 +7,17 @@ nothing here is float64 before it is a row. Arguments are float32 tensors [S].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops.q_sample.table import MarginalTable
 from ...ops.reverse_step.table import DynamicThreshold, StepTable, from_columns
 from ...samplers import rows
 from ...samplers.rows import Columns, Transition
-from ...schedules import MarginalTable, posterior_variance
+from ...schedules import posterior_variance
 
 # prediction_type -> this package's name for it
 PREDICTIONS = {"epsilon": "epsilon", "sample": "x_start", "v_prediction": "v"}
@@ -113,16 +114,11 @@ def as_table(columns: Mapping[str, Tensor | float], clip: tuple | None, learned_
     return from_columns(np.arange(steps), learned_variance=learned_variance, threshold=threshold, **arrays)
 
 
-class Marginal:
-    """sqrt(alpha_bar) and +-sqrt(1 - alpha_bar), in the place of a Schedule, as q_sample reads it."""
+class Marginal(MarginalTable):
+    """The table of sqrt(alpha_bar) and +-sqrt(1 - alpha_bar), of which q_sample makes noisy samples and velocities."""
 
     def __init__(self, alpha_bar: Tensor, sign: float) -> None:
-        self.marginal = torch.stack((alpha_bar**0.5, sign * (1 - alpha_bar) ** 0.5), dim=1).double()
-        self._on: dict[torch.device, MarginalTable] = {}
+        super().__init__(torch.stack((alpha_bar**0.5, sign * (1 - alpha_bar) ** 0.5), dim=1).double())
 
-    def on(self, device: torch.device) -> MarginalTable:
-        """The coefficients on ``device``, uploaded at the first call."""
-        if device not in self._on:
-            steps = torch.arange(len(self.marginal), device=device).split(1)
-            self._on[device] = MarginalTable(self.marginal.to(device, torch.float32), steps)
-        return self._on[device]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MarginalTable, (self.marginal,)

@@ -2,45 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ... import backend as backends
-from .. import checks
-from ..randn import noise_key
+from ..checks import deliver, timestep_index, visit
+from ..randn.key import noise_key
+from ..tracing import as_traced
 from . import reference
+from .op import OP, Arguments
+from .table import MarginalTable
 
-if TYPE_CHECKING:
-    from ...schedules import Schedule
-
-torch.library.define(
-    "dd_kernels::q_sample",
-    "(Tensor x_start, Tensor? noise, Tensor rows, Tensor t, Tensor? key, Tensor(a!) x_t, Tensor(b!)? noise_out) -> ()",
-)
+_NAMES = ("x_start", "noise", "x_t")
 
 
-@torch.library.register_fake("dd_kernels::q_sample")
-def _(
+@overload
+def q_sample(
     x_start: Tensor,
-    noise: Tensor | None,
-    rows: Tensor,
-    t: Tensor,
-    key: Tensor | None,
-    x_t: Tensor,
-    noise_out: Tensor | None,
-) -> None:
-    return None
+    t: Any,
+    schedule: MarginalTable,
+    noise: Tensor | None = None,
+    *,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    draw: int = 0,
+    x_t: Tensor | None = None,
+    return_noise: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
 
 
-_OP = torch.ops.dd_kernels.q_sample.default  # to look it up takes as long as a check
+@overload
+def q_sample(
+    x_start: Tensor,
+    t: Any,
+    schedule: MarginalTable,
+    noise: Tensor | None = None,
+    *,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    draw: int = 0,
+    x_t: Tensor | None = None,
+    return_noise: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def q_sample(
     x_start: Tensor,
-    t: int | Tensor,
-    schedule: Schedule,
+    t: Any,
+    schedule: MarginalTable,
     noise: Tensor | None = None,
     *,
     seed: int | Tensor | None = None,
@@ -56,9 +68,10 @@ def q_sample(
 
     Args:
         x_start: x_0, [N, ...] (images [N, C, H, W]), float32, bfloat16 or float16; float64 on the reference.
-        t: timesteps in [0, T), one int or an integer tensor [N].
-        schedule: where alpha_bar comes from.
-        noise: z, of x_start's shape. Without it z is drawn from ``seed`` inside the kernel.
+        t: timesteps in [0, T): one integer, or an integer tensor, array or list [N] or [1].
+        schedule: a :class:`dd_kernels.Schedule`, where alpha_bar comes from.
+        noise: z, of x_start's shape, or one sample [1, ...] for all. Without it z is drawn from ``seed`` inside
+            the kernel.
         seed, first_sample, draw: coordinates of the noise, see :func:`dd_kernels.randn` (stream 2);
             ``draw`` is the training step, or whatever makes a call differ from the next.
         x_t: where to write the result; may be x_start itself. A new tensor if None.
@@ -66,45 +79,38 @@ def q_sample(
         backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
-        x_t of x_start's shape, dtype and layout, or (x_t, z).
+        x_t of x_start's shape, dtype and layout, or (x_t, z). Derivatives of any order, forward and backward, and
+        transforms of ``torch.func`` are those of the reference, which runs where they are asked for.
 
     Raises:
-        ValueError, TypeError: wrong shape, dtype, device or range, or both or neither of noise and seed.
+        ValueError, TypeError: wrong shape, dtype, device or range, both or neither of noise and seed, or an x_t that
+            shares memory with an input other than x_start itself.
         BackendUnavailableError: a backend asked for by name cannot run.
     """
-    checks.check_float("x_start", x_start)
-    if x_start.ndim == 0:
-        raise ValueError("x_start must be [N, ...], N samples; got a tensor of shape []")
     if (noise is None) == (seed is None):
         raise ValueError(f"one of noise and seed must be given; got {'neither' if noise is None else 'both'}")
-    if noise is not None:
-        checks.check_like("noise", noise, "x_start", x_start)
+    tensors: list[Any] = [x_start, noise]
+    chosen, result, ordinary = visit("q_sample", backend, _NAMES, tensors, x_t)
+    x_start, noise = tensors
     device = x_start.device
     table = schedule.on(device)
-    index = checks.timestep_index("t", t, table.steps, x_start)
-    chosen = backends.choose("q_sample", backend, device, checks.kernel_obstacle(x_start, noise))
-    checks.check_output("x_t", x_t, "x_start", x_start)
-
-    key = None if seed is None else noise_key(seed, first_sample, draw, device)
-    if chosen == "reference":
-        rows = schedule.marginal.to(device) if x_start.dtype == torch.float64 else table.rows
-        result, z = reference.q_sample(x_start, noise, rows, index, key)
-        result = result if x_t is None else x_t.copy_(result)
-        return (result, z) if return_noise else result
-
-    x_start = checks.dense(x_start)
-    noise = checks.laid_out_like(noise, x_start)
-    result = checks.room_for_result(x_t, x_start)
-    z = torch.empty_like(x_start) if return_noise and noise is None else None
-    arguments = (x_start, noise, table.rows, index, key, result, z)
-    if chosen == "triton":
+    index = timestep_index("t", t, table.steps, x_start)
+    key = None if seed is None else noise_key(seed, first_sample, draw, device, x_start.size(0))
+    rows = schedule.marginal.to(device) if x_start.dtype is torch.float64 else table.rows
+    z = torch.empty_like(x_start) if return_noise and noise is None and result is not None else None
+    call = (x_start, noise, rows, index, key, result, z)
+    if not ordinary:
+        call = as_traced(call)
+    if result is None:
+        result, z = reference.q_sample(Arguments(*call))
+    elif chosen == "triton":
         from . import triton
 
-        triton.q_sample(*arguments)
+        triton.q_sample(Arguments(*call))
     else:
-        _OP(*arguments)
-    if x_t is not None and result is not x_t:
-        result = x_t.copy_(result)
+        OP(*call)
+    if x_t is not None:
+        result = deliver(result, x_t)
     if not return_noise:
         return result
     return result, noise.to(x_start.dtype) if z is None else z

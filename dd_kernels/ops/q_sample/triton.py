@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..randn import STREAM_Q_SAMPLE
+from ..randn.streams import Stream
 from ..triton_common import coefficient, normals, plan, sample_index, tile_of
+from .op import Arguments
 
 _SHARED = ["rows", "t", "key"]  # read as scalars: where they happen to lie must not compile the kernel again
 
@@ -53,30 +53,17 @@ def _q_sample(
         tl.store(noise_out + at + offset, z.to(noise_out.dtype.element_ty), mask=mask)
 
 
-def q_sample(
-    x_start: Tensor,
-    noise: Tensor | None,
-    rows: Tensor,
-    t: Tensor,
-    key: Tensor | None,
-    x_t: Tensor,
-    noise_out: Tensor | None,
-) -> None:
-    """Writes x_t and, where it is asked for, the noise drawn; ``t`` is [1] or [N]."""
+def q_sample(call: Arguments) -> None:
+    """Writes x_t and, where it is asked for, the noise drawn."""
+    x_start, noise = call.x_start, call.noise
     if x_start.numel() == 0:
         return
     launch = plan("q_sample", x_start, draws=noise is None)
     _q_sample[launch.grid](
-        x_start,
-        noise,
-        rows,
-        t,
-        key,
-        x_t,
-        noise_out,
+        *call,
         0 if noise is None else noise.stride(0),
-        int(t.numel() > 1),
-        rows.shape[0],
-        STREAM=STREAM_Q_SAMPLE,
+        int(call.t.numel() > 1),
+        call.rows.shape[0],
+        STREAM=int(Stream.Q_SAMPLE),
         **launch.geometry,
     )

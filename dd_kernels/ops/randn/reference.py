@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .op import Arguments
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -57,6 +59,6 @@ def normals(key: Tensor, shape: torch.Size, draw: Tensor, stream: int) -> Tensor
     return z[:, :elements].reshape(shape)
 
 
-def randn(key: Tensor, shape: torch.Size, stream: int) -> Tensor:
+def randn(call: Arguments) -> Tensor:
     """The values of :func:`dd_kernels.randn`, in float64."""
-    return normals(key, shape, key[2:3], stream)
+    return normals(call.key, call.z.shape, call.key[2:3], call.stream)

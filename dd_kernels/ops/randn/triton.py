@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..triton_common import normals, plan, tile_of
+from .op import Arguments
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -27,9 +27,9 @@ def _randn(
     tl.store(z + n.to(tl.int64) * elements + first + offset, noise.to(z.dtype.element_ty), mask=mask)
 
 
-def randn(z: Tensor, key: Tensor, stream: int) -> None:
-    """Fills z [N, ...] with the normals of ``key`` and ``stream``."""
-    if z.numel() == 0:
+def randn(call: Arguments) -> None:
+    """Fills z [N, ...] with the normals of its key and stream."""
+    if call.z.numel() == 0:
         return
-    launch = plan("randn", z, draws=True)
-    _randn[launch.grid](z, key, stream, **launch.geometry)
+    launch = plan("randn", call.z, draws=True)
+    _randn[launch.grid](call.z, call.key, call.stream, **launch.geometry)

@@ -2,88 +2,77 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ... import backend as backends
-from .. import checks
-from ..randn import noise_key
+from ..checks import check_float, deliver, timestep_index, visit
+from ..randn.key import noise_key
+from ..tracing import as_traced
 from . import reference
+from .op import OP, Arguments
+from .table import StepTable
+from .threshold import dynamic_threshold
 
-if TYPE_CHECKING:
-    from .table import DynamicThreshold, StepTable
-
-torch.library.define(
-    "dd_kernels::reverse_step",
-    "(Tensor x, Tensor out, Tensor? variance, Tensor? uncond, float guidance_scale, Tensor? noise, "
-    "Tensor? threshold, Tensor rows, Tensor timesteps, Tensor step, Tensor? key, "
-    "Tensor(a!) x_prev, Tensor(b!)? x0) -> ()",
-)
+_NAMES = ("x", "out", "out", "uncond", "noise", "x_prev")
 
 
-@torch.library.register_fake("dd_kernels::reverse_step")
-def _(
-    x: Tensor,
-    out: Tensor,
-    variance: Tensor | None,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    noise: Tensor | None,
-    threshold: Tensor | None,
-    rows: Tensor,
-    timesteps: Tensor,
-    step: Tensor,
-    key: Tensor | None,
-    x_prev: Tensor,
-    x0: Tensor | None,
-) -> None:
-    return None
-
-
-_OP = torch.ops.dd_kernels.reverse_step.default  # to look it up takes as long as a check
-
-
-def _split_out(out: Tensor, x: Tensor, learned: bool, name: str) -> tuple[Tensor, Tensor | None]:
-    """(prediction, variance values): a model with learned variance gives [N, 2 C, ...]."""
-    if not learned:
-        checks.check_like(name, out, "x", x)
-        return out, None
-    checks.check_float(name, out)
+def _split(out: Tensor, x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Returns (prediction, variance values) of a model with learned variance, which gives [N, 2 C, ...]."""
+    check_float(name, out)
+    check_float("x", x)
     if x.ndim < 2:
         raise ValueError(f"x must be [N, C, ...] for a table with learned variance; got {list(x.shape)}")
     wanted = [x.shape[0], 2 * x.shape[1], *x.shape[2:]]
-    if list(out.shape) != wanted:
+    if list(out.shape) not in (wanted, [1, *wanted[1:]]):
         why = "[N, 2 C, ...], for a table with learned variance"
         raise ValueError(f"{name} must have the shape {wanted}, {why}; got {list(out.shape)}")
-    if out.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}; got {out.device}")
-    return out.chunk(2, dim=1)
+    prediction, variance = out.chunk(2, dim=1)
+    return prediction, variance
 
 
-def _quantile(values: Tensor, ratio: float) -> Tensor:
-    """torch.quantile of each row, to the bit: that refuses 2^24 elements, and torch 2.11 does not trace it."""
-    # torch's rank is a float32 too.
-    rank = float(np.float32(ratio) * np.float32(values.shape[1] - 1))
-    ordered, below = values.sort(dim=1).values, math.floor(rank)
-    quantile = torch.lerp(ordered[:, below], ordered[:, math.ceil(rank)], rank - below)
-    return torch.where(ordered[:, -1].isnan(), torch.nan, quantile)
+@overload
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    table: StepTable,
+    step: Any,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    x_prev: Tensor | None = None,
+    return_x0: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
 
 
-def _dynamic_threshold(x: Tensor, out: Tensor, row: dict[str, Tensor], rule: DynamicThreshold) -> Tensor:
-    """s [N] of Imagen's dynamic thresholding (Saharia et al., 2022, section 2.3)."""
-    x0 = reference.predict_x0(x.to(torch.float32), out, row).abs().flatten(1)
-    return _quantile(x0, rule.ratio).clamp(min=1.0, max=rule.max_value)
+@overload
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    table: StepTable,
+    step: Any,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    x_prev: Tensor | None = None,
+    return_x0: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def reverse_step(
     x: Tensor,
     out: Tensor,
     table: StepTable,
-    step: int | Tensor,
+    step: Any,
     *,
     uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
@@ -106,11 +95,12 @@ def reverse_step(
 
     Args:
         x: x_t, [N, ...] (images [N, C, H, W]), contiguous and channels_last are kept, any strides are right.
-        out: what the model predicts, of x's shape; [N, 2 C, ...] for a table with learned variance. May be
-            of another dtype than x: float32 state with bfloat16 or float16 output is usual.
+        out: what the model predicts, of x's shape; [N, 2 C, ...] for a table with learned variance; one
+            sample [1, ...] serves all. May be of another dtype than x: float32 state with bfloat16 or float16
+            output is usual.
         table: the sampler's coefficients.
-        step: row of the table, 0 for the first (noisiest); an int, or an integer tensor [] or [N] on
-            x's device, one row per sample.
+        step: row of the table, 0 for the first (noisiest): one integer, or an integer tensor, array or list [N],
+            one row per sample.
         uncond, guidance_scale: classifier-free guidance (Ho & Salimans, 2022):
             out becomes uncond + guidance_scale (out - uncond), in the same pass.
         noise: z, of x's shape. Without it z is drawn inside the kernel from ``seed`` at
@@ -121,73 +111,53 @@ def reverse_step(
         backend: "auto", "cpu", "cuda", "triton" or "reference".
 
     Returns:
-        x_{t-1} of x's shape, dtype and layout, or (x_{t-1}, x_0).
+        x_{t-1} of x's shape, dtype and layout, or (x_{t-1}, x_0). Derivatives of any order, forward and backward, and
+        transforms of ``torch.func`` are those of the reference, which runs where they are asked for.
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or range; a table with noise and neither
-            noise nor seed, or both.
+            noise nor seed, or both; an x_prev that shares memory with an input other than x itself.
         BackendUnavailableError: a backend asked for by name cannot run.
     """
-    checks.check_float("x", x)
-    if x.ndim == 0:
-        raise ValueError("x must be [N, ...], N samples; got a tensor of shape []")
-    out, variance = _split_out(out, x, table.learned_variance, "out")
-    if uncond is not None:
-        uncond, _ = _split_out(uncond, x, table.learned_variance, "uncond")
-    if noise is not None:
-        checks.check_like("noise", noise, "x", x)
+    variance = None
+    if table.learned_variance:
+        out, variance = _split(out, x, "out")
+        uncond = None if uncond is None else _split(uncond, x, "uncond")[0]
+    else:
+        check_float("out", out)
     if noise is not None and seed is not None:
         raise ValueError("only one of noise and seed may be given; got both")
-    if table.stochastic and noise is None and seed is None:
+    draws = noise is None and table.stochastic
+    if draws and seed is None:
         raise ValueError("noise or seed must be given for a table that adds noise; got neither")
+    tensors: list[Any] = [x, out, variance, uncond, noise]
+    chosen, result, ordinary = visit("reverse_step", backend, _NAMES, tensors, x_prev)
+    x, out, variance, uncond, noise = tensors
+
     device = x.device
     on_device = table.on(device)
-    index = checks.timestep_index("step", step, on_device.steps, x)
-    obstacle = checks.kernel_obstacle(x, out, uncond, noise)
-    chosen = backends.choose("reverse_step", backend, device, obstacle)
-    checks.check_output("x_prev", x_prev, "x", x)
-
-    key = None
-    if noise is None and seed is not None and table.stochastic:
-        key = noise_key(seed, first_sample, 0, device)
-    rows = table.rows.to(device) if x.dtype == torch.float64 else on_device.rows
+    index = timestep_index("step", step, on_device.steps, x)
+    key = noise_key(seed, first_sample, 0, device, x.size(0)) if draws and seed is not None else None
+    rows = table.rows.to(device) if x.dtype is torch.float64 else on_device.rows
     threshold = None
     if table.threshold is not None:
-        guided = reference.guide(out.float(), None if uncond is None else uncond.float(), guidance_scale)
-        row = reference.columns(rows, index, x, torch.float32)
-        threshold = _dynamic_threshold(x, guided, row, table.threshold)
-
-    if chosen == "reference":
-        result, x0 = reference.reverse_step(
-            x, out, variance, uncond, guidance_scale, noise, threshold, rows, on_device.timesteps, index, key
-        )
-        result = result if x_prev is None else x_prev.copy_(result)
-        return (result, x0) if return_x0 else result
-
-    x = checks.dense(x)
-    result = checks.room_for_result(x_prev, x)
-    x0 = torch.empty_like(x) if return_x0 else None
-    arguments = (
-        x,
-        checks.laid_out_like(out, x),
-        checks.laid_out_like(variance, x),
-        checks.laid_out_like(uncond, x),
-        guidance_scale,
-        checks.laid_out_like(noise, x),
-        threshold,
-        rows,
-        on_device.timesteps,
-        index,
-        key,
-        result,
-        x0,
-    )
-    if chosen == "triton":
+        threshold = dynamic_threshold(x, out, uncond, guidance_scale, rows, index, table.threshold)
+    x0 = torch.empty_like(x) if return_x0 and result is not None else None
+    step_at = (rows, on_device.timesteps, index, key)
+    call = (x, out, variance, uncond, guidance_scale, noise, threshold, *step_at, result, x0)
+    if not ordinary:
+        call = as_traced(call)
+    if result is None:
+        result, x0 = reference.reverse_step(Arguments(*call))
+    elif chosen == "triton":
         from . import triton
 
-        triton.reverse_step(*arguments)
+        triton.reverse_step(Arguments(*call))
     else:
-        _OP(*arguments)
-    if x_prev is not None and result is not x_prev:
-        result = x_prev.copy_(result)
-    return (result, x0) if return_x0 else result
+        OP(*call)
+    if x_prev is not None:
+        result = deliver(result, x_prev)
+    if not return_x0:
+        return result
+    assert x0 is not None
+    return result, x0

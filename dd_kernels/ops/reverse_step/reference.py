@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..randn import STREAM_REVERSE_STEP
 from ..randn.reference import normals
+from ..randn.streams import Stream
+from .op import Arguments
 from .table import COLUMNS
+
+
+def wide_dtype(x: Tensor, out: Tensor) -> torch.dtype:
+    """The dtype that the reference computes in."""
+    return torch.promote_types(torch.promote_types(x.dtype, out.dtype), torch.float32)
 
 
 def predict_x0(x: Tensor, out: Tensor, row: dict[str, Tensor]) -> Tensor:
@@ -29,41 +35,29 @@ def guide(out: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
 
 def columns(rows: Tensor, step: Tensor, like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The coefficients of each sample's row, by name, shaped [N or 1, 1, ...] to multiply ``like``."""
-    picked = rows[step].to(dtype).reshape(-1, len(COLUMNS), *[1] * (like.ndim - 1))
+    picked = rows.index_select(0, step).to(dtype).reshape(-1, len(COLUMNS), *[1] * (like.ndim - 1))
     return {name: picked[:, i] for i, name in enumerate(COLUMNS)}
 
 
-def reverse_step(
-    x: Tensor,
-    out: Tensor,
-    variance: Tensor | None,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    noise: Tensor | None,
-    threshold: Tensor | None,
-    rows: Tensor,
-    timesteps: Tensor,
-    step: Tensor,
-    key: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def reverse_step(call: Arguments) -> tuple[Tensor, Tensor]:
     """(x_prev, x0). A term whose coefficient is 0 is left out, whatever it would multiply.
 
-    Computed in float32, or in float64 where any input is float64.
+    Computed in float32, or in float64 where x or the model's output is float64.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, out.dtype), torch.float32)
-    row = columns(rows, step, x, dtype)
+    x, variance, noise = call.x, call.variance, call.noise
+    dtype = wide_dtype(x, call.out)
+    row = columns(call.rows, call.step, x, dtype)
     x_wide = x.to(dtype)
-    out = guide(out.to(dtype), None if uncond is None else uncond.to(dtype), guidance_scale)
+    out = guide(call.out.to(dtype), None if call.uncond is None else call.uncond.to(dtype), call.guidance_scale)
 
-    if threshold is not None:
-        threshold = threshold.to(dtype).reshape(-1, *[1] * (x.ndim - 1))
+    threshold = None if call.threshold is None else call.threshold.to(dtype).reshape(-1, *[1] * (x.ndim - 1))
     x0 = clip_x0(predict_x0(x_wide, out, row), row, threshold)
     x_prev = row["prev_from_x0"] * x0
     for coefficient, term in ((row["prev_from_x"], x_wide), (row["prev_from_out"], out)):
         x_prev = x_prev + torch.where(coefficient == 0, 0.0, coefficient * term)
 
-    if noise is None and key is not None:
-        noise = normals(key, x.shape, timesteps[step], STREAM_REVERSE_STEP)
+    if noise is None and call.key is not None:
+        noise = normals(call.key, x.shape, call.timesteps.index_select(0, call.step), Stream.REVERSE_STEP)
     if noise is not None:
         sigma = row["sigma"]
         if variance is not None:

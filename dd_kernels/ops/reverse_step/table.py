@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..upload import PerDevice, real
 
 # What the columns of a row hold; csrc/reverse_step/formula.h and triton.py count in this order.
 COLUMNS = (
@@ -61,14 +63,18 @@ class DeviceTable(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class StepTable:
+class StepTable(PerDevice[DeviceTable]):
     """The coefficients of a sampler, one row per step, in the order in which steps are taken.
 
     Attributes:
-        rows: [S, 10] float64 on the CPU; the columns are named in ``COLUMNS``.
-        timesteps: [S] int64, what the model is called with (and the draw of the step's noise).
+        rows: [S, 10] float64 on the CPU (whatever float came is converted); the columns are named in ``COLUMNS``.
+        timesteps: [S] int64 in [0, 2^32), what the model is called with (and the draw of the step's noise).
         learned_variance: the model's output is [N, 2 C, ...], its second half the variance.
         threshold: dynamic thresholding, or None.
+        stochastic: whether any step adds noise.
+
+    Raises:
+        ValueError, TypeError: rows or timesteps of another shape, dtype or range.
     """
 
     rows: Tensor
@@ -76,36 +82,45 @@ class StepTable:
     learned_variance: bool = False
     threshold: DynamicThreshold | None = None
     stochastic: bool = field(init=False)
-    _on: dict[torch.device, DeviceTable] = field(init=False, repr=False, default_factory=dict)
+    _copies: dict[torch.device, DeviceTable] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.rows.ndim != 2 or self.rows.shape[1] != len(COLUMNS):
-            raise ValueError(f"rows must have the shape [S, {len(COLUMNS)}]; got {list(self.rows.shape)}")
-        if self.timesteps.shape != self.rows.shape[:1]:
-            wanted = list(self.rows.shape[:1])
-            raise ValueError(f"timesteps must have the shape {wanted}; got {list(self.timesteps.shape)}")
+        real(self._check)
+
+    def _check(self) -> None:
+        for name, value in (("rows", self.rows), ("timesteps", self.timesteps)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+        rows, timesteps = self.rows.detach(), self.timesteps
+        if not rows.is_floating_point():
+            raise TypeError(f"rows must be of a floating dtype; got {rows.dtype}")
+        if rows.ndim != 2 or rows.shape[1] != len(COLUMNS):
+            raise ValueError(f"rows must have the shape [S, {len(COLUMNS)}]; got {list(rows.shape)}")
+        if timesteps.shape != rows.shape[:1]:
+            raise ValueError(f"timesteps must have the shape {list(rows.shape[:1])}; got {list(timesteps.shape)}")
+        if timesteps.is_floating_point() or timesteps.is_complex() or timesteps.dtype is torch.bool:
+            raise TypeError(f"timesteps must be integers; got {timesteps.dtype}")
+        timesteps = timesteps.to("cpu", torch.int64).contiguous()
+        if len(timesteps) > 0 and not (timesteps.min() >= 0 and timesteps.max() < 1 << 32):
+            raise ValueError(f"timesteps must be in [0, 2^32); got {int(timesteps.min())} to {int(timesteps.max())}")
+        object.__setattr__(self, "rows", rows.to("cpu", torch.float64).contiguous())
+        object.__setattr__(self, "timesteps", timesteps)
         object.__setattr__(self, "stochastic", bool((self.column("sigma") != 0).any()))
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.rows, self.timesteps, self.learned_variance, self.threshold)
+
     def column(self, name: str) -> Tensor:
         """One coefficient of every step, [S] float64."""
         return self.rows[:, COLUMNS.index(name)]
 
-    def on(self, device: torch.device) -> DeviceTable:
-        """The table on ``device``, uploaded at the first call, or while torch.compile traces it."""
-        there = None if torch.compiler.is_compiling() else self._on.get(device)
-        if there is None:
-            self._upload(device)
-            there = self._on[device]
-        return there
-
-    @torch.compiler.assume_constant_result
-    def _upload(self, device: torch.device) -> None:
-        if device not in self._on:
-            steps = torch.arange(len(self), device=device).split(1)
-            self._on[device] = DeviceTable(self.rows.to(device, torch.float32), self.timesteps.to(device), steps)
+    def copy_to(self, device: torch.device) -> DeviceTable:
+        """Uploads the rows in float32."""
+        steps = torch.arange(len(self)).to(device).split(1)
+        return DeviceTable(self.rows.to(torch.float32).to(device), self.timesteps.to(device), steps)
 
 
 def from_columns(
@@ -113,16 +128,17 @@ def from_columns(
     *,
     learned_variance: bool = False,
     threshold: DynamicThreshold | None = None,
-    **columns: object,
+    **columns: Any,
 ) -> StepTable:
     """A table from named columns (arrays [S] or numbers); those not named are 0, ``x0_den`` 1, ``x0_clip`` inf."""
     defaults = {"x0_den": 1.0, "x0_clip": np.inf}
     values = [np.broadcast_to(columns.pop(name, defaults.get(name, 0.0)), timesteps.shape) for name in COLUMNS]
     if columns:
         raise TypeError(f"a table has the columns {', '.join(COLUMNS)}; got {', '.join(columns)}")
-    rows = torch.from_numpy(np.stack(values, axis=1).astype(np.float64))
+    rows = np.stack(values, axis=1).astype(np.float64)
     if threshold is not None:
         # There is no quantile of x_0 = +-inf; a finite x_0 as large is clipped to the same.
-        rows[:, COLUMNS.index("x0_den")].clamp_(min=2.0**-64)
-    steps = torch.tensor(timesteps.tolist(), dtype=torch.int64)
-    return StepTable(rows, steps, learned_variance, threshold)
+        denominator = rows[:, COLUMNS.index("x0_den")]
+        np.maximum(denominator, 2.0**-64, out=denominator)
+    steps = timesteps.astype(np.int64)
+    return real(lambda: StepTable(torch.from_numpy(rows), torch.from_numpy(steps), learned_variance, threshold))

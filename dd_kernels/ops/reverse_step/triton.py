@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..randn import STREAM_REVERSE_STEP
+from ..randn.streams import Stream
 from ..triton_common import coefficient, normals, plan, sample_index, tile_of
+from .op import Arguments
 from .table import COLUMNS
 
 _SHARED = ["threshold", "rows", "timesteps", "step", "key"]  # read as scalars, wherever they lie
@@ -106,46 +107,20 @@ def _sample_stride(y: Tensor | None) -> int:
     return 0 if y is None else y.stride(0)
 
 
-def reverse_step(
-    x: Tensor,
-    out: Tensor,
-    variance: Tensor | None,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    noise: Tensor | None,
-    threshold: Tensor | None,
-    rows: Tensor,
-    timesteps: Tensor,
-    step: Tensor,
-    key: Tensor | None,
-    x_prev: Tensor,
-    x0: Tensor | None,
-) -> None:
-    """Writes x_prev, which may be x, and x0 where it is asked for; ``step`` is [1] or [N]."""
-    if x.numel() == 0:
+def reverse_step(call: Arguments) -> None:
+    """Writes x_prev, which may be x, and x0 where it is asked for."""
+    if call.x.numel() == 0:
         return
-    launch = plan("reverse_step", x, draws=noise is None and key is not None)
+    launch = plan("reverse_step", call.x, draws=call.noise is None and call.key is not None)
     _reverse_step[launch.grid](
-        x,
-        out,
-        variance,
-        uncond,
-        float(guidance_scale),  # an int would be compiled in
-        noise,
-        threshold,
-        rows,
-        timesteps,
-        step,
-        key,
-        x_prev,
-        x0,
-        out.stride(0),
-        _sample_stride(variance),
-        _sample_stride(uncond),
-        _sample_stride(noise),
-        int(step.numel() > 1),
-        rows.shape[0],
+        *call._replace(guidance_scale=float(call.guidance_scale)),  # an int would be compiled in
+        call.out.stride(0),
+        _sample_stride(call.variance),
+        _sample_stride(call.uncond),
+        _sample_stride(call.noise),
+        int(call.step.numel() > 1),
+        call.rows.shape[0],
         COLUMNS=len(COLUMNS),
-        STREAM=STREAM_REVERSE_STEP,
+        STREAM=int(Stream.REVERSE_STEP),
         **launch.geometry,
     )

@@ -1,0 +1,41 @@
+"""q_sample as an operator of PyTorch: its schema, and what tracing sees of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+torch.library.define(
+    "dd_kernels::q_sample",
+    "(Tensor x_start, Tensor? noise, Tensor rows, Tensor t, Tensor? key, Tensor(a!) x_t, Tensor(b!)? noise_out) -> ()",
+)
+
+
+@torch.library.register_fake("dd_kernels::q_sample")
+def _(
+    x_start: Tensor,
+    noise: Tensor | None,
+    rows: Tensor,
+    t: Tensor,
+    key: Tensor | None,
+    x_t: Tensor,
+    noise_out: Tensor | None,
+) -> None:
+    return None
+
+
+OP = torch.ops.dd_kernels.q_sample.default  # to look it up takes as long as a check
+
+
+class Arguments(NamedTuple):
+    """A checked call, in the order of the schema; the reference makes its own outputs."""
+
+    x_start: Tensor
+    noise: Tensor | None
+    rows: Tensor  # [T, 2]
+    t: Tensor  # int64, [1] or [N]
+    key: Tensor | None  # int64 [3]: seed, first_sample, draw
+    x_t: Tensor | None = None
+    noise_out: Tensor | None = None

@@ -1,0 +1,55 @@
+"""reverse_step as an operator of PyTorch: its schema, and what tracing sees of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+torch.library.define(
+    "dd_kernels::reverse_step",
+    "(Tensor x, Tensor out, Tensor? variance, Tensor? uncond, float guidance_scale, Tensor? noise, "
+    "Tensor? threshold, Tensor rows, Tensor timesteps, Tensor step, Tensor? key, "
+    "Tensor(a!) x_prev, Tensor(b!)? x0) -> ()",
+)
+
+
+@torch.library.register_fake("dd_kernels::reverse_step")
+def _(
+    x: Tensor,
+    out: Tensor,
+    variance: Tensor | None,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    noise: Tensor | None,
+    threshold: Tensor | None,
+    rows: Tensor,
+    timesteps: Tensor,
+    step: Tensor,
+    key: Tensor | None,
+    x_prev: Tensor,
+    x0: Tensor | None,
+) -> None:
+    return None
+
+
+OP = torch.ops.dd_kernels.reverse_step.default  # to look it up takes as long as a check
+
+
+class Arguments(NamedTuple):
+    """A checked call, in the order of the schema; the reference makes its own outputs."""
+
+    x: Tensor
+    out: Tensor
+    variance: Tensor | None  # what the model says of the variance, in [-1, 1]
+    uncond: Tensor | None
+    guidance_scale: float
+    noise: Tensor | None
+    threshold: Tensor | None  # [N], of dynamic thresholding
+    rows: Tensor  # [S, columns]
+    timesteps: Tensor  # int64 [S]
+    step: Tensor  # int64, [1] or [N]
+    key: Tensor | None  # int64 [3]: seed, first_sample, draw
+    x_prev: Tensor | None = None
+    x0: Tensor | None = None

@@ -1,0 +1,26 @@
+"""Calls that are traced with fake tensors, which have no memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def as_traced(call: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the arguments of an operator with its tables and keys, which are real, as fake ones if any other is fake.
+
+    ``torch.export`` and ``make_fx`` take real tensors as the constants of their graph: for them nothing is changed.
+    """
+    from torch._guards import detect_fake_mode
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    mode = detect_fake_mode(list(call))
+    if mode is None or mode.allow_non_fake_inputs:
+        return call
+
+    def as_fake(value: Any) -> Any:
+        is_real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+        return mode.from_tensor(value) if is_real else value
+
+    return tuple(map(as_fake, call))
