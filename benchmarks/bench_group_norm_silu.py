@@ -61,6 +61,7 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _ours(backend: str) -> Function:
+    """Returns our forward pass by one backend."""
     return lambda x, weight, bias: dd.group_norm_silu(x, GROUPS, weight, bias, EPS, backend=backend)
 
 
@@ -146,6 +147,7 @@ def _case_called(target: Target, variant: Variant, size: int) -> Case:
 
 
 def _case(target: Target, variant: Variant) -> Case:
+    """Returns the case of a variant."""
     passes = 3 if variant.backward else 2  # reads x and dy, writes dx; or reads x, writes y
     size = passes * variant.dtype.itemsize * math.prod(variant.shape)
     case = _case_alone(variant) if variant.alone else _case_called(target, variant, size)
@@ -156,6 +158,7 @@ def _case(target: Target, variant: Variant) -> Case:
 
 
 def _square(size: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Returns [N, C, H, W] with equal sides."""
     return (*size, size[2])
 
 

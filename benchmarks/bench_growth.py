@@ -48,6 +48,7 @@ DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
 def _model(target: Target, sizes: dict[str, int]) -> Any:
+    """Returns a U-Net like cifar10's of the given sizes."""
     channels, side = sizes["channels"], sizes["resolution"]
     options = {"channels": (channels, *[2 * channels] * 3), "image_size": side, "attention_resolutions": (side // 2,)}
     return models.unet("cifar10", target, DTYPE[target.kind], **options)
@@ -77,6 +78,7 @@ def _floors(target: Target, denoiser: Denoiser, x: Tensor, moved: int, steps: in
 
 
 def _case(target: Target, point: Point) -> Case:
+    """Returns the case of one point: a step, or on the axis of steps a whole run."""
     sizes = {**BASE[target.kind], point.axis: point.value}
     model = _model(target, sizes)
     batch, side, steps = sizes["batch"], sizes["resolution"], sizes["steps"]

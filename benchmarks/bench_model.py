@@ -75,6 +75,7 @@ def _bfloat16(net: Network) -> Forward:
 
 
 def _channels_last(x: Tensor) -> Tensor:
+    """Returns x in channels_last."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -197,6 +198,7 @@ def _network(name: str, batch: int, target: Target) -> Network:
 
 
 def _case(target: Target, name: str, batch: int, rounds: int) -> Case:
+    """Returns the case of a model, with every implementation already compiled."""
     net = _network(name, batch, target)
     base = _eager(net)
     found, seconds = _made(net)

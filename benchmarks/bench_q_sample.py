@@ -66,6 +66,7 @@ def _diffusers(t: Tensor, drawn: bool) -> Function | str:
 
 
 def _ours(t: Tensor, drawn: bool, backend: str) -> Function:
+    """Returns our call by one backend."""
     if drawn:
         return lambda x: dd.q_sample(x, t, SCHEDULE, seed=0, backend=backend)
     return lambda x, z: dd.q_sample(x, t, SCHEDULE, z, backend=backend)
@@ -85,6 +86,7 @@ def _alone(variant: Variant, t: Tensor) -> Callable[..., None]:
 
 
 def _case(target: Target, variant: Variant) -> Case:
+    """Returns the case of a variant."""
     device, drawn, shape = target.device, variant.noise == "drawn", variant.shape
     t = _timesteps(shape[0]).to(device)
     tensors = 1 if drawn else 2

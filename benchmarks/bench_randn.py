@@ -30,6 +30,7 @@ class Variant(variants.Variant):
 
 
 def _case(target: Target, variant: Variant) -> Case:
+    """Returns the case of a variant."""
     shape, dtype, device = variant.shape, variant.dtype, target.device
     memory_format, elements = variants.LAYOUTS[variant.layout], math.prod(variant.shape)
 

@@ -79,6 +79,7 @@ def _diffusers(sampler: str) -> Step | str:
 
 
 def _ours(variant: Variant, backend: str) -> Step:
+    """Returns our step by one backend."""
     table, seed = TABLES[variant.sampler], SEEDS[variant.sampler]
     index = len(table) // 2
 
@@ -103,6 +104,7 @@ def _alone(sampler: str) -> Callable[[Tensor, Tensor], None]:
 
 
 def _peers(target: Target, variant: Variant) -> dict[str, Step | str]:
+    """Returns the peers' steps, or why one is missing."""
     found: dict[str, Step | str] = {"diffusers": _diffusers(variant.sampler)}
     if variant.alone:
         return found
@@ -116,6 +118,7 @@ def _peers(target: Target, variant: Variant) -> dict[str, Step | str]:
 
 
 def _case(target: Target, variant: Variant) -> Case:
+    """Returns the case of a variant."""
     device = target.device
 
     def make() -> tuple[Tensor, Tensor]:
@@ -141,6 +144,7 @@ def _case(target: Target, variant: Variant) -> Case:
 
 
 def _variants(kind: str) -> list[Variant]:
+    """Lists the variants of a device."""
     main, half = MAIN[kind], torch.bfloat16
     both = [Variant(main, sampler=sampler) for sampler in TABLES]
     found = [replace(v, every_peer=True) for v in both]

@@ -71,6 +71,7 @@ class Trained:
 
 
 def _implementations(target: Target, run: Run) -> dict[str, Trained]:
+    """Returns ours and its peers, all with the same weights."""
     model: UNet = models.unet(run.model, target, torch.float32).train()
     plain = models.eager_copy(model)
     y = models.labels(model, run.batch, target.device)
@@ -85,6 +86,7 @@ def _implementations(target: Target, run: Run) -> dict[str, Trained]:
 
 
 def _inspect(target: Target, found: dict[str, Trained], images: Tensor, t: Tensor) -> Row:
+    """Returns the memory that each implementation keeps and needs."""
     parameters = {p.untyped_storage().data_ptr() for p in found["dd_kernels"].optimizer.param_groups[0]["params"]}
     memory: Row = {}
     for name, trained in found.items():
@@ -103,6 +105,7 @@ def _inspect(target: Target, found: dict[str, Trained], images: Tensor, t: Tenso
 
 
 def _case(target: Target, run: Run) -> Case:
+    """Returns the case of one training step."""
     found = _implementations(target, run)
     config = CONFIGS[run.model]
     shape = (run.batch, config["in_channels"], config["image_size"], config["image_size"])

@@ -21,7 +21,7 @@ UNUSABLE = 3  # exit status of a worker: what is left needs another process
 GRACE = 5.0  # seconds that a plan may run after the end of its part
 WORKER = (sys.executable, "-m", "benchmarks.worker")
 MODULES = (
-    *("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_silu"),
+    *("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_silu", "bench_conv2d"),
     *("bench_throughput", "bench_training", "bench_growth", "bench_model"),
 )
 Measured = dict[str, list[dict[str, Any]]]

@@ -124,6 +124,7 @@ def _committed() -> list[results.Row]:
 
 
 def _arguments() -> argparse.Namespace:
+    """Parses the command line."""
     device = machine.DEVICE
     default = [name for name, part in PARTS.items() if part.seconds[device] is not None]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])

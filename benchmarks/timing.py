@@ -187,6 +187,7 @@ class GpuClock:
         return float(start.elapsed_time(end)) * 1e-3
 
     def _graph_timer(self, call: Call, inputs: Sequence[Arguments], bytes_moved: int, once: float) -> Timer:
+        """Returns a timer of replays of a graph of many calls."""
         wanted = max(len(inputs), round(GRAPH_SECONDS / max(once, 1e-6)))
         calls = max(1, min(wanted, GRAPH_CALLS, GRAPH_BYTES // max(bytes_moved, 1)))
         turn = itertools.cycle(inputs)
@@ -200,6 +201,7 @@ class GpuClock:
         return Timer(lambda: self._elapsed(replay) / calls, seconds, "graph")
 
     def _stream_timer(self, call: Call, turn: Iterator[Arguments], once: float, note: str | None) -> Timer:
+        """Returns a timer of calls one after another."""
         repeats = max(1, min(GRAPH_CALLS, round(STREAM_SECONDS / max(once, 1e-6))))
 
         def run() -> None:

@@ -105,6 +105,7 @@ class Finder:
             yield self._mutation(self._start(node), old, repr(node.value + 1))
 
     def _of(self, node: ast.AST) -> Iterator[Mutation]:
+        """Yields the mutations of one node."""
         if isinstance(node, ast.Compare):
             for left, operator, right in zip([node.left, *node.comparators], node.ops, node.comparators, strict=False):
                 yield from self._between(left, operator, right)
@@ -176,13 +177,17 @@ def _failure(folder: Path, tests: Sequence[str], seconds: float) -> str | None:
     return failures[0] if failures else f"exit status {done.returncode}"
 
 
-def survives(mutation: Mutation, folder: Path, seconds: float) -> bool:
-    """Makes one change in the copy, runs the tests, and undoes it; prints and returns whether no test noticed."""
+def survives(mutation: Mutation, folder: Path, seconds: float, near: bool = False) -> bool:
+    """Makes one change in the copy, runs the tests, and undoes it; prints and returns whether no test noticed.
+
+    ``near``: the tests of the folder do not run where the file has tests of its own.
+    """
     file, started = folder / mutation.path, time.monotonic()
     source = file.read_text()
     file.write_text(mutation.apply(source))
     try:
-        failures = (_failure(folder, tests, seconds) for tests in mirrors(mutation.path, folder))
+        lists = mirrors(mutation.path, folder)[: 1 if near else None]
+        failures = (_failure(folder, tests, seconds) for tests in lists)
         failure = next((one for one in failures if one is not None), None)
     finally:
         file.write_text(source)
@@ -206,6 +211,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="chooses the changes (%(default)s)")
     parser.add_argument("--under", default="dd_kernels", help="folder whose files are changed (%(default)s)")
     parser.add_argument("--seconds", type=float, default=300, help="limit of one run of tests (%(default)s)")
+    parser.add_argument("--near", action="store_true", help="run only the tests of the changed file where it has any")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     options = parser.parse_args()
     every = candidates(options.under)
@@ -215,7 +221,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
-        survived = [one for one in chosen if survives(one, Path(folder), options.seconds)]
+        survived = [one for one in chosen if survives(one, Path(folder), options.seconds, options.near)]
     print(f"{len(chosen) - len(survived)} of {len(chosen)} changes were noticed; these survived:")
     print(*survived, sep="\n")
     return 1 if survived else 0

@@ -11,6 +11,7 @@ import torch
 
 import dd_kernels as dd
 from benchmarks import (
+    bench_conv2d,
     bench_group_norm_silu,
     bench_growth,
     bench_model,
@@ -46,6 +47,7 @@ def tiny(monkeypatch):
     both = dict.fromkeys(("cpu", "cuda"), TINY_IMAGES)
     for module in (bench_randn, bench_q_sample, bench_reverse_step):
         monkeypatch.setattr(module, "SHAPES", both)
+    monkeypatch.setattr(bench_conv2d, "SHAPES", [(2, 16, 8, 8), (1, 16, 4, 4)])
     monkeypatch.setattr(bench_q_sample, "EVERY_PEER", {"cpu": None, "cuda": None})
     monkeypatch.setattr(bench_reverse_step, "MAIN", dict.fromkeys(both, (3, 3, 8, 8)))
     monkeypatch.setattr(bench_group_norm_silu, "MAIN", dict.fromkeys(both, TINY_NORMS))
@@ -84,6 +86,13 @@ def problems(row):
 def called(plans):
     """Returns the plans that call public functions."""
     return [plan for plan in plans if "op alone" not in str(plan)]
+
+
+def test_conv2d(cpu_target, tiny):
+    rows = measured(bench_conv2d.plans(cpu_target), cpu_target)
+    assert all(not problems(row) and row["layout"] == "channels_last" for row in rows)
+    assert all(0 < row["rms_error"] < (1e-2 if row["dtype"] == "bfloat16" else 1e-5) for row in rows)
+    assert {row["case"] for row in rows} >= {"3 x 3, stride 1", "3 x 3, stride 2", "1 x 1, stride 1"}
 
 
 @pytest.mark.parametrize("module", [bench_randn, bench_q_sample, bench_reverse_step])
@@ -141,6 +150,7 @@ BY_HAND = {
     bench_q_sample: ["--noise", "drawn"],
     bench_reverse_step: ["--sampler", "ddim", "--in-place"],
     bench_group_norm_silu: ["--backward"],
+    bench_conv2d: ["--kernel", "1"],
 }
 
 

@@ -78,6 +78,19 @@ def test_a_change_is_noticed_or_survives_and_is_undone(folder, capsys):
     assert lines[3] == "    return a + b + c"
 
 
+def test_the_tests_of_the_folder_run_unless_only_the_near_ones_are_wanted(folder):
+    (folder / "dd_kernels" / "more").mkdir()
+    (folder / "tests" / "more").mkdir()
+    (folder / "dd_kernels" / "more" / "one.py").write_text("ONE = 1\n")
+    (folder / "tests" / "more" / "test_one.py").write_text("def test_nothing(): pass\n")
+    (folder / "tests" / "more" / "test_two.py").write_text(
+        "from dd_kernels.more.one import ONE\ndef test_one(): assert ONE == 1\n"
+    )
+    (change,) = mutate.Finder("dd_kernels/more/one.py", "ONE = 1\n").mutations()
+    assert mutate.survives(change, folder, 60.0, near=True)
+    assert not mutate.survives(change, folder, 60.0)
+
+
 def test_a_change_that_runs_forever_is_noticed(folder):
     (folder / "tests" / "test_adding.py").write_text("import time\ndef test_add(): time.sleep(60)\n")
     assert mutate._failure(folder, ["tests"], 1.0) == "stopped after 1 s"
