@@ -3,16 +3,34 @@
 >>> from dd_kernels.integrations.diffusers import DDIMScheduler
 >>> pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
-Each class is a subclass of diffusers' of the same name: the same configuration, options, files and
-noise for the same generator; the same images to rounding. What differs:
+Each class is a subclass of diffusers' of the same name: the same configuration, options, files and noise for the same
+generator; the same images to rounding. Where versions of diffusers differ, ours follows the one that is installed.
 
-- ``step`` reads its coefficients on the device, with a tensor timestep too. Nothing is synchronised, so
-  it can be captured in a CUDA graph and by ``torch.compile(fullgraph=True)``.
-- A tensor timestep may hold one timestep per sample.
-- 16-bit samples are rounded once per step instead of after every operation.
-- Where theirs divides by 0 or takes the root of a negative number, the finite value that is meant.
-- ``noise="philox"`` (in the constructor or ``from_config``) draws the steps' noise inside the kernel from
-  the generator's seed and the timestep: image n of a seed is the same in any batch.
+- ``step`` reads its coefficients on the device, with a tensor timestep too. Nothing is synchronised, so it can be
+  captured in a CUDA graph and by ``torch.compile(fullgraph=True)``.
+- ``noise="philox"`` (in the constructor or ``from_config``) draws the steps' noise inside the kernel from the
+  generator's seed and the timestep: image n of a seed is the same in any batch.
+
+What differs on purpose, found by random calls on both:
+
+====================================================  ===========================  ================================
+call                                                  theirs                       ours
+====================================================  ===========================  ================================
+16-bit samples                                        rounded by every operation   rounded once per step
+``add_noise`` in bfloat16 at the first timesteps      adds nothing                 adds the noise
+x_0 (``pred_original_sample``) of mixed dtypes        the output's dtype or shape  those of the previous sample
+a timestep tensor [1] with 16-bit samples             float32 comes back           16 bits, as with a tensor []
+a timestep per sample, or a list                      an error                     each sample's own step
+``variance_type="fixed_large_log"``                   NaN; 0 at zero SNR           beta, as the name says
+eta > 1, an ``alphas_cumprod`` that rises, rounding   NaN                          a negative square counts as 0
+zero SNR with ``thresholding``                        NaN (a quantile of inf)      the sign of x_0 times its maximum
+DDIMInverse, "sample", at alpha_bar = 1               divides by 0                 epsilon at the next noise level
+a negative timestep                                   counts from the end          an error
+``set_timesteps(0)``, or below                        no timesteps, or an error    an error
+a timestep that DDPM's list has not, on the device    an error                     NaN: the device is not asked
+====================================================  ===========================  ================================
+
+An error that both raise is of their type too, but for calls with several mistakes.
 """
 
 # Pipelines that are reloaded look for the name SchedulerMixin in the module of the scheduler's class.

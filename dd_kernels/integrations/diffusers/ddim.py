@@ -9,7 +9,8 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddim_inverse
 from torch import Tensor
 
 from . import rows
-from .scheduler import FusedScheduler, FusedSchedulerWithVelocity, Generators, Timestep, constructor
+from .arguments import Timestep, as_step_count, as_timestep
+from .scheduler import FusedScheduler, FusedSchedulerWithVelocity, Generators, constructor
 
 # Without its types, which differ from version to version of diffusers.
 _DDIMScheduler: Any = scheduling_ddim.DDIMScheduler
@@ -23,7 +24,7 @@ class DDIMScheduler(FusedSchedulerWithVelocity, _DDIMScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Sets the timesteps to visit, as diffusers' method; ``device`` is where they are kept."""
-        super().set_timesteps(num_inference_steps)
+        super().set_timesteps(as_step_count(num_inference_steps))
         self._place_timesteps(device)
 
     def step(
@@ -40,8 +41,8 @@ class DDIMScheduler(FusedSchedulerWithVelocity, _DDIMScheduler):
         """x_{prev} from x_t and the model's output, see :func:`dd_kernels.reverse_step`.
 
         Args:
-            model_output, sample: [N, C, ...].
-            timestep: an int or a tensor, or a tensor [N] of one per sample.
+            model_output, sample: [N, C, ...]; they broadcast.
+            timestep: an int, array or tensor, or a tensor or list [N] of one per sample.
             eta: 0 adds no noise, 1 that of DDPM.
             use_clipped_model_output: re-derive epsilon from the clipped x_0.
             generator: one generator, or a list of one per sample; torch's global one if None.
@@ -53,7 +54,7 @@ class DDIMScheduler(FusedSchedulerWithVelocity, _DDIMScheduler):
             if variance_noise is not None and generator is not None:
                 raise ValueError("only one of generator and variance_noise may be given; got both")
             source = {"noise": variance_noise} if variance_noise is not None else self._noise(model_output, generator)
-        config = self.config
+        timestep, config = as_timestep(timestep), self.config
         key = ("ddim", self._stride(), config.prediction_type, self._clip(), eta, use_clipped_model_output)
         result = self._advance(key, timestep, self._value(timestep), sample, model_output, source)
         return scheduling_ddim.DDIMSchedulerOutput(*result) if return_dict else result
@@ -62,7 +63,11 @@ class DDIMScheduler(FusedSchedulerWithVelocity, _DDIMScheduler):
         return self.final_alpha_cumprod
 
     def _ddim(self, stride: int, prediction: str, clip: tuple | None, eta: float, clipped: bool) -> rows.StepTable:
-        alpha_bar_prev = self._alpha_bar(self._all_timesteps() - stride)
+        prev = self._all_timesteps() - stride
+        if hasattr(self, "previous_timestep"):  # of a diffusers that steps to the next in its list, as DDPM does
+            for value in self._values:
+                prev[value] = int(self.previous_timestep(value))
+        alpha_bar_prev = self._alpha_bar(prev)
         columns = rows.ddim_columns(prediction, self._alpha_bar_of_rows(), alpha_bar_prev, eta, clipped)
         return rows.as_table(columns, clip)
 
@@ -74,13 +79,14 @@ class DDIMInverseScheduler(FusedScheduler, _DDIMInverseScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Sets the timesteps to visit, increasing; ``device`` is where they are kept."""
-        super().set_timesteps(num_inference_steps)
+        super().set_timesteps(as_step_count(num_inference_steps))
         self._place_timesteps(device)
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True
     ) -> scheduling_ddim_inverse.DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """x at ``timestep`` from x one step before it; arguments as :meth:`DDIMScheduler.step`."""
+        timestep = as_timestep(timestep)
         key = ("ddim_inverse", self._stride(), self.config.prediction_type, self._clip())
         result = self._advance(key, timestep, self._value(timestep), sample, model_output, {})
         return scheduling_ddim_inverse.DDIMSchedulerOutput(*result) if return_dict else result

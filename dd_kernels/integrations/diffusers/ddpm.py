@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...samplers.rows import Transition
 from . import rows
-from .scheduler import FusedSchedulerWithVelocity, Generators, Timestep, constructor
+from .arguments import Timestep, TimestepValueError, as_step_count, as_timestep
+from .scheduler import FusedSchedulerWithVelocity, Generators, constructor
 
 # Without its types, which differ from version to version of diffusers.
 _DDPMScheduler: Any = scheduling_ddpm.DDPMScheduler
@@ -28,7 +29,7 @@ class DDPMScheduler(FusedSchedulerWithVelocity, _DDPMScheduler):
         timesteps: list[int] | None = None,
     ) -> None:
         """Sets the timesteps to visit, as diffusers' method; ``device`` is where they are kept."""
-        super().set_timesteps(num_inference_steps, None, timesteps)
+        super().set_timesteps(as_step_count(num_inference_steps), None, timesteps)
         self._place_timesteps(device)
 
     def step(
@@ -42,14 +43,15 @@ class DDPMScheduler(FusedSchedulerWithVelocity, _DDPMScheduler):
         """x_{t-1} from x_t and the model's output, see :func:`dd_kernels.reverse_step`.
 
         Args:
-            model_output: [N, C, ...], or [N, 2 C, ...] with a learned variance.
-            timestep: one of ``timesteps``, an int or a tensor, or a tensor [N] of one per sample.
+            model_output: [N, C, ...], or [N, 2 C, ...] with a learned variance; it broadcasts with ``sample``.
+            timestep: one of ``timesteps``, an int, array or tensor, or a tensor or list [N] of one per sample.
             sample: x_t, [N, C, ...].
             generator: one generator, or a list of one per sample; torch's global one if None.
             return_dict: return an object with ``prev_sample`` and ``pred_original_sample``, not a tuple.
         """
-        self._check_listed(timestep)
+        timestep = as_timestep(timestep)
         value = self._value(timestep)
+        self._check_listed(timestep, value)
         model_output, learned, source = self._ancestral_noise(value, sample, model_output, generator)
         given = len(source) > 0  # torch 2.11 does not trace bool(source)
         options = rows.AncestralOptions(self.config.prediction_type, self._clip(), self.variance_type, learned, given)
@@ -59,12 +61,16 @@ class DDPMScheduler(FusedSchedulerWithVelocity, _DDPMScheduler):
     def _has_list(self) -> bool:
         return bool(self.custom_timesteps or self.num_inference_steps)
 
-    def _check_listed(self, timestep: Timestep) -> None:
+    def _check_listed(self, timestep: Timestep, value: int | None) -> None:
+        """Raises where a timestep, if it is known without asking the device, is not in the list."""
         if torch.compiler.is_compiling() or not self._has_list():
             return
-        value = self._value(timestep)
-        if value is not None and value not in self._values:
-            raise ValueError(f"timestep must be one of scheduler.timesteps; got {value}")
+        values = [value]
+        if value is None:
+            values = timestep.tolist() if isinstance(timestep, Tensor) and timestep.is_cpu else []
+        for one in values:
+            if one not in self._values:
+                raise TimestepValueError(f"timestep must be one of scheduler.timesteps; got {one}")
 
     def _ddpm(self, *key: Any) -> rows.StepTable:
         """Row t steps to the timestep after t in ``timesteps``, or to t - 1 where none are set."""

@@ -14,9 +14,16 @@ from torch import Tensor
 from ...ops.q_sample import q_sample
 from ...ops.reverse_step import reverse_step
 from . import rows
+from .arguments import (
+    ShapeError,
+    StepsNotSetError,
+    Timestep,
+    TimestepValueError,
+    broadcast,
+    check_values,
+)
 
 Generators = torch.Generator | list[torch.Generator] | None
-Timestep = int | Tensor
 # A scheduler drops its tables when there would be more than this, as when eta changes at every step.
 MOST_TABLES = 32
 # The attributes that tables are made of; the options of the configuration are in the tables' keys.
@@ -62,6 +69,7 @@ class FusedScheduler:
     variance_type: str
 
     _values: tuple[int, ...] = ()  # the values of ``timesteps``
+    _versions: tuple[int, ...] = (0, 0, 0, 0)
     _seed: int | None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -111,13 +119,20 @@ class FusedScheduler:
         """Returns the table's row of a timestep: t itself, T for timestep -1."""
         below, steps = self._ends_below_0(), len(self.alphas_cumprod)
         if value is None:
+            if isinstance(timestep, Tensor) and timestep.is_cpu and not torch.compiler.is_compiling():
+                check_values(timestep, -below, steps)
             return timestep % (steps + 1) if below else timestep
         if torch.compiler.is_compiling():
             # As a tensor, so that another timestep is not another graph.
             return torch.full((1,), value, device=device) % (steps + 1)
         if not -below <= value < steps:
-            raise ValueError(f"timestep must be in [{-below}, {steps}); got {value}")
+            raise TimestepValueError(f"timestep must be in [{-below}, {steps}); got {value}")
         return value % (steps + 1)
+
+    def _source_versions(self) -> tuple[int, ...]:
+        """Returns how often the tensors that tables are made of were written to in place, as far as torch counts."""
+        sources = (self.alphas_cumprod, self._before_first(), self.betas, self.alphas)
+        return tuple([0 if tensor.is_inference() else tensor._version for tensor in sources])
 
     def _forget_tables(self) -> None:
         self._tables: dict[tuple, Any] = {}
@@ -125,6 +140,13 @@ class FusedScheduler:
 
     def _built(self, key: tuple, device: torch.device) -> Any:
         """Returns the table of ``key``, uploaded to the device; ``key`` is (method without "_", its arguments)."""
+        versions = self._source_versions()
+        if versions != self._versions:
+            # A tensor that tables are made of was written to since.
+            if versions[0] != self._versions[0]:
+                self._given_alphas_cumprod = self.alphas_cumprod
+            self._forget_tables()
+            self._versions = versions
         if len(self._tables) >= MOST_TABLES and key not in self._tables:
             self._forget_tables()
         if key not in self._tables:
@@ -167,7 +189,7 @@ class FusedScheduler:
     def _stride(self) -> int:
         """Returns how far DDIM steps: T // N, whatever the list of timesteps says."""
         if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps must be set before step is called: call set_timesteps first")
+            raise StepsNotSetError("num_inference_steps must be set before step is called: call set_timesteps first")
         return self.config.num_train_timesteps // self.num_inference_steps
 
     def _clip(self) -> tuple | None:
@@ -216,9 +238,11 @@ class FusedScheduler:
     def _reverse(
         self, table: Any, row: int | Tensor, sample: Tensor, model_output: Tensor, source: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Returns (previous sample, x_0), in the wider of the two dtypes as in diffusers."""
+        """Returns (previous sample, x_0), in the wider of the two dtypes and broadcast as in diffusers."""
+        noise = source.get("noise")
+        sample, model_output, noise = broadcast(sample, model_output, noise, table.learned_variance)
         sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
-        return reverse_step(sample, model_output, table, row, return_x0=True, **source)
+        return reverse_step(sample, model_output, table, row, return_x0=True, noise=noise, seed=source.get("seed"))
 
     def _ancestral_noise(
         self, value: int | None, sample: Tensor, model_output: Tensor, generator: Generators
@@ -233,7 +257,7 @@ class FusedScheduler:
         can_learn = self.variance_type in ("learned", "learned_range")
         learned = can_learn and model_output.shape[1] == 2 * channels
         if can_learn and draws and not learned:
-            raise ValueError(
+            raise ShapeError(
                 f"model_output must have {2 * channels} channels, half of them the variance, for "
                 f"variance_type={self.variance_type!r}; got {model_output.shape[1]}"
             )
@@ -255,6 +279,7 @@ class FusedScheduler:
         """Moves alphas_cumprod as diffusers does, whose users index it there afterwards; the tables stay."""
         if self.alphas_cumprod.device != device:
             object.__setattr__(self, "alphas_cumprod", self.alphas_cumprod.to(device))
+            self._versions = self._source_versions()
 
     def _marginal(self, sign: int) -> rows.Marginal:
         return rows.Marginal(self._given_alphas_cumprod.cpu(), sign)

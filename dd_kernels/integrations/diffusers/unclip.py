@@ -13,7 +13,8 @@ from torch import Tensor
 from ...ops.reverse_step.table import COLUMNS, DeviceTable
 from ...samplers.rows import Transition
 from . import rows
-from .scheduler import FusedScheduler, Generators, Timestep, constructor
+from .arguments import Timestep, as_step_count, as_timestep
+from .scheduler import FusedScheduler, Generators, constructor
 
 # Without its types, which differ from version to version of diffusers.
 _UnCLIPScheduler: Any = scheduling_unclip.UnCLIPScheduler
@@ -83,9 +84,7 @@ class UnCLIPScheduler(FusedScheduler, _UnCLIPScheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Sets the timesteps to visit, from T - 1 to 0; at least 2."""
-        if num_inference_steps < 2:
-            raise ValueError(f"num_inference_steps must be at least 2; got {num_inference_steps}")
-        super().set_timesteps(num_inference_steps)
+        super().set_timesteps(as_step_count(num_inference_steps, least=2))
         self._place_timesteps(device)
 
     def step(
@@ -101,6 +100,8 @@ class UnCLIPScheduler(FusedScheduler, _UnCLIPScheduler):
 
         ``prev_timestep``, an int or a tensor, is timestep - 1 if None.
         """
+        timestep = as_timestep(timestep)
+        prev_timestep = None if prev_timestep is None else as_timestep(prev_timestep)
         value = self._value(timestep)
         model_output, learned, source = self._ancestral_noise(value, sample, model_output, generator)
         given = len(source) > 0  # torch 2.11 does not trace bool(source)
@@ -134,7 +135,7 @@ class UnCLIPScheduler(FusedScheduler, _UnCLIPScheduler):
             return None
         if previous == value - 1:
             return "adjacent"
-        return "listed" if (value, previous) in pairwise(self._values) else (value, previous)
+        return "listed" if dict(pairwise(self._values)).get(value) == previous else (value, previous)
 
     def _process(self) -> Process:
         return Process(self._given_alphas_cumprod.cpu(), self.alphas.cpu(), self.betas.cpu())

@@ -87,7 +87,7 @@ X = torch.zeros(1, 3, 4, 4)
         (lambda: _ready("UnCLIPScheduler", prediction_type="v_prediction").step(X, 111, X), "prediction_type must be"),
         (lambda: _ready("UnCLIPScheduler", variance_type="fixed_large").step(X, 111, X), "variance_type must be"),
         (lambda: _ready("DDPMScheduler", variance_type="learned_range").step(X, 100, X), "must have 6 channels"),
-        (lambda: _ready("DDPMScheduler").step(torch.zeros(1, 6, 4, 4), 100, X), "out must have the shape"),
+        (lambda: _ready("DDPMScheduler").step(torch.zeros(1, 6, 4, 4), 100, X), "model_output must have the shape"),
         (lambda: ours.UnCLIPScheduler().set_timesteps(1), "num_inference_steps must be at least 2"),
         (lambda: ours.DDPMScheduler().set_timesteps(10, timesteps=[1]), "Can only pass one"),
         (
