@@ -29,6 +29,7 @@ from .schedules import (
 )
 
 if TYPE_CHECKING:
+    from .compile.accelerate import accelerate, restore
     from .integrations.guided_diffusion import (
         GaussianDiffusion,
         LossType,
@@ -44,7 +45,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-# guided-diffusion's names are an integration, which the package itself must not import: they are loaded when asked for.
+# Imported at first use: guided-diffusion's names are an integration, and compile imports Dynamo, which takes a second.
 _GUIDED_DIFFUSION = (
     "GaussianDiffusion",
     "LossType",
@@ -56,8 +57,13 @@ _GUIDED_DIFFUSION = (
 )
 
 
+_COMPILE = ("accelerate", "restore")
+
+
 def __getattr__(name: str) -> object:
-    """Imports guided-diffusion's names at their first use."""
+    """Imports what is not imported with the package."""
+    if name in _COMPILE:
+        return getattr(import_module(".compile", __name__), name)
     if name in _GUIDED_DIFFUSION:
         return getattr(import_module(".integrations.guided_diffusion", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -74,6 +80,7 @@ __all__ = [
     "SpacedDiffusion",
     "Step",
     "StepTable",
+    "accelerate",
     "cosine_schedule",
     "ddim",
     "ddim_inversion",
@@ -91,6 +98,7 @@ __all__ = [
     "q_sample",
     "randn",
     "rescale_zero_terminal_snr",
+    "restore",
     "reverse_step",
     "sample",
     "sample_progressive",

@@ -1,6 +1,16 @@
 """Any model, faster, by rewriting the graph that Dynamo captures: ``torch.compile(model, backend="dd_kernels")``."""
 
+from .accelerate import accelerate, restore
 from .capture import dd_kernels, rewrite
-from .report import GraphReport, NormReport, Report
+from .report import AccelerateReport, GraphReport, NormReport, Report
 
-__all__ = ["GraphReport", "NormReport", "Report", "dd_kernels", "rewrite"]
+__all__ = [
+    "AccelerateReport",
+    "GraphReport",
+    "NormReport",
+    "Report",
+    "accelerate",
+    "dd_kernels",
+    "restore",
+    "rewrite",
+]

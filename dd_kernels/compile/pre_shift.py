@@ -38,7 +38,7 @@ def _embedding_of(total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         value = tensor(x)
         if like is None or value is None or value.dtype != like.dtype or not per_channel(embedding, like):
             continue
-        fresh = x in _CONVOLUTIONS and total.args[0] is x and len(x.users) == 1  # may be added to in place
+        fresh = x in _CONVOLUTIONS and total.all_input_nodes[0] is x and len(x.users) == 1  # may be added to in place
         if same_shape(value, like) and (fresh or not mutates(total)):
             return x, embedding
     return None

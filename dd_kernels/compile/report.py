@@ -64,3 +64,20 @@ class Report:
         if convolutions:
             lines.append(f"  {convolutions} convolutions in channels_last, {copies} layout copies left")
         return "\n".join(lines)
+
+
+@dataclass
+class AccelerateReport:
+    """What :func:`dd_kernels.accelerate` did: its networks, and what it did beside compiling them."""
+
+    networks: list[Report]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Returns the share of the norms of all networks that the fused kernel computes; 1.0 where there is none."""
+        norms = [norm for network in self.networks for norm in network.norms]
+        return sum(norm.kept is None for norm in norms) / len(norms) if norms else 1.0
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.networks), *self.notes])

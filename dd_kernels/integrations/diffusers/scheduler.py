@@ -37,6 +37,7 @@ def constructor(parent: Any) -> Any:
         if noise not in ("generator", "philox"):
             raise ValueError(f"noise must be 'generator' or 'philox'; got {noise!r}")
         parent.__init__(self, *args, **kwargs)
+        self.__module__ = parent.__module__  # what a saved pipeline names: it then loads without this package
         self._seed = None
         if noise != "generator":
             self.register_to_config(noise=noise)

@@ -1,0 +1,89 @@
+"""Compiles a model, or the networks of a pipeline, and puts this package's schedulers in, by one call; undoes both."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .capture import dd_kernels
+from .report import AccelerateReport, Report
+
+Target = TypeVar("Target")
+Undo = Callable[[], None]
+_Parts = tuple[list[tuple[str, nn.Module]], list[Undo], list[str]]
+
+# The integration that takes a library's pipelines apart, by the package of their class; imported when one is met.
+_PIPELINES = {"diffusers": "dd_kernels.integrations.diffusers.accelerate"}
+
+# What undoes a change holds its owner weakly: an accelerated model is freed like any other.
+_accelerated: weakref.WeakKeyDictionary[Any, tuple[AccelerateReport, list[Undo]]] = weakref.WeakKeyDictionary()
+
+
+def _compile(module: nn.Module, report: Report, inductor: bool) -> Undo:
+    """Compiles the calls of ``module`` in place; returns what undoes it."""
+    before, weakly = module._compiled_call_impl, weakref.ref(module)
+    module.compile(backend=dd_kernels, options={"report": report, "inductor": inductor})
+
+    def undo() -> None:
+        if (owner := weakly()) is not None:
+            owner._compiled_call_impl = before
+
+    return undo
+
+
+def _take_apart(target: Any) -> _Parts:
+    """Returns the networks of a model or a pipeline by name, what undoes the changes made to it, and notes on them."""
+    if isinstance(target, nn.Module):
+        return [(type(target).__name__, target)], [], []
+    for base in type(target).__mro__:
+        integration = _PIPELINES.get(base.__module__.partition(".")[0])
+        if integration is not None:
+            parts: _Parts = import_module(integration).take_apart(target)
+            return parts
+    raise TypeError(f"model_or_pipeline must be a torch.nn.Module or a diffusers pipeline; got {type(target).__name__}")
+
+
+def accelerate(model_or_pipeline: Target, *, inductor: bool = False) -> tuple[Target, AccelerateReport]:
+    """Makes a model, or the networks and the scheduler of a pipeline, faster in place; :func:`restore` undoes it.
+
+    A module is compiled by ``module.compile(backend="dd_kernels")``: its class, parameters, state_dict and files stay
+    what they are. Of a diffusers pipeline each network of diffusers is (U-Net, ControlNet, a VAE's encoder and decoder;
+    text encoders are not), and a DDPM, DDIM or UnCLIP scheduler is replaced by this package's with the same
+    configuration. A pipeline saved afterwards names diffusers' classes and loads where this package is not installed.
+
+    A pipeline whose constructor makes a scheduler of its own class (``DDIMPipeline(unet, scheduler)`` does) undoes a
+    replacement made before: accelerate the finished pipeline.
+
+    Args:
+        model_or_pipeline: a ``torch.nn.Module`` or a ``diffusers.DiffusionPipeline``.
+        inductor: hands the rewritten graphs on to Inductor.
+
+    Returns:
+        The same object, and a report. The report is filled at the first call, when Dynamo captures the graphs: for
+        each network its graphs, its norms, what was fused with each and why something was not. A second call returns
+        the report of the first.
+
+    Raises:
+        TypeError: neither a module nor a pipeline.
+    """
+    target: Any = model_or_pipeline
+    if target in _accelerated:
+        return model_or_pipeline, _accelerated[target][0]
+    networks, undo, notes = _take_apart(target)
+    report = AccelerateReport([Report(name) for name, _ in networks], notes)
+    for (_, module), entry in zip(networks, report.networks, strict=True):
+        undo.append(_compile(module, entry, inductor))
+    _accelerated[target] = report, undo
+    return model_or_pipeline, report
+
+
+def restore(model_or_pipeline: Target) -> Target:
+    """Undoes :func:`accelerate` exactly and returns the same object; one that was never accelerated stays as it is."""
+    _, undo = _accelerated.pop(model_or_pipeline, (None, []))
+    for step in reversed(undo):
+        step()
+    return model_or_pipeline

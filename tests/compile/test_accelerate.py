@@ -1,0 +1,180 @@
+"""accelerate and restore: of a model, and of diffusers' pipelines with small random networks."""
+
+import copy
+import gc
+import io
+import json
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from models import make
+
+import dd_kernels as dd
+
+diffusers = pytest.importorskip("diffusers")
+
+from dd_kernels.integrations import diffusers as ours  # noqa: E402
+
+
+def unet():
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    return diffusers.UNet2DModel(
+        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, **blocks
+    )
+
+
+def latent_pipeline():
+    """A pipeline with an autoencoder: latents from a U-Net, decoded."""
+    torch.manual_seed(2)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(
+        latent_channels=3, block_out_channels=(32, 32), norm_num_groups=8, sample_size=32, **kinds
+    )
+    return diffusers.LDMSuperResolutionPipeline(vae, unet(), diffusers.DDIMScheduler(num_train_timesteps=100))
+
+
+def draw(pipe):
+    generator = torch.Generator().manual_seed(3)
+    return pipe(batch_size=2, generator=generator, num_inference_steps=3, output_type="np").images
+
+
+def pipeline(scheduler=None):
+    pipe = diffusers.DDIMPipeline(unet(), scheduler or diffusers.DDIMScheduler(num_train_timesteps=100))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_model_is_compiled_in_place_and_restored():
+    model, x, emb = make("latent-diffusion")
+    with torch.no_grad():
+        plain = model(x, emb)
+        same, report = dd.accelerate(model)
+        assert same is model
+        assert "not captured yet" in str(report)
+        torch.testing.assert_close(model(x, emb), plain)
+        assert report.share == 1
+        assert dd.accelerate(model)[1] is report
+        assert dd.restore(model) is model
+        assert model._compiled_call_impl is None
+        assert torch.equal(model(x, emb), plain)
+        dd.restore(model)
+        assert dd.accelerate(model)[1] is not report
+
+
+def test_a_model_compiled_before_is_given_back_as_it_was():
+    model, _, _ = make("latent-diffusion")
+    model.compile(backend="eager")
+    before = model._compiled_call_impl
+    dd.restore(dd.accelerate(model)[0])
+    assert model._compiled_call_impl is before
+
+
+def test_copies_and_files_of_an_accelerated_model():
+    model, x, emb = make("latent-diffusion")
+    keys = list(model.state_dict())
+    dd.accelerate(model)
+    with torch.no_grad():
+        y = model(x, emb)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert other._compiled_call_impl is None
+            torch.testing.assert_close(other(x, emb), y)
+    assert list(model.state_dict()) == keys
+
+
+def test_an_accelerated_model_is_freed():
+    model, x, emb = make("latent-diffusion")
+    dd.accelerate(model)
+    model(x, emb)
+    gone = weakref.ref(model)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_pipeline():
+    pipe = pipeline()
+    scheduler, wanted = pipe.scheduler, draw(pipe)
+    same, report = dd.accelerate(pipe)
+    assert same is pipe
+    assert type(pipe.scheduler) is ours.DDIMScheduler
+    assert dict(pipe.scheduler.config).items() >= dict(scheduler.config).items()
+    assert abs(draw(pipe) - wanted).max() < 1e-5
+    assert [network.name for network in report.networks] == ["unet"]
+    assert len(report.networks[0].graphs) == 1
+    lines = str(report).splitlines()
+    assert lines[0].startswith("unet: 1 graph, 21 norms, ")
+    assert lines[-1] == "scheduler: dd_kernels' DDIMScheduler"
+    assert 0.7 < report.share < 1
+    dd.restore(pipe)
+    assert pipe.scheduler is scheduler
+    assert pipe.unet._compiled_call_impl is None
+    assert (draw(pipe) == wanted).all()
+
+
+def test_an_autoencoder_is_compiled_by_halves():
+    pipe = latent_pipeline()
+    latents = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        wanted = pipe.vqvae.decode(latents).sample
+        _, report = dd.accelerate(pipe)
+        torch.testing.assert_close(pipe.vqvae.decode(latents).sample, wanted, rtol=1e-4, atol=1e-4)
+        pipe.vqvae.encode(torch.randn(1, 3, 16, 16))
+    captured = {network.name: len(network.graphs) for network in report.networks}
+    assert captured == {"unet": 0, "vqvae.encoder": 1, "vqvae.decoder": 1}
+
+
+def test_another_scheduler_stays():
+    pipe = pipeline()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler()
+    _, report = dd.accelerate(pipe)
+    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler
+    assert report.notes == ["scheduler: EulerDiscreteScheduler stays, there is no kernel for it"]
+
+
+@pytest.mark.parametrize("how", ["accelerated", "our scheduler"])
+def test_a_saved_pipeline_loads_without_this_package(tmp_path, how):
+    pipe = pipeline()
+    if how == "accelerated":
+        dd.accelerate(pipe)
+    else:
+        pipe.scheduler = ours.DDIMScheduler.from_config(pipe.scheduler.config)
+    wanted = draw(pipe)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    script = (
+        "import sys; sys.modules['dd_kernels'] = None\n"
+        "import diffusers, torch\n"
+        f"pipe = diffusers.DDIMPipeline.from_pretrained({str(tmp_path)!r})\n"
+        "generator = torch.Generator().manual_seed(3)\n"
+        "images = pipe(batch_size=2, generator=generator, num_inference_steps=3, output_type='np').images\n"
+        "print(float(images.sum()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert abs(float(done.stdout) - float(wanted.sum())) < 0.05
+
+
+def test_what_is_neither():
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module or a diffusers pipeline; got int"):
+        dd.accelerate(3)
+    with pytest.raises(TypeError, match=r"must be a module or a pipeline; got DDIMScheduler"):
+        dd.accelerate(diffusers.DDIMScheduler())
+
+
+def test_handed_on_to_inductor():
+    model, x, emb = make("latent-diffusion", blocks=1)
+    with torch.no_grad():
+        plain = model(x, emb)
+        _, report = dd.accelerate(model, inductor=True)
+        torch.testing.assert_close(model(x, emb), plain)
+    assert report.share == 1
