@@ -7,9 +7,8 @@
 #if defined(__x86_64__)
 #define DD_X86
 #define DD_AVX2 "avx2,fma,f16c"
-#ifdef DD_EMULATE_AVX512  // a test build: SIMDe and the compiler lower 512-bit vectors to AVX2
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
+#ifdef DD_EMULATE_AVX512  // a test build of the kernels of 16 lanes for processors without AVX-512
+#include <avx512_intrinsics.h>
 #define DD_AVX512 DD_AVX2
 #elif defined(__clang__)
 #include <immintrin.h>

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import compiled
 import host_library
 import pytest
 import torch
@@ -28,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def library(request: pytest.FixtureRequest) -> HostLibrary:
     """The kernels, built for the host and loaded."""
-    if host_library.compiler() is None:
+    if compiled.compiler() is None:
         pytest.skip("no C++ compiler builds the CUDA kernels for the host")
     host_library.define_ops()
     return HostLibrary(host_library.build(sanitize=request.config.getoption("--sanitize", False)))

@@ -6,20 +6,14 @@ The sources are those of the CUDA library, compiled by a C++ compiler against th
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
-import hashlib
 import math
-import os
-import re
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import compiled
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
+from compiled import HERE, ROOT
 
 OPS = (
     "randn",
@@ -32,79 +26,14 @@ OPS = (
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REGIMES, ACCESSES = ("warp", "held", "split"), ("contiguous", "channels_last", "scalar")
-ROOT = Path(__file__).parents[2]
-HOST = Path(__file__).parent / "host"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-
-
-def compiler() -> str | None:
-    """The C++ compiler to build with; None if there is none."""
-    return shutil.which((os.environ.get("CXX", "").split() or ["c++"])[0])
-
-
-def address_sanitizer() -> str | None:
-    """Its library, which a process must have loaded before anything else; None if the compiler has none."""
-    if compiler() is None:
-        return None
-    answer = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
-    path = answer.stdout.strip()
-    return path if os.path.isabs(path) else None
-
-
-def _sources() -> list[Path]:
-    return sorted([*ROOT.glob("csrc/*/cuda*.cu"), *ROOT.glob("csrc/*/cuda*.cpp"), HOST / "host.cpp"])
-
-
-def _digest(*parts: object) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.read_bytes() if isinstance(part, Path) else repr(part).encode())
-    return digest.hexdigest()[:16]
-
-
-def _with_headers(source: Path) -> list[Path]:
-    """A source and all of this repository's files that it includes: the CPU library's headers change nothing here."""
-    found: set[Path] = set()
-    left = [source]
-    while left:
-        path = left.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for name in re.findall(r'^#include ["<](.+)[">]', path.read_text(), re.MULTILINE):
-            included = (folder / name for folder in (path.parent, HOST, ROOT / "csrc"))
-            left += [path for path in included if path.is_file()][:1]
-    return sorted(found)
-
-
-def _compile(command: list[str], source: Path, target: Path) -> Path:
-    """``target`` itself, made unless an earlier run on the same sources made it."""
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(partial)], check=True)
-        partial.replace(target)
-    return target
+HOST = HERE / "host"
 
 
 def build(sanitize: bool = False) -> Path:
-    """The library; what an earlier run compiled from the same sources is used again."""
-    folder = Path(tempfile.gettempdir()) / f"dd_kernels_host_{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    flags = [*FLAGS, *(SANITIZE if sanitize else []), "-DTORCH_TARGET_VERSION=0x020A000000000000"]
-    command = [compiler(), *flags, *(f"-I{path}" for path in (HOST, ROOT / "csrc", *include_paths()))]
-    common = _digest(command, torch.__version__)
-    digests = {source: _digest(common, *_with_headers(source)) for source in _sources()}
-    targets = {source: folder / f"{source.parent.name}_{source.stem}_{key}.o" for source, key in digests.items()}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda item: _compile(command, *item), targets.items()))
-    library = folder / f"dd_kernels_host_{_digest([str(path) for path in objects])}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}")
-        link = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-        subprocess.run([compiler(), *flags, *map(str, objects), *link, "-o", str(partial)], check=True)
-        partial.replace(library)
-    return library
+    """Returns the library; what an earlier run compiled from the same sources is used again."""
+    sources = [*ROOT.glob("csrc/*/cuda*.cu"), *ROOT.glob("csrc/*/cuda*.cpp"), HOST / "host.cpp"]
+    flags = ["-O1", "-Wno-unknown-pragmas", *(compiled.SANITIZE if sanitize else [])]
+    return compiled.build("host", sorted(sources), flags, [HOST])
 
 
 class Plan(NamedTuple):
