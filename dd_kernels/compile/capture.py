@@ -16,24 +16,27 @@ from typing import Any
 
 from torch import fx
 
+from .convolution import find_convolutions, replace_convolutions
 from .identity import remove_identities
 from .norm import fuse_norms
 from .report import GraphReport, Report
 
 _log = logging.getLogger(__name__)
-_OPTIONS = ("inductor", "report")
+_OPTIONS = ("accuracy", "inductor", "report")
 
 
-def rewrite(module: fx.GraphModule) -> GraphReport:
-    """Rewrites a graph that Dynamo captured, and the graphs within it, in place."""
-    started, identities, norms = time.perf_counter(), 0, []
+def rewrite(module: fx.GraphModule, accuracy: str = "default") -> GraphReport:
+    """Rewrites a graph that Dynamo captured, and the graphs within it, in place; ``accuracy`` is the convolutions'."""
+    started, identities, convolutions, norms = time.perf_counter(), 0, 0, []
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
             identities += remove_identities(part.graph)
-            norms += fuse_norms(part.graph)
+            found = find_convolutions(part.graph, accuracy)
+            norms += fuse_norms(part.graph, channels_last=bool(found))
+            convolutions += replace_convolutions(part.graph, found, accuracy)
             part.graph.lint()
             part.recompile()
-    return GraphReport(tuple(norms), identities, 0, 0, time.perf_counter() - started)
+    return GraphReport(tuple(norms), identities, convolutions, 0, time.perf_counter() - started)
 
 
 def dd_kernels(
@@ -45,17 +48,21 @@ def dd_kernels(
         module: the graph, which is rewritten in place.
         example_inputs: tensors and sizes of the call that was captured.
         options: ``{"inductor": True}`` hands the rewritten graph on to Inductor; ``{"report": Report()}`` takes an
-            entry per graph: see :class:`dd_kernels.compile.Report`.
+            entry per graph: see :class:`dd_kernels.compile.Report`; ``{"accuracy": "high"}`` makes convolutions on a
+            CPU at least as exact as eager's, see :func:`dd_kernels.ops.conv2d`.
 
     Raises:
-        ValueError: an option of another name.
+        ValueError: an option of another name, or another accuracy.
     """
     options = options or {}
+    accuracy = options.get("accuracy", "default")
+    if accuracy not in ("default", "high"):
+        raise ValueError(f"accuracy must be 'default' or 'high'; got {accuracy!r}")
     unknown = [name for name in options if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"options must be among {', '.join(map(repr, _OPTIONS))}; got {', '.join(map(repr, unknown))}")
     report: Report = options.get("report") or Report()
-    report.graphs.append(rewrite(module))
+    report.graphs.append(rewrite(module, accuracy))
     _log.info("%s", report)
     if options.get("inductor"):
         from torch._inductor.compile_fx import compile_fx

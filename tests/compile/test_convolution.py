@@ -1,0 +1,195 @@
+"""The rewrite of convolutions: where it applies, where it must not; results, layouts and gradients are right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dd_kernels import backend as backends
+from dd_kernels.compile import Report
+from dd_kernels.compile import dd_kernels as dynamo_backend
+
+pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
+
+
+class Block(nn.Module):
+    """diffusers': a norm, an activation and a convolution, twice, and the sum with a shortcut."""
+
+    def __init__(self, channels=32, outputs=48):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, outputs)
+        self.conv1, self.conv2 = nn.Conv2d(channels, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels, outputs, 1)
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return (self.shortcut(x) + h) / 1.0
+
+
+def compiled(model, **options):
+    report = Report()
+    return torch.compile(model, backend=dynamo_backend, options={"report": report, **options}), report
+
+
+def convolutions(report):
+    return sum(graph.convolutions for graph in report.graphs)
+
+
+def check(model, *inputs, count, **options):
+    """Compares the compiled model with the same in float64, and with the model itself in shape and layout."""
+    run, report = compiled(model, **options)
+    with torch.no_grad():
+        plain, actual = model(*inputs), run(*inputs)
+        exact = model.double()(*(x.double() for x in inputs))
+    model.float()
+    assert convolutions(report) == count
+    assert actual.stride() == plain.stride()
+    # Few layers of few channels: each rounds by less than 1e-6 of its largest output.
+    assert (actual.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
+    return actual
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("accuracy", ["default", "high"])
+def test_a_block(layout, accuracy):
+    x = torch.randn(2, 32, 11, 10).contiguous(memory_format=layout)
+    check(Block(), x, count=2 if accuracy == "default" else 3, accuracy=accuracy)
+
+
+def graph_of(model, *inputs):
+    """Returns the rewritten graph's calls by name."""
+    calls = []
+
+    def keep(module, example_inputs):
+        function = dynamo_backend(module, example_inputs)
+        calls.extend(getattr(node.target, "__name__", node.target) for node in module.graph.nodes)
+        return function
+
+    torch.compile(model, backend=keep)(*inputs)
+    return calls
+
+
+def test_the_residual_is_added_by_the_convolution():
+    calls = graph_of(Block(), torch.randn(2, 32, 8, 8))
+    assert calls.count("channels_last_conv2d") == 2
+    assert "add" not in calls
+
+
+class Function(nn.Module):
+    def __init__(self, function, *shape):
+        super().__init__()
+        self.function, self.weight = function, nn.Parameter(torch.randn(shape or (16, 16, 3, 3)) / 12)
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+def in_place(x, w):
+    y = F.conv2d(x, w, padding=1)
+    y += x
+    return y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: F.conv2d(x, w, padding=1) + x[:, :, :1, :1],  # broadcast
+        lambda x, w: (y := F.conv2d(x, w, padding=1)) + y,
+        lambda x, w: (y := F.conv2d(x, w, padding=1)) + x + y,  # read twice
+        in_place,
+        lambda x, w: torch.add(F.conv2d(x, w, padding=1), x, alpha=2),
+        lambda x, w: F.conv2d(x, w, padding=1) + 1,
+        lambda x, w: F.conv2d(x, w, padding=1) + x.double(),
+    ],
+)
+def test_a_sum_that_is_no_residual_stays(function):
+    model, x = Function(function), torch.randn(2, 16, 6, 5)
+    assert any(name in graph_of(model, x) for name in ("add", "iadd"))
+    check(model, x, count=1) if function(x, model.weight).dtype == torch.float32 else None
+
+
+def test_nothing_moves_past_a_write():
+    """The residual and the weight are read where the convolution stands if they change before the sum."""
+
+    def function(x, w):
+        x = x * 1.5
+        y = F.conv2d(x, w, padding=1)
+        x.mul_(2)
+        return y + x
+
+    check(Function(function), torch.randn(2, 16, 6, 5), count=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "accurate"),
+    [
+        (lambda x, w: F.conv2d(x, w, stride=2, padding=1), (16, 16, 3, 3), 1),
+        (lambda x, w: F.conv2d(x, w), (24, 16, 1, 1), 1),
+        (lambda x, w: F.conv2d(x, w, padding=(0, 2)), (8, 16, 3, 5), 1),
+        (lambda x, w: F.conv2d(x, w, stride=(1, 2)), (8, 16, 3, 3), 0),
+        (lambda x, w: F.conv2d(x, w, padding="same"), (16, 16, 3, 3), 0),
+        (lambda x, w: F.conv2d(x, w, dilation=2), (16, 16, 3, 3), 0),
+        (lambda x, w: F.conv2d(x, w, groups=4), (16, 4, 3, 3), 0),
+        (lambda x, w: F.conv2d(x[:, :3], w), (16, 3, 3, 3), 0),
+        (lambda x, w: F.conv2d(x[0], w), (16, 16, 3, 3), 0),
+        (lambda x, w: F.conv2d(x.double(), w.double()).float(), (16, 16, 3, 3), 0),
+    ],
+)
+def test_what_pytorch_keeps(function, shape, accurate):
+    model, x = Function(function, *shape), torch.randn(2, 16, 9, 8)
+    check(model, x, count=0)
+    torch._dynamo.reset()
+    check(model, x, count=accurate, accuracy="high")
+
+
+def test_autocast_keeps_pytorchs():
+    model, x = Block(), torch.randn(2, 32, 8, 8)
+    run, report = compiled(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert run(x).dtype == model(x).dtype
+    assert convolutions(report) == 0
+
+
+def test_views_and_outputs_are_as_without_it():
+    """A view that would mix the dimensions of channels_last is a copy; what leaves the graph is contiguous."""
+
+    def function(x, w):
+        y = F.conv2d(x, w, padding=1)
+        return y.view(y.shape[0], -1) * 2, y, F.conv2d(y, w, padding=1).view(2, 4, -1)
+
+    model, x = Function(function), torch.randn(2, 16, 6, 5)
+    run, report = compiled(model)
+    with torch.no_grad():
+        for actual, wanted in zip(run(x), model(x), strict=True):
+            assert actual.stride() == wanted.stride()
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+    assert convolutions(report) == 2
+
+
+def test_training_and_weights_that_change():
+    model, x = Block(), torch.randn(2, 32, 9, 8)
+    run, report = compiled(model)
+    for _ in range(2):
+        gradients = []
+        for function, dtype in ((model, torch.float64), (run, torch.float32)):
+            model.to(dtype)
+            model.zero_grad()
+            y = function(x.to(dtype))
+            (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
+            gradients.append([p.grad.double() for p in model.parameters()])
+        for exact, actual in zip(*gradients, strict=True):
+            assert (actual - exact).abs().max() <= 1e-5 * exact.abs().max()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    assert convolutions(report) >= 2
+
+
+def test_accuracy_reaches_the_kernel():
+    model, x = Function(lambda x, w: F.conv2d(x, w, padding=1)), torch.randn(2, 16, 16, 16)
+    results = [check(model, x, count=1)]
+    torch._dynamo.reset()
+    results.append(check(model, x, count=1, accuracy="high"))
+    assert not results[0].equal(results[1])
+    with pytest.raises(Exception, match="accuracy must be 'default' or 'high'; got 'low'"):
+        compiled(model, accuracy="low")[0](x[:1])
