@@ -7,6 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run; --hypothesis-profile=search draws others, and "thousands" as many as ever.
+settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=40, database=None)
+settings.register_profile("search", derandomize=False, deadline=None, max_examples=500)
+settings.register_profile("thousands", derandomize=False, deadline=None, max_examples=20_000, database=None)
+settings.load_profile("deterministic")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors

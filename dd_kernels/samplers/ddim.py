@@ -45,6 +45,7 @@ def ddim(
         raise ValueError(f"eta must lie in [0, 1]; got {eta}")
     sequence = timestep_sequence(len(schedule), None if timesteps is not None else steps, spacing, timesteps)[::-1]
     alpha_bar = schedule.alpha_bar[sequence]
+    rows.check_signal(prediction, alpha_bar, clip)
     alpha_bar_prev = np.append(alpha_bar[1:], 1.0)
     # At the last step 1 - alpha_bar_prev is 0, and with it sigma: no noise.
     sigma = rows.ddim_sigma(alpha_bar, alpha_bar_prev, eta)

@@ -39,6 +39,7 @@ def ddpm(
     rows.check_choice("variance", variance, rows.VARIANCES)
     rows.check_choice("prediction", prediction, rows.PREDICTIONS)
     sequence = timestep_sequence(len(schedule), steps, spacing, timesteps)
+    rows.check_signal(prediction, schedule.alpha_bar[sequence], clip)
     # The subsequence is a diffusion process of its own; rows go from its noisiest step to its first.
     process = from_alpha_bars(schedule.alpha_bar[sequence])
     step = rows.Transition(*(values[::-1] for values in rows.Transition.of(process)))

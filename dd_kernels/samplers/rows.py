@@ -34,6 +34,19 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
+def check_signal(prediction: str, alpha_bar: np.ndarray, clip: object) -> None:
+    """Raises ``ValueError`` where x_0 would be 0 / 0: of epsilon alone, at zero SNR, with nothing to clip it.
+
+    Lin et al. (2023), "Common diffusion noise schedules and sample steps are flawed", section 3.2: a model of epsilon
+    says nothing there, and has to predict v instead.
+    """
+    if prediction == "epsilon" and clip is None and np.any(alpha_bar == 0):
+        raise ValueError(
+            "prediction must be 'v' or 'x_start', or x_0 be clipped, at a timestep with alpha_bar 0 (zero SNR), where "
+            "epsilon says nothing of x_0; got 'epsilon' and clip=None"
+        )
+
+
 def _log(x: Array) -> Array:
     return torch.log(x) if isinstance(x, Tensor) else np.log(x)
 

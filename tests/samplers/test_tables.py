@@ -202,6 +202,49 @@ def test_bad_input_gets_one_clear_error(call, message):
         call()
 
 
+@pytest.mark.parametrize("sampler", [dd.ddpm, dd.ddim])
+def test_zero_snr_and_epsilon_need_a_clip(sampler):
+    """0 / 0 otherwise: a NaN that only a sample would show."""
+    schedule = dd.rescale_zero_terminal_snr(dd.linear_schedule(20))
+    with pytest.raises(ValueError, match=r"prediction must be 'v' or 'x_start', or x_0 be clipped.*clip=None"):
+        sampler(schedule, 10, clip=None, spacing="trailing")
+    for options in ({"prediction": "v"}, {"prediction": "x_start"}, {"steps": None, "timesteps": [0, 5, 18]}):
+        table = sampler(schedule, **{"steps": 10, "clip": None, "spacing": "trailing", **options})
+        assert table.column("x0_den").min() > 0
+    clipped = sampler(schedule, 10, spacing="trailing")
+    x = torch.randn(1, 2, 2, 2)
+    assert dd.reverse_step(x, x + 1, clipped, 0, seed=0).isfinite().all()
+
+
+def test_rows_of_any_float_layout_and_integers():
+    table = dd.ddpm(dd.linear_schedule(20), 10)
+    strided = torch.stack((table.rows, table.rows), -1)[..., 0]
+    x = torch.randn(1, 2, 2, 2)
+    expected = dd.reverse_step(x, x, table, 3, seed=0)
+    for rows in (strided, table.rows.float(), table.rows.clone().requires_grad_()):
+        for timesteps in (table.timesteps, table.timesteps.int(), torch.stack((table.timesteps,) * 2, -1)[:, 0]):
+            again = dd.StepTable(rows, timesteps)
+            assert (again.rows.dtype, again.timesteps.dtype) == (torch.float64, torch.int64)
+            assert dd.reverse_step(x, x, again, 3, seed=0).equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "timesteps", "error", "message"),
+    [
+        ([[0.0] * 10], torch.zeros(1), TypeError, "rows must be a torch.Tensor; got list"),
+        (torch.zeros(1, 10), [0], TypeError, "timesteps must be a torch.Tensor; got list"),
+        (torch.zeros(1, 10, dtype=torch.int64), torch.zeros(1), TypeError, "rows must be of a floating dtype"),
+        (torch.zeros(1, 10), torch.zeros(1), TypeError, "timesteps must be integers; got torch.float32"),
+        (torch.zeros(1, 10), torch.tensor([True]), TypeError, "timesteps must be integers; got torch.bool"),
+        (torch.zeros(1, 10), torch.tensor([-1]), ValueError, r"timesteps must be in \[0, 2\^32\); got -1 to -1"),
+        (torch.zeros(1, 10), torch.tensor([1 << 32]), ValueError, r"timesteps must be in \[0, 2\^32\)"),
+    ],
+)
+def test_a_table_of_wrong_tensors_is_refused(rows, timesteps, error, message):
+    with pytest.raises(error, match=message):
+        dd.StepTable(rows, timesteps)
+
+
 def test_unknown_columns_are_refused():
     with pytest.raises(TypeError, match=r"a table has the columns.*got sigm"):
         from_columns(np.arange(3), sigm=1.0)
