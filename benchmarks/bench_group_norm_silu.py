@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dd_kernels as dd
 from dd_kernels import backend as backends
+from dd_kernels.ops.activation import Activation
 
 from . import machine, variants
 from .harness import Case, Plan, Row, Target, dtype_name, rotated
@@ -114,14 +115,14 @@ def _case_alone(variant: Variant) -> Case:
     x, dy = variant.random("cpu"), variant.random("cpu")
     weight, bias, dweight, dbias = torch.randn(4, variant.shape[1]).to(variant.dtype)
     y, (mean, rstd) = torch.empty_like(x), torch.empty(2, variant.shape[0], GROUPS)
-    options = (GROUPS, weight, bias, EPS, None, None, None, True)
+    options = (GROUPS, weight, bias, EPS, None, None, None, Activation.SILU)
     ops = torch.ops.dd_kernels
     ours: Call = functools.partial(ops.group_norm_silu.default, x, *options, y, mean, rstd)
     ours()
     peer: Call = functools.partial(eager, x, weight, bias)
     if variant.backward:
-        outputs = (torch.empty_like(x), dweight, dbias, None, None, None)
-        ours = functools.partial(ops.group_norm_silu_backward.default, dy, x, mean, rstd, *options, *outputs)
+        inputs, outputs = (dy, x, mean, rstd), (torch.empty_like(x), dweight, dbias)
+        ours = functools.partial(ops.group_norm_silu_backward.default, *inputs, *options, *outputs)
         peer = gradients(eager, (x, weight, bias), dy)
     return Case("group_norm_silu", variant.name, variant.shape, ours, [()], 0, {"eager": peer}, hot=True)
 

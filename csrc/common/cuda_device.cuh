@@ -54,8 +54,9 @@ DD_DEVICE float fast_reciprocal(float v) {
     return result;
 }
 
-// v itself, unknown to the compiler: what follows from it is worked out again where it would be kept in registers.
-DD_DEVICE unsigned again(unsigned v) {
+// Optimisation barrier: hides v from the compiler, which then recomputes what depends on it instead of keeping it in
+// registers.
+DD_DEVICE unsigned opaque(unsigned v) {
     unsigned same;
     asm volatile("mov.u32 %0, %1;" : "=r"(same) : "r"(v));
     return same;

@@ -76,11 +76,4 @@ const T* data(const std::optional<Tensor>& x) {
     return x.has_value() ? data<T>(*x) : nullptr;
 }
 
-// The number of Activation in dd_kernels/ops/activation.py.
-inline bool has_silu(int64_t activation) {
-    STD_TORCH_CHECK(activation == 0 || activation == 1, "dd_kernels: activation must be 0 (none) or 1 (silu); got ",
-                    activation);
-    return activation == 1;
-}
-
 }  // namespace dd

@@ -2,11 +2,11 @@
 
 namespace dd::group_norm {
 
-// Count, mean and sum of squared deviations of some values.
+// Count and mean of some values, and the sum of their squared deviations from it.
 struct Moments {
     double count, mean, m2;
 
-    // Chan, Golub & LeVeque (1979).
+    // Makes these the moments of both sets together (Chan, Golub & LeVeque, 1979).
     void merge(const Moments& other) {
         double total = count + other.count, delta = other.mean - mean;
         mean += delta * (other.count / total);
@@ -16,9 +16,9 @@ struct Moments {
 };
 
 struct Forward {
-    Cut cut;
+    Tiling tiling;
     Operand x, y;
-    float *mean, *rstd;  // null where nobody will read them
+    float *mean, *rstd;  // [N, G], or null where nobody reads them
     Options options;
 };
 
@@ -26,43 +26,43 @@ struct Forward {
 
 #define DD_KERNEL "group_norm_silu/cpu_kernel.h"
 #include "common/each_isa.h"
-#include "group_norm_silu/cpu_small.h"
+#include "group_norm_silu/cpu_parameters.h"
 
 namespace dd::group_norm {
 namespace {
 
 struct ForwardPass : Forward {
     using Partial = Moments;
-    int64_t partials() const { return cut.pieces * cut.unit_groups; }
-    int64_t coefficients() const { return 3 * cut.unit_channels; }
-    int64_t scratch() const { return 3 * cut.unit_channels + cut.piece_elements(); }
-    int64_t kept() const { return 0; }
+    int64_t partials() const { return tiling.tiles * tiling.unit_groups; }
+    int64_t coefficients() const { return 3 * tiling.unit_channels; }
+    int64_t scratch() const { return 3 * tiling.unit_channels + tiling.tile_elements(); }
+    int64_t saved() const { return 0; }
 
     void prepare(const Unit&, float*) const {}
-    void reduce(const Unit& unit, int64_t piece, const float*, Moments* moments, float* scratch, float*) const {
-        DD_CHOOSE(group_norm_reduce)(*this, unit, piece, moments, scratch);
+    void reduce(const Unit& unit, int64_t tile, const float*, Moments* moments, float* scratch, float*) const {
+        DD_CHOOSE(group_norm_reduce)(*this, unit, tile, moments, scratch);
     }
     void finish(const Unit& unit, const Moments* moments, float* coefficients) const {
         DD_CHOOSE(group_norm_finish)(*this, unit, moments, coefficients);
     }
-    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch, float*) const {
-        DD_CHOOSE(group_norm_map)(*this, unit, piece, coefficients, scratch);
+    void map(const Unit& unit, int64_t tile, const float* coefficients, float* scratch, float*) const {
+        DD_CHOOSE(group_norm_map)(*this, unit, tile, coefficients, scratch);
     }
 };
 
-float* statistics(const Tensor& x) { return x.numel() == 0 ? nullptr : static_cast<float*>(x.mutable_data_ptr()); }
+float* statistics(const MaybeTensor& x) { return x ? static_cast<float*>(x->mutable_data_ptr()) : nullptr; }
 
-void group_norm_silu(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
-                     std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                     int64_t activation, Tensor y, Tensor mean, Tensor rstd, std::optional<Tensor> /*partials*/) {
-    InputFloats w(weight), b(bias), before(pre_shift), factor(scale), after(shift);
-    Options options{w, b, before, factor, after, eps, has_silu(activation)};
-    run(ForwardPass{{cut_of(x, num_groups), operand(x), operand(y), statistics(mean), statistics(rstd), options}});
+void group_norm_silu(const ForwardTensors& t) {
+    STD_TORCH_CHECK(!t.residual && !t.skip && !t.sum,
+                    "dd_kernels: the CPU kernel of group_norm_silu takes neither residual nor skip");
+    OptionFloats floats(t.options);
+    run(ForwardPass{{tiling_of(t.x, t.options.num_groups), operand(t.x), operand(t.y), statistics(t.mean),
+                     statistics(t.rstd), floats.options}});
 }
 
 }  // namespace
 }  // namespace dd::group_norm
 
 STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) {
-    m.impl("group_norm_silu", TORCH_BOX(&dd::group_norm::group_norm_silu));
+    m.impl("group_norm_silu", TORCH_BOX(&dd::group_norm::forward_op<dd::group_norm::group_norm_silu>));
 }

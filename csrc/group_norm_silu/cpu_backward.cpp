@@ -2,61 +2,61 @@
 
 namespace dd::group_norm {
 
-// Over pixels of each channel of a unit, with d = x - centre. All gradients follow from these; d itself is summed
-// only for that of pre_shift.
+// Points to the sums over the pixels of each channel of a unit from which all gradients follow, with d = x - centre.
+// d itself is summed only for the gradient of pre_shift.
 struct ChannelSums {
     double *dz, *dz_d, *d;
 
-    // Of a part of the pixels, from a channel on, within the sums of all parts.
+    // Locates those of one part of the pixels, from channel `first` on, within the sums of all parts.
     ChannelSums(double* sums, int64_t channels, int64_t part, int64_t first)
         : dz(sums + 3 * part * channels + first), dz_d(dz + channels), d(dz_d + channels) {}
 };
 
 struct Backward {
-    Cut cut;
+    Tiling tiling;
     Operand dy, x, dx;
     const float *mean, *rstd;
     Options options;
     float *dpre_shift, *dscale, *dshift;  // [N, C], or null where not wanted
-    double *dweight_parts, *dbias_parts;  // [N, C] too: what each sample adds
+    double *dweight_parts, *dbias_parts;  // [N, C]: what each sample adds to dweight and dbias
 };
 
 }  // namespace dd::group_norm
 
 #define DD_KERNEL "group_norm_silu/cpu_backward_kernel.h"
 #include "common/each_isa.h"
-#include "group_norm_silu/cpu_small.h"
+#include "group_norm_silu/cpu_parameters.h"
 
 namespace dd::group_norm {
 namespace {
 
 struct BackwardPass : Backward {
     using Partial = double;
-    int64_t partials() const { return 3 * cut.parts * cut.unit_channels; }
-    int64_t coefficients() const { return 5 * cut.unit_channels; }
-    int64_t scratch() const { return 2 * cut.unit_channels + 3 * cut.piece_elements(); }
-    // dz of a unit, where dx has no room for it and it is no large tensor of its own.
-    int64_t kept() const {
-        int64_t elements = cut.unit_channels * cut.pixels;
-        return options.silu && dx.dtype != DType::float32 && elements <= int64_t{1} << 18 ? elements : 0;
+    int64_t partials() const { return 3 * tiling.parts * tiling.unit_channels; }
+    int64_t coefficients() const { return 5 * tiling.unit_channels; }
+    int64_t scratch() const { return 2 * tiling.unit_channels + 3 * tiling.tile_elements(); }
+    // Floats that hold dz of a unit between the steps: where dx cannot, being of 16 bits, and they are few enough.
+    int64_t saved() const {
+        int64_t elements = tiling.unit_channels * tiling.pixels;
+        return options.activation != 0 && dx.dtype != DType::float32 && elements <= int64_t{1} << 18 ? elements : 0;
     }
 
     void prepare(const Unit& unit, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_prepare)(*this, unit, coefficients);
     }
-    void reduce(const Unit& unit, int64_t piece, const float* coefficients, double* sums, float* scratch,
-                float* kept) const {
-        DD_CHOOSE(group_norm_backward_reduce)(*this, unit, piece, coefficients, sums, scratch, kept);
+    void reduce(const Unit& unit, int64_t tile, const float* coefficients, double* sums, float* scratch,
+                float* saved) const {
+        DD_CHOOSE(group_norm_backward_reduce)(*this, unit, tile, coefficients, sums, scratch, saved);
     }
     void finish(const Unit& unit, double* sums, float* coefficients) const {
         DD_CHOOSE(group_norm_backward_finish)(*this, unit, sums, coefficients);
     }
-    void map(const Unit& unit, int64_t piece, const float* coefficients, float* scratch, float* kept) const {
-        DD_CHOOSE(group_norm_backward_map)(*this, unit, piece, coefficients, scratch, kept);
+    void map(const Unit& unit, int64_t tile, const float* coefficients, float* scratch, float* saved) const {
+        DD_CHOOSE(group_norm_backward_map)(*this, unit, tile, coefficients, scratch, saved);
     }
 };
 
-// One sum over the samples per channel, in the order of the samples.
+// Sums [N, C] over the samples, in their order.
 void sum_samples(const double* parts, int64_t samples, int64_t channels, float* out) {
     constexpr int64_t block = 64;
     int64_t grain = std::max<int64_t>(1, 16384 / (samples * block + 1));
@@ -72,29 +72,25 @@ void sum_samples(const double* parts, int64_t samples, int64_t channels, float* 
     });
 }
 
-void group_norm_silu_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
-                              std::optional<Tensor> weight, std::optional<Tensor> bias, double eps,
-                              std::optional<Tensor> pre_shift, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                              int64_t activation, Tensor dx, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
-                              std::optional<Tensor> dpre_shift, std::optional<Tensor> dscale,
-                              std::optional<Tensor> dshift, std::optional<Tensor> /*partials*/) {
-    InputFloats w(weight), b(bias), before(pre_shift), factor(scale), after(shift);
-    Options options{w, b, before, factor, after, eps, has_silu(activation)};
-    OutputFloats dw(dweight), db(dbias), dbefore(dpre_shift), dfactor(dscale), dafter(dshift);
-    Cut cut = cut_of(x, num_groups);
-    std::unique_ptr<double[]> parts(new double[static_cast<size_t>(2 * cut.samples * cut.channels)]);
-    double *dweight_parts = parts.get(), *dbias_parts = dweight_parts + cut.samples * cut.channels;
-    const float *means = static_cast<const float*>(mean.const_data_ptr()),
-                *rstds = static_cast<const float*>(rstd.const_data_ptr());
-    run(BackwardPass{{cut, operand(dy), operand(x), operand(dx), means, rstds, options, dbefore, dfactor, dafter,
-                      dweight_parts, dbias_parts}});
-    if (dw != nullptr) sum_samples(dweight_parts, cut.samples, cut.channels, dw);
-    if (db != nullptr) sum_samples(dbias_parts, cut.samples, cut.channels, db);
+void group_norm_silu_backward(const BackwardTensors& t) {
+    STD_TORCH_CHECK(!t.dsum && !t.skip && !t.dskip,
+                    "dd_kernels: the CPU kernel of group_norm_silu_backward takes neither dsum nor skip");
+    OptionFloats floats(t.options);
+    OutputFloats dweight(t.dweight), dbias(t.dbias), dpre_shift(t.dpre_shift), dscale(t.dscale), dshift(t.dshift);
+    Tiling tiling = tiling_of(t.x, t.options.num_groups);
+    int64_t per_sample = tiling.samples * tiling.channels;
+    std::unique_ptr<double[]> parts(new double[static_cast<size_t>(2 * per_sample)]);
+    double *dweight_parts = parts.get(), *dbias_parts = dweight_parts + per_sample;
+    run(BackwardPass{{tiling, operand(t.dy), operand(t.x), operand(t.dx), data<float>(t.mean), data<float>(t.rstd),
+                      floats.options, dpre_shift, dscale, dshift, dweight_parts, dbias_parts}});
+    if (dweight != nullptr) sum_samples(dweight_parts, tiling.samples, tiling.channels, dweight);
+    if (dbias != nullptr) sum_samples(dbias_parts, tiling.samples, tiling.channels, dbias);
 }
 
 }  // namespace
 }  // namespace dd::group_norm
 
 STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) {
-    m.impl("group_norm_silu_backward", TORCH_BOX(&dd::group_norm::group_norm_silu_backward));
+    m.impl("group_norm_silu_backward",
+           TORCH_BOX(&dd::group_norm::backward_op<dd::group_norm::group_norm_silu_backward>));
 }

@@ -1,20 +1,23 @@
 #include "group_norm_silu/cuda.h"
 
+#include "group_norm_silu/cuda_activation.cuh"
 #include "group_norm_silu/cuda_regimes.h"
 
 namespace dd::cuda {
 
 NormPlan plan_forward(const NormShape& shape) {
-    auto largest_cluster = [&](const NormPlan& plan) { return held_largest_cluster(shape, plan); };
+    auto largest_cluster = [&](const NormPlan& plan) { return resident_largest_cluster(shape, plan); };
     return plan_to_run(shape, Direction::forward, current_chip(), largest_cluster);
 }
+
+int activation_count() { return Activations::kCount; }
 
 void group_norm_silu(const NormForward& arguments, cudaStream_t stream) {
     switch (arguments.plan.regime) {
         case Regime::warp:
             return group_norm_silu_warp(arguments, stream);
-        case Regime::held:
-            return group_norm_silu_held(arguments, stream);
+        case Regime::resident:
+            return group_norm_silu_resident(arguments, stream);
         case Regime::split:
             return group_norm_silu_split(arguments, stream);
     }

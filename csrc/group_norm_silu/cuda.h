@@ -4,36 +4,36 @@
 
 #include "common/layout.h"
 #include "group_norm_silu/cuda_plan.h"
+#include "group_norm_silu/options.h"
 
 namespace dd::cuda {
 
-// What forward and backward are told beside their tensors: [C] or [N, C], null where absent.
-struct NormOptions {
-    const float *weight, *bias, *pre_shift, *scale, *shift;
-    float eps;
-    bool silu;
-};
+using group_norm::Options;
 
 struct NormForward {
     NormShape shape;
     NormPlan plan;
-    NormOptions options;
+    Options options;
+    float eps;
     const void* x;
     const void* residual;  // added to x, which gives sum; or null
-    const void* skip;      // holds the channels after x's; or null
+    const void* skip;      // the channels after x's; or null
     void *sum, *y;
     float *mean, *rstd;  // [N, G]
-    float* partials;     // as many as forward_partials() says
-    int64_t first_tile;  // of a wave
+    float* partials;     // forward_partials() floats
+    int64_t first_tile;  // of the wave that a launch works on
 };
 
-// Floats that the blocks of a split tile leave for one another.
+// Floats of workspace in which the blocks of a split tile leave their partial statistics.
 inline int64_t forward_partials(const NormShape& shape, const NormPlan& plan) {
     return plan.regime == Regime::split ? 2 * shape.samples * shape.groups * plan.splits : 0;
 }
 
-// For the current device.
+// Plans the kernels for the current device.
 NormPlan plan_forward(const NormShape& shape);
+
+// The number of activations that the kernels know.
+int activation_count();
 
 void group_norm_silu(const NormForward& arguments, cudaStream_t stream);
 

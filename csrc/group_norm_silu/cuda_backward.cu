@@ -39,13 +39,13 @@ __global__ void __launch_bounds__(kSegments* kWarp) parameter_kernel(const NormB
 }  // namespace
 
 NormPlan plan_backward(const NormShape& shape) {
-    auto largest_cluster = [&](const NormPlan& plan) { return held_backward_largest_cluster(shape, plan); };
+    auto largest_cluster = [&](const NormPlan& plan) { return resident_backward_largest_cluster(shape, plan); };
     return plan_to_run(shape, Direction::backward, current_chip(), largest_cluster);
 }
 
 void group_norm_silu_backward(const NormBackward& a, cudaStream_t stream) {
-    if (a.plan.regime == Regime::held) {
-        group_norm_silu_backward_held(a, stream);
+    if (a.plan.regime == Regime::resident) {
+        group_norm_silu_backward_resident(a, stream);
     } else {
         group_norm_silu_backward_split(a, stream);
     }

@@ -1,7 +1,7 @@
 // Which kernels GroupNorm takes, from shape, layout, dtype and chip alone.
 //
-// A tile is what shares statistics and is read in rows: one group of a contiguous tensor, or a block of
-// channels (whole groups) of one sample where channels are last. It is held in registers between the
+// A tile is what partials statistics and is read in rows: one group of a contiguous tensor, or a block of
+// channels (whole groups) of one sample where channels are last. It is resident in registers between the
 // statistics and the output, so that it is read once, by one warp, one block, or one cluster of
 // blocks; a larger tile is split over blocks and read twice, the second time from L2.
 #pragma once
@@ -18,13 +18,13 @@ namespace dd::cuda {
 constexpr int kNormThreads = 256;  // of a block
 constexpr int kNormWarps = 4;      // of a block in which every warp has a group of its own
 constexpr int kWarpLanes = 32;
-constexpr int kMostHeldByWarp = 8;  // 16-byte vectors that a thread keeps in registers
+constexpr int kMostResidentPerWarp = 8;  // 16-byte vectors that a thread keeps in registers
 
 constexpr int kMostTileChannels = 1024;  // whose sums and statistics fit the shared memory of a block
 static_assert(kMostTileChannels <= 4 * kNormThreads, "a thread has a vector of every row");
 
 enum class Direction { forward, backward };
-enum class Regime { warp, held, split };
+enum class Regime { warp, resident, split };
 enum class Access { contiguous, channels_last, scalar };  // scalar: element by element, for any shape
 
 struct NormShape {
@@ -42,9 +42,9 @@ struct NormShape {
 struct NormPlan {
     Regime regime;
     Access access;
-    int held;     // vectors in a thread's registers: 2, 4 or the most that fit
-    int cluster;  // blocks that share a tile
-    int splits;   // blocks that a tile is split over
+    int resident;  // vectors in a thread's registers: 2, 4 or the most that fit
+    int cluster;   // blocks that partial a tile
+    int splits;    // blocks that a tile is split over
     int tile_channels, tile_groups, group_channels;
     int columns;        // of a tile, in vectors; 1 unless channels are last
     int64_t rows;       // of a tile, in vectors
@@ -56,7 +56,7 @@ struct NormPlan {
 };
 
 // 16-byte vectors that a thread of a block can keep in registers; backward, of x and of dy each.
-constexpr int most_held(DType dtype, Access access, Direction direction) {
+constexpr int most_resident(DType dtype, Access access, Direction direction) {
     if (direction == Direction::backward) return 4;
     // The exact exponential of float32, and the parameters of eight channels, need registers of their own.
     return dtype == DType::float32 || access == Access::channels_last ? 8 : 12;
@@ -76,17 +76,17 @@ inline int64_t vectors_per_thread(int64_t rows, int64_t columns) {
 inline bool none_is_empty(int64_t rows, int64_t blocks) { return (blocks - 1) * ceil_div(rows, blocks) < rows; }
 
 // The smallest cluster that holds a tile in registers, or 0.
-inline int fitting_cluster(int64_t rows, int64_t columns, int most_held, const Chip& chip) {
+inline int fitting_cluster(int64_t rows, int64_t columns, int most_resident, const Chip& chip) {
     for (int cluster = 1; cluster <= chip.max_cluster; cluster *= 2) {
         int64_t vectors = vectors_per_thread(ceil_div(rows, cluster), columns);
-        if (vectors > 0 && vectors <= most_held && none_is_empty(rows, cluster)) return cluster;
+        if (vectors > 0 && vectors <= most_resident && none_is_empty(rows, cluster)) return cluster;
     }
     return 0;
 }
 
 // Channels of a tile where channels are last; 0 if 16-byte vectors cannot cover whole groups.
 // Rows of 128 bytes use what DRAM fetches; narrower ones if only they fit; wider ones for small images.
-inline int64_t block_channels(const NormShape& shape, int most_held, const Chip& chip) {
+inline int64_t block_channels(const NormShape& shape, int most_resident, const Chip& chip) {
     constexpr int64_t good_row_bytes = 128, least_row_bytes = 32, good_block_bytes = 16 << 10;
     int64_t group = shape.group_channels(), vector = shape.vector();
     int64_t unit = group / greatest_common_divisor(group, vector) * vector;
@@ -95,7 +95,7 @@ inline int64_t block_channels(const NormShape& shape, int most_held, const Chip&
     for (int64_t channels = unit; channels <= std::min<int64_t>(shape.channels, kMostTileChannels); channels += unit) {
         if (shape.channels % channels != 0) continue;
         int64_t row_bytes = channels * shape.element_bytes();
-        int cluster = fitting_cluster(shape.pixels, channels / vector, most_held, chip);
+        int cluster = fitting_cluster(shape.pixels, channels / vector, most_resident, chip);
         if (cluster == 0 || (row_bytes < least_row_bytes && channels < shape.channels)) continue;
         bool fills_chip = shape.samples * (shape.channels / channels) >= 4 * chip.sm_count;
         bool wider_is_better = best * shape.element_bytes() < good_row_bytes ||
@@ -122,8 +122,8 @@ inline NormPlan tiled(const NormShape& shape, Regime regime, Access access, int6
 }
 
 // As many blocks to a tile as hold it in registers; more while the chip is not full and every thread keeps two vectors.
-inline void choose_cluster(NormPlan& plan, int most_held, const Chip& chip) {
-    plan.cluster = fitting_cluster(plan.rows, plan.columns, most_held, chip);
+inline void choose_cluster(NormPlan& plan, int most_resident, const Chip& chip) {
+    plan.cluster = fitting_cluster(plan.rows, plan.columns, most_resident, chip);
     while (2 * plan.cluster <= chip.max_cluster && plan.tiles * plan.cluster < chip.sm_count &&
            vectors_per_thread(ceil_div(plan.rows, 2 * plan.cluster), plan.columns) >= 2 &&
            none_is_empty(plan.rows, 2 * plan.cluster)) {
@@ -131,7 +131,7 @@ inline void choose_cluster(NormPlan& plan, int most_held, const Chip& chip) {
     }
     plan.rows_each = ceil_div(plan.rows, plan.cluster);
     int64_t needed = vectors_per_thread(plan.rows_each, plan.columns);
-    plan.held = needed <= 2 ? 2 : needed <= 4 ? 4 : most_held;
+    plan.resident = needed <= 2 ? 2 : needed <= 4 ? 4 : most_resident;
 }
 
 inline NormPlan split_plan(const NormShape& shape, Access access, int64_t tile_channels, Direction direction,
@@ -166,7 +166,7 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
     if (shape.pixels == 1) shape.channels_last = true;  // the same bytes
     bool last = shape.channels_last;
     Access access = last ? Access::channels_last : Access::contiguous;
-    int held = most_held(shape.dtype, access, direction);
+    int resident = most_resident(shape.dtype, access, direction);
     int64_t group = shape.group_channels(), vectors = shape.group_elements() / shape.vector();
     int64_t row = last ? shape.channels : shape.pixels;  // a vector is in one channel, or has one of each
     bool vectorised = shape.aligned && row % shape.vector() == 0 && vectors < most_rows && shape.pixels < most_rows &&
@@ -174,22 +174,22 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
     if (!vectorised || (last && split_channels(shape) == 0))
         return split_plan(shape, Access::scalar, group, direction, chip);
 
-    int64_t tile_channels = last ? block_channels(shape, held, chip) : group;
+    int64_t tile_channels = last ? block_channels(shape, resident, chip) : group;
     if (tile_channels == 0) return split_plan(shape, access, split_channels(shape), direction, chip);
-    NormPlan plan = tiled(shape, Regime::held, access, tile_channels);
-    if (!last && direction == Direction::forward && vectors <= kWarpLanes * kMostHeldByWarp) {
+    NormPlan plan = tiled(shape, Regime::resident, access, tile_channels);
+    if (!last && direction == Direction::forward && vectors <= kWarpLanes * kMostResidentPerWarp) {
         plan.regime = Regime::warp;
-        plan.held = vectors <= kWarpLanes * 2 ? 2 : kMostHeldByWarp;
+        plan.resident = vectors <= kWarpLanes * 2 ? 2 : kMostResidentPerWarp;
         return plan;
     }
     bool too_many_channels = direction == Direction::backward && tile_channels > kMostTileChannels;
-    if (too_many_channels || fitting_cluster(plan.rows, plan.columns, held, chip) == 0)
+    if (too_many_channels || fitting_cluster(plan.rows, plan.columns, resident, chip) == 0)
         return split_plan(shape, access, tile_channels, direction, chip);
-    choose_cluster(plan, held, chip);
+    choose_cluster(plan, resident, chip);
     return plan;
 }
 
-// As the chip will run it: largest_cluster(plan) says how many blocks of its kernel can share their memory.
+// As the chip will run it: largest_cluster(plan) says how many blocks of its kernel can partial their memory.
 template <class LargestCluster>
 NormPlan plan_to_run(const NormShape& shape, Direction direction, Chip chip, const LargestCluster& largest_cluster) {
     for (;;) {

@@ -1,19 +1,19 @@
-// What the forward and the backward pass over split tiles share. Two passes read the tiles, the second from
-// the L2 cache: it follows the first at once, for as many tiles as fit there.
+// Waves of split tiles, forward and backward. Two passes read a tile, the second from the L2 cache: it follows the
+// first at once, for as many tiles (a wave) as fit there.
 #pragma once
 
-#include "group_norm_silu/cuda_place.cuh"
+#include "group_norm_silu/cuda_position.cuh"
 
 namespace dd::cuda {
 
 template <DType dtype, Access access, class Arguments>
-DD_DEVICE Place<dtype, access> split_place(const Arguments& a) {
+DD_DEVICE Position<dtype, access> split_position(const Arguments& a) {
     const unsigned splits = static_cast<unsigned>(a.plan.splits);
     return {a.shape, a.plan, static_cast<unsigned>(a.first_tile) + blockIdx.x / splits,
             static_cast<int>(blockIdx.x % splits)};
 }
 
-// pass(a, tiles, dtype, access) for each wave of at most wave_tiles tiles from a.first_tile on; dtype and
+// Calls passes(a, tiles, dtype, access) for each wave of at most wave_tiles tiles from a.first_tile on; dtype and
 // access are std::integral_constants.
 template <class Arguments, class Passes>
 void for_waves(Arguments a, int64_t wave_tiles, const Passes& passes) {

@@ -1,12 +1,15 @@
-// GroupNorm forward and backward have one shape: sums over a unit, then a map over it that needs them.
+// Runs a pass of two steps over each unit: sums over its tiles, then a map over its tiles that needs the sums. Forward
+// and backward are such passes.
 #pragma once
 
 #include "common/cpu.h"
-#include "group_norm_silu/pieces.h"
+#include "group_norm_silu/arguments.h"
+#include "group_norm_silu/options.h"
+#include "group_norm_silu/tiling.h"
 
 namespace dd::group_norm {
 
-// The memory that goes with some units; one allocation each, not initialised.
+// Holds the partial sums and the coefficients of some units; one allocation each, not initialised.
 template <class Pass>
 struct Workspace {
     using Partial = typename Pass::Partial;
@@ -23,69 +26,70 @@ struct Workspace {
     float* coefficient(int64_t slot) const { return coefficients.get() + slot * pass.coefficients(); }
 };
 
-// Unit by unit, so that the map finds in the cache what the sums have read.
+// Finishes one unit before the next, so that the map finds in the cache what the sums have read.
 template <class Pass>
 void run_by_units(const Pass& pass, int64_t grain) {
-    int64_t pieces = pass.cut.pieces;
-    torch::stable::parallel_for(0, pass.cut.units(), grain, [&](int64_t first, int64_t last) {
+    int64_t tiles = pass.tiling.tiles;
+    torch::stable::parallel_for(0, pass.tiling.units(), grain, [&](int64_t first, int64_t last) {
         Workspace<Pass> work(pass, 1);
-        std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(pass.scratch() + pass.kept())]);
-        float* kept = pass.kept() == 0 ? nullptr : scratch.get() + pass.scratch();
+        std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(pass.scratch() + pass.saved())]);
+        float* saved = pass.saved() == 0 ? nullptr : scratch.get() + pass.scratch();
         for (int64_t index = first; index < last; ++index) {
-            Unit unit = pass.cut.unit(index);
+            Unit unit = pass.tiling.unit(index);
             pass.prepare(unit, work.coefficient(0));
-            for (int64_t i = 0; i < pieces; ++i) {
-                pass.reduce(unit, i, work.coefficient(0), work.partial(0), scratch.get(), kept);
+            for (int64_t i = 0; i < tiles; ++i) {
+                pass.reduce(unit, i, work.coefficient(0), work.partial(0), scratch.get(), saved);
             }
             pass.finish(unit, work.partial(0), work.coefficient(0));
-            for (int64_t i = 0; i < pieces; ++i) pass.map(unit, i, work.coefficient(0), scratch.get(), kept);
+            for (int64_t i = 0; i < tiles; ++i) pass.map(unit, i, work.coefficient(0), scratch.get(), saved);
         }
     });
 }
 
-// Too few units for the threads: all sums, then all maps, each cut into pieces.
+// Computes all sums, then all maps, each in parallel over tiles: for fewer units than keep the threads busy.
 template <class Pass>
-void run_by_pieces(const Pass& pass, int64_t grain) {
-    int64_t units = pass.cut.units(), pieces = pass.cut.pieces;
+void run_by_tiles(const Pass& pass, int64_t grain) {
+    int64_t units = pass.tiling.units(), tiles = pass.tiling.tiles;
     Workspace<Pass> work(pass, units);
-    auto for_pieces = [&](auto visit) {
-        torch::stable::parallel_for(0, units * pieces, grain, [&](int64_t first, int64_t last) {
+    auto for_tiles = [&](auto visit) {
+        torch::stable::parallel_for(0, units * tiles, grain, [&](int64_t first, int64_t last) {
             std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(pass.scratch())]);
-            for (int64_t i = first; i < last; ++i) visit(i / pieces, i % pieces, scratch.get());
+            for (int64_t i = first; i < last; ++i) visit(i / tiles, i % tiles, scratch.get());
         });
     };
-    for (int64_t i = 0; i < units; ++i) pass.prepare(pass.cut.unit(i), work.coefficient(i));
-    for_pieces([&](int64_t i, int64_t piece, float* scratch) {
-        pass.reduce(pass.cut.unit(i), piece, work.coefficient(i), work.partial(i), scratch, nullptr);
+    for (int64_t i = 0; i < units; ++i) pass.prepare(pass.tiling.unit(i), work.coefficient(i));
+    for_tiles([&](int64_t i, int64_t tile, float* scratch) {
+        pass.reduce(pass.tiling.unit(i), tile, work.coefficient(i), work.partial(i), scratch, nullptr);
     });
-    for (int64_t i = 0; i < units; ++i) pass.finish(pass.cut.unit(i), work.partial(i), work.coefficient(i));
-    for_pieces([&](int64_t i, int64_t piece, float* scratch) {
-        pass.map(pass.cut.unit(i), piece, work.coefficient(i), scratch, nullptr);
+    for (int64_t i = 0; i < units; ++i) pass.finish(pass.tiling.unit(i), work.partial(i), work.coefficient(i));
+    for_tiles([&](int64_t i, int64_t tile, float* scratch) {
+        pass.map(pass.tiling.unit(i), tile, work.coefficient(i), scratch, nullptr);
     });
 }
 
 template <class Pass>
 void run(const Pass& pass) {
     constexpr int64_t elements_per_thread = 16384;
-    const Cut& cut = pass.cut;
-    if (cut.units() == 0) return;
+    const Tiling& tiling = pass.tiling;
+    if (tiling.units() == 0) return;
     auto grain = [](int64_t elements) { return std::max<int64_t>(1, elements_per_thread / elements); };
     int64_t threads = torch::stable::get_num_threads();
-    if (cut.units() % threads == 0 || cut.units() >= 4 * threads || cut.pieces == 1) {
-        run_by_units(pass, grain(cut.unit_channels * cut.pixels));
+    if (tiling.units() % threads == 0 || tiling.units() >= 4 * threads || tiling.tiles == 1) {
+        run_by_units(pass, grain(tiling.unit_channels * tiling.pixels));
     } else {
-        run_by_pieces(pass, grain(cut.piece_elements()));
+        run_by_tiles(pass, grain(tiling.tile_elements()));
     }
 }
 
-inline Cut cut_of(const Tensor& x, int64_t groups) {
+// How to divide x [N, C, ...], which must be dense.
+inline Tiling tiling_of(const Tensor& x, int64_t groups) {
     int64_t samples = x.size(0), channels = x.size(1), elements = x.numel();
     if (elements == 0) return {0, channels};
     int64_t pixels = elements / (samples * channels);
     bool contiguous = x.is_contiguous();
     STD_TORCH_CHECK(contiguous || is_channels_last(x), "dd_kernels: x must be contiguous or channels_last");
-    // One pixel is the same memory in both layouts, and channels are what there are many of.
-    return cut(samples, channels, pixels, groups, !contiguous || pixels == 1);
+    // With one pixel both layouts are the same memory, and vectors run along the channels.
+    return make_tiling(samples, channels, pixels, groups, !contiguous || pixels == 1);
 }
 
 }  // namespace dd::group_norm

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import group_norm_silu
+from ..ops.activation import activation_of
 from .configs import UNetConfig
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -49,6 +50,7 @@ class GroupNormSiLU(nn.GroupNorm):
 
     def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, activation: str = "silu") -> None:
         super().__init__(num_groups, num_channels, eps)
+        activation_of(activation)  # raises for an unknown name
         self.activation = activation
 
     def forward(

@@ -27,6 +27,13 @@ _TRANSFORM = "a torch.func transform is active, and only the reference is made o
 _TANGENT = "forward-mode derivatives are on, which only the reference gives"
 
 
+def transform_reason() -> str | None:
+    """Returns why an active transform of PyTorch leaves the call to the reference, or None."""
+    if _transforms_active():
+        return _TRANSFORM
+    return _TANGENT if forward_ad._current_level >= 0 else None
+
+
 def check_float(name: str, x: Tensor) -> None:
     """Raises ``TypeError`` unless ``x`` is a tensor of a floating dtype that the ops know."""
     if not isinstance(x, Tensor):

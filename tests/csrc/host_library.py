@@ -21,11 +21,9 @@ OPS = (
     "reverse_step",
     "group_norm_silu",
     "group_norm_silu_backward",
-    "join_group_norm_silu",
-    "join_group_norm_silu_backward",
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-REGIMES, ACCESSES = ("warp", "held", "split"), ("contiguous", "channels_last", "scalar")
+REGIMES, ACCESSES = ("warp", "resident", "split"), ("contiguous", "channels_last", "scalar")
 HOST = HERE / "host"
 
 
@@ -41,7 +39,7 @@ class Plan(NamedTuple):
 
     regime: str
     access: str
-    held: int
+    resident: int
     cluster: int
     splits: int
     tile_channels: int

@@ -6,7 +6,8 @@ import test_group_norm_silu_as_op as suite
 import test_group_norm_silu_of_two as suite_of_two
 import torch
 from budget import DTYPES
-from group_norm_cases import kernels
+from group_norm_cases import call
+from group_norm_cases import op as norm
 
 import dd_kernels as dd
 
@@ -22,38 +23,38 @@ FROM_OLDER_PTX = {**H200, "ptx_version": 80}  # compiled for Ampere, and again b
 @pytest.mark.parametrize(
     ("chip", "shape", "groups", "options", "expected"),
     [
-        (H200, (256, 512, 4, 4), 32, {}, {"regime": "warp", "held": 2}),
-        (H200, (256, 256, 16, 16), 32, {}, {"regime": "warp", "held": 8}),
-        (H200, (256, 128, 32, 32), 32, {}, {"regime": "held", "cluster": 1, "held": 2}),
-        (H200, (16, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 2, "held": 12}),
-        (H200, (2, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 4, "held": 12}),
+        (H200, (256, 512, 4, 4), 32, {}, {"regime": "warp", "resident": 2}),
+        (H200, (256, 256, 16, 16), 32, {}, {"regime": "warp", "resident": 8}),
+        (H200, (256, 128, 32, 32), 32, {}, {"regime": "resident", "cluster": 1, "resident": 2}),
+        (H200, (16, 320, 64, 64), 32, {}, {"regime": "resident", "cluster": 2, "resident": 12}),
+        (H200, (2, 320, 64, 64), 32, {}, {"regime": "resident", "cluster": 4, "resident": 12}),
         (A100, (16, 320, 64, 64), 32, {}, {"regime": "split", "splits": 2}),
         (H200, (8, 128, 512, 512), 32, {}, {"regime": "split", "splits": 32, "wave_tiles": 12}),
-        (H200, (256, 128, 32, 32), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 4, "held": 8}),
-        (H200, (256, 256, 16, 16), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 1, "held": 8}),
-        (H200, (256, 256, 8, 8), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 1, "held": 2}),
+        (H200, (256, 128, 32, 32), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 4, "resident": 8}),
+        (H200, (256, 256, 16, 16), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 1, "resident": 8}),
+        (H200, (256, 256, 8, 8), 32, {"channels_last": True}, {"tile_channels": 64, "cluster": 1, "resident": 2}),
         (H200, (16, 320, 64, 64), 32, {"channels_last": True}, {"regime": "split", "access": "channels_last"}),
         (A100, (16, 320, 64, 64), 32, {"channels_last": True}, {"regime": "split", "access": "channels_last"}),
-        (H200, (256, 256, 8, 8), 32, {"backward": True}, {"regime": "held", "held": 2}),
-        (H200, (256, 128, 32, 32), 32, {"backward": True}, {"regime": "held", "cluster": 1, "held": 2}),
-        (SLICE, (2, 320, 64, 64), 32, {}, {"regime": "held", "cluster": 2, "held": 12}),
-        (SLICE, (1, 64, 64, 72), 8, {}, {"regime": "held", "cluster": 2, "held": 12}),
+        (H200, (256, 256, 8, 8), 32, {"backward": True}, {"regime": "resident", "resident": 2}),
+        (H200, (256, 128, 32, 32), 32, {"backward": True}, {"regime": "resident", "cluster": 1, "resident": 2}),
+        (SLICE, (2, 320, 64, 64), 32, {}, {"regime": "resident", "cluster": 2, "resident": 12}),
+        (SLICE, (1, 64, 64, 72), 8, {}, {"regime": "resident", "cluster": 2, "resident": 12}),
         (SLICE, (2, 640, 64, 64), 32, {}, {"regime": "split"}),
         (NO_CLUSTERS, (2, 320, 64, 64), 32, {}, {"regime": "split"}),
         (FROM_OLDER_PTX, (2, 320, 64, 64), 32, {}, {"regime": "split"}),
         (FROM_OLDER_PTX, (2, 64, 64, 64), 8, {"backward": True}, {"regime": "split"}),
         # 33 rows in clusters of eight would leave the last block none.
-        (H200, (1, 1024, 3, 11), 1, {"channels_last": True}, {"regime": "held", "cluster": 4, "held": 8}),
-        (H200, (1, 1024, 2, 7), 1, {"channels_last": True}, {"regime": "held", "cluster": 4, "held": 2}),
-        (SLICE, (2, 64, 32, 64), 8, {"backward": True}, {"regime": "held", "cluster": 2}),
+        (H200, (1, 1024, 3, 11), 1, {"channels_last": True}, {"regime": "resident", "cluster": 4, "resident": 8}),
+        (H200, (1, 1024, 2, 7), 1, {"channels_last": True}, {"regime": "resident", "cluster": 4, "resident": 2}),
+        (SLICE, (2, 64, 32, 64), 8, {"backward": True}, {"regime": "resident", "cluster": 2}),
         (NO_CLUSTERS, (2, 64, 32, 64), 8, {"backward": True}, {"regime": "split"}),
         (H200, (2, 64, 8, 8), 8, {"x_channels": 36}, {"regime": "warp"}),
-        (H200, (2, 64, 8, 8), 8, {"channels_last": True, "x_channels": 40}, {"regime": "held"}),
+        (H200, (2, 64, 8, 8), 8, {"channels_last": True, "x_channels": 40}, {"regime": "resident"}),
         (H200, (2, 64, 8, 8), 8, {"channels_last": True, "x_channels": 36}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 64, 7, 7), 8, {}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 30, 8, 8), 3, {"channels_last": True}, {"regime": "split", "access": "scalar"}),
         (H200, (2, 64, 8, 8), 8, {"aligned": False}, {"regime": "split", "access": "scalar"}),
-        (H200, (5, 64, 1, 1), 8, {}, {"regime": "held", "access": "channels_last"}),
+        (H200, (5, 64, 1, 1), 8, {}, {"regime": "resident", "access": "channels_last"}),
         # A cluster could hold it in rows of 16 bytes, which waste half of what DRAM fetches.
         (H200, (2, 64, 128, 128), 8, {"channels_last": True}, {"regime": "split", "tile_channels": 64}),
         # The sums of so many channels fit no block's shared memory.
@@ -87,12 +88,12 @@ def test_every_plan_covers_the_tensor(host, chip, channels_last, backward):
                     assert 1 <= plan.cluster <= (8 if chip["major"] >= 9 else 1)
                     assert 1 <= plan.wave_tiles <= plan.tiles
                     assert plan.tile_channels <= 1024 or plan.access != "channels_last"
-                    assert plan.regime == "split" or plan.held in (2, 4, 8, 12)
+                    assert plan.regime == "split" or plan.resident in (2, 4, 8, 12)
                     blocks = plan.splits * plan.cluster
                     assert (blocks - 1) * plan.rows_each < plan.rows <= blocks * plan.rows_each  # none is empty
                     columns = plan.tile_channels * dtype.itemsize // 16 if plan.access == "channels_last" else 1
                     rows_at_once = 32 if plan.regime == "warp" else 256 // columns
-                    assert plan.regime == "split" or plan.rows_each <= plan.held * rows_at_once
+                    assert plan.regime == "split" or plan.rows_each <= plan.resident * rows_at_once
 
 
 def memory_formats(shape):
@@ -104,8 +105,8 @@ def memory_formats(shape):
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("chip", [H200, A100, TINY, NO_CLUSTERS], ids=["h200", "a100", "tiny", "no_clusters"])
-def test_room_for_partial_sums_suffices(host, chip, aligned):
-    """What Python makes room for knows neither the chip nor where a tensor starts."""
+def test_workspace_suffices(host, chip, aligned):
+    """The workspace that Python allocates knows neither the chip nor where a tensor starts."""
     host.set_chip(**chip)
     fullest = {False: 0.0, True: 0.0}
     for channels in (3, 8, 60, 320, 1016, 3000, 40000):
@@ -115,23 +116,22 @@ def test_room_for_partial_sums_suffices(host, chip, aligned):
                     for backward in (False, True):
                         last = not x.is_contiguous()
                         plan = host.plan(tuple(x.shape), groups, x.dtype, last, aligned, backward)
-                        room = (
-                            kernels.backward_partials("cuda", x)
-                            if backward
-                            else kernels.forward_partials("cuda", x, groups)
-                        )
-                        assert plan.partials <= room[0].numel()
-                        fullest[backward] = max(fullest[backward], plan.partials / room[0].numel())
-    assert fullest == {False: 1.0, True: 1.0}  # nor does it make more than the largest need
+                        if backward:
+                            allocated = norm.backward_workspace("cuda", x).numel()
+                        else:
+                            allocated = norm.forward_workspace("cuda", x, groups).numel()
+                        assert plan.partials <= allocated
+                        fullest[backward] = max(fullest[backward], plan.partials / allocated)
+    assert fullest == {False: 1.0, True: 1.0}  # nor is it larger than the largest need
 
 
 @pytest.mark.parametrize("missing", [1, None])
-def test_too_little_room_is_refused(host, missing):
+def test_too_small_a_workspace_is_refused(host, missing):
     host.set_chip(**TINY)
     x, dweight = torch.randn(2, 8, 3, 5), torch.empty(8)
-    options, (mean, rstd) = (8, None, None, 1e-5, None, None, None, True), torch.ones(2, 2, 8)
-    forward = (x, *options, torch.empty_like(x), mean, rstd)
-    backward = (x, x, mean, rstd, *options, torch.empty_like(x), dweight, None, None, None, None)
+    given_, (mean, rstd) = call(x, 8, {}), torch.ones(2, 2, 8)
+    forward = (*given_[:9], torch.empty_like(x), mean, rstd)
+    backward = (x, x, mean, rstd, *given_[1:9], torch.empty_like(x), dweight, *[None] * 4)
     for op, arguments, needed in (("group_norm_silu", forward, 32), ("group_norm_silu_backward", backward, 80)):
         given = 0 if missing is None else needed - missing
         with pytest.raises(RuntimeError, match=f"partials must have {needed} floats; got {given}"):
@@ -141,16 +141,18 @@ def test_too_little_room_is_refused(host, missing):
 @pytest.mark.parametrize("which", range(4), ids=["of_one", "of_one_backward", "of_two", "of_two_backward"])
 def test_every_tensor_may_start_anywhere(host, which):
     """Reached by vectors of 16 bytes one that does not start at a multiple of them would end the process."""
-    of_one = zip(("group_norm_silu", "group_norm_silu_backward"), suite.arguments("cuda", "cpu"), strict=True)
-    op, arguments = [*of_one, *suite_of_two.operators("cpu")][which]
+    op = suite_of_two.OPERATORS[which % 2]
+    arguments = [*suite.operators("cuda", "cpu"), *suite_of_two.operators("cpu")][which]
 
     def run(moved=None):
         given = [v.clone() if isinstance(v, torch.Tensor) else v for v in arguments]
         if moved is not None:
             x = arguments[moved]
             given[moved] = torch.empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride()).copy_(x)
-        getattr(torch.ops.dd_kernels, op)(*given)
-        return [v for v in given[:-1] if isinstance(v, torch.Tensor)]
+        function = getattr(torch.ops.dd_kernels, op).default
+        function(*given)
+        names = [argument.name for argument in function._schema.arguments]
+        return {n: v for n, v in zip(names, given, strict=False) if isinstance(v, torch.Tensor) and n != "partials"}
 
     aligned = run()
     for i in (i for i, v in enumerate(arguments) if isinstance(v, torch.Tensor) and v.ndim == 4):
@@ -160,9 +162,7 @@ def test_every_tensor_may_start_anywhere(host, which):
 def test_one_channel_is_read_in_vectors(host):
     """Contiguous and channels_last are one for it; element by element, its tiles would be split."""
     x, mean, rstd = torch.randn(2, 1, 8, 8), torch.empty(2, 1), torch.empty(2, 1)
-    torch.ops.dd_kernels.group_norm_silu(
-        x, 1, None, None, 1e-5, None, None, None, True, torch.empty_like(x), mean, rstd, partials=None
-    )
+    torch.ops.dd_kernels.group_norm_silu(*call(x, 1, {})[:9], torch.empty_like(x), mean, rstd)
 
 
 def test_no_op_allocates(library):
@@ -174,13 +174,13 @@ def test_no_op_allocates(library):
 CASES = {
     "warp_2": ((2, 32, 4, 4), 4, False, H200),
     "warp_8": ((1, 16, 16, 16), 2, False, H200),
-    "held": ((1, 8, 48, 48), 2, False, TINY),
-    "held_ragged": ((3, 12, 24, 40), 2, False, TINY),
+    "resident": ((1, 8, 48, 48), 2, False, TINY),
+    "resident_ragged": ((3, 12, 24, 40), 2, False, TINY),
     "cluster_2": ((2, 8, 64, 64), 4, False, TINY_HOPPER),
     "cluster_8": ((1, 8, 64, 72), 1, False, H200),
     "cluster_of_a_slice": ((1, 8, 64, 72), 1, False, SLICE),
     "split": ((1, 4, 160, 208), 1, False, TINY),  # the sums over a channel are split too
-    "last_held": ((2, 64, 8, 8), 8, True, H200),
+    "last_resident": ((2, 64, 8, 8), 8, True, H200),
     "last_straddling": ((2, 60, 6, 6), 5, True, TINY),
     "last_straddling_wide": ((1, 40, 12, 12), 4, True, TINY_HOPPER),
     "last_cluster": ((1, 64, 40, 40), 8, True, H200),

@@ -27,8 +27,9 @@ globals().update({name: f for name, f in _collect() if not any(word in name for 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_opcheck_of_two(host, which):
-    """Of the operators that only the CUDA library has, under their name on the host."""
-    op, arguments = list(test_group_norm_silu_of_two.operators("cpu"))[which]
+    """With a residual and a skip, which only the CUDA library takes."""
+    op = test_group_norm_silu_of_two.OPERATORS[which]
+    arguments = test_group_norm_silu_of_two.operators("cpu")[which]
     torch.library.opcheck(getattr(torch.ops.dd_kernels_host, op).default, arguments)
 
 

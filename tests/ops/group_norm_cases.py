@@ -6,8 +6,10 @@ import torch
 from budget import assert_within_budget
 
 import dd_kernels as dd
+from dd_kernels.ops.activation import Activation
+from dd_kernels.ops.group_norm_silu.arguments import Arguments
 
-kernels = importlib.import_module("dd_kernels.ops.group_norm_silu.kernels")
+op = importlib.import_module("dd_kernels.ops.group_norm_silu.op")
 NAMES = ("weight", "bias", "pre_shift", "scale", "shift")
 # Presence of weight, bias, pre_shift, scale and shift, SiLU, channels_last: every pair of choices is in some row.
 ROWS = (
@@ -36,6 +38,18 @@ def make(shape, dtype, row, seed=0, mean=0.5, device="cpu"):
     options = {name: draw(*size) for name, size, there in zip(NAMES, sizes, row, strict=False) if there}
     options = {name: v.to(device) for name, v in options.items()}
     return x.to(device), dy.to(device), options, "silu" if row[5] else "none"
+
+
+def call(x, groups, options, activation=Activation.SILU, residual=None, skip=None, eps=1e-5):
+    """The value that backends take."""
+    small = dict.fromkeys(NAMES) | options
+    weight, bias, *rows = small.values()
+    return Arguments(x, groups, weight, bias, eps, *rows, activation, residual, skip)
+
+
+def statistics(name, x, groups, eps, pre_shift):
+    """mean and rstd [N, G] by the kernels of a backend."""
+    return op.forward(name, call(x, groups, {"pre_shift": pre_shift}, Activation.NONE, eps=eps))[2:]
 
 
 def results(x, dy, groups, options, activation, backend, eps=1e-5):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget
-from group_norm_cases import ROWS, check, kernels, make, results
+from group_norm_cases import ROWS, check, make, results, statistics
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -32,12 +32,17 @@ def test_forward_and_backward(kernel, shape, groups, dtype):
         check(kernel, x, dy, groups, options, activation)
 
 
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4), (2, 8, 0), (0, 8)], ids=str)
 @pytest.mark.parametrize("channels_last", [0, 1])
-def test_empty_batch(kernel, channels_last):
-    """Its sums are zeros; y and dx have nothing to hold."""
+def test_nothing_to_normalise(kernel, channels_last, shape):
+    """An empty batch or image: the sums are zeros; y and dx have no elements."""
     row = (1, 1, 1, 1, 1, 1, channels_last)
-    x, dy, options, activation = make((0, 8, 4, 4), torch.float32, row, device=kernel.device)
+    x, dy, options, activation = make(shape, torch.float32, row, device=kernel.device)
+    reference = results(
+        x.double(), dy.double(), 4, {k: v.double() for k, v in options.items()}, activation, "reference"
+    )
     actual = results(x, dy, 4, options, activation, kernel.name)
+    assert all(v.equal(torch.zeros_like(v)) and v.shape == actual[name].shape for name, v in reference.items())
     for name, v in {"y": x, "dx": x, **{f"d{name}": v for name, v in options.items()}}.items():
         assert actual[name].equal(torch.zeros_like(v))
 
@@ -114,7 +119,7 @@ def test_a_sample_of_the_values_far_from_the_rest(kernel, channels_last, pre_shi
     else:
         x.view(32, 4, 512)[..., :8] = 1e4
     x, shift = x.to(kernel.device), options["pre_shift"].to(kernel.device) if pre_shift else None
-    _, mean, rstd = kernels.forward(kernel.name, x, (1, None, None, 1e-5, shift, None, None, False))
+    mean, rstd = statistics(kernel.name, x, 1, 1e-5, shift)
     h = (x.double() if shift is None else x.double() + shift.double()[:, :, None, None]).flatten(1)
     exact = h.mean(1, keepdim=True), (h.var(1, correction=0, keepdim=True) + 1e-5).rsqrt()
     for statistic, true in zip((mean, rstd), exact, strict=True):
@@ -143,7 +148,7 @@ def test_statistics_are_of_the_shifted_input(kernel, mean_of):
     for row in ((0, 0, 1, 0, 0, 0, 0), (0, 0, 1, 0, 0, 0, 1)):
         x, _, options, _ = make((2, 12, 6, 5), torch.float32, row, device=kernel.device)
         shift = options["pre_shift"] * (1 if mean_of == "x" else 50)
-        _, mean, rstd = kernels.forward(kernel.name, x, (3, None, None, 0.5, shift, None, None, False))
+        mean, rstd = statistics(kernel.name, x, 3, 0.5, shift)
         h = (x.double() + shift.double()[:, :, None, None]).contiguous().view(2, 3, -1)
         torch.testing.assert_close(mean.double(), h.mean(2), rtol=1e-6, atol=1e-5)
         torch.testing.assert_close(rstd.double(), (h.var(2, unbiased=False) + 0.5).rsqrt(), rtol=2e-6, atol=0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget
-from group_norm_cases import NAMES, ROWS, assert_sums_within_budget, kernels, make
+from group_norm_cases import NAMES, ROWS, assert_sums_within_budget, call, make, op
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
@@ -12,6 +12,7 @@ from unrun import unrun
 import dd_kernels as dd
 from dd_kernels import backend as backends
 
+OPERATORS = ("group_norm_silu", "group_norm_silu_backward")
 # x's shape, skip's channels, groups: groups of one tensor, groups that straddle both, no channels of a vector's length.
 SHAPES = [
     ((2, 16, 4, 4), 16, 4),
@@ -164,7 +165,7 @@ def test_compiles_in_one_graph(kernel):
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_cuda_library_is_one_graph_forward_and_one_backward(dynamic, monkeypatch):
-    """With the room for partial sums in them, for any batch too; the ops are traced here, not run."""
+    """With their workspace in them, for any batch too; the ops are traced here, not run."""
     monkeypatch.setattr(backends, "choose", lambda *arguments: "cuda")
     graphs = []
 
@@ -184,24 +185,24 @@ def test_the_cuda_library_is_one_graph_forward_and_one_backward(dynamic, monkeyp
 
 
 def operators(device):
-    """The operators of two inputs by name, and arguments for each."""
+    """The arguments of the forward and of the backward operator with a residual and a skip."""
     x, residual, skip, dy, dsum, options, _ = parts((2, 8, 4, 6), 8, torch.float32, ROWS[0])
-    small = [options[name] for name in NAMES]
-    norm = (4, *small[:2], 1e-5, *small[2:], True)
+    given_ = call(x, 4, options, residual=residual, skip=skip)
     mean, rstd = torch.zeros(2, 4), torch.ones(2, 4)
-    written = (torch.empty_like(dy), torch.empty_like(x), mean.clone(), rstd.clone())
-    forward = (x, residual, skip, *norm, *written, *kernels.forward_partials("cuda", dy, 4))
-    gradients = (*(torch.empty_like(v) for v in (x, skip, *small)), *kernels.backward_partials("cuda", dy))
-    backward = (dy, dsum, x, skip, mean, rstd, *norm, *gradients)
-    for op, arguments in (("join_group_norm_silu", forward), ("join_group_norm_silu_backward", backward)):
-        yield op, tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in arguments)
+    workspace = op.forward_workspace("cuda", dy, 4)
+    written = (torch.empty_like(dy), mean.clone(), rstd.clone(), workspace, residual, skip, torch.empty_like(x))
+    forward = (*given_[:9], *written)
+    gradients = [torch.empty_like(v) for v in (x, *(options[name] for name in NAMES))]
+    last = (op.backward_workspace("cuda", dy), skip, dsum, torch.empty_like(skip))
+    backward = (dy, x, mean, rstd, *given_[1:9], *gradients, *last)
+    return [tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in a) for a in (forward, backward)]
 
 
 def test_opcheck(kernel):
     if kernel.name != "cuda":
-        pytest.skip("only the CUDA library has an operator of two inputs")
-    for op, arguments in operators(kernel.device):
-        torch.library.opcheck(getattr(torch.ops.dd_kernels, op).default, arguments)
+        pytest.skip("only the CUDA library's operators take a residual and a skip")
+    for name, arguments in zip(OPERATORS, operators(kernel.device), strict=True):
+        torch.library.opcheck(getattr(torch.ops.dd_kernels, name).default, arguments)
 
 
 X = torch.zeros(2, 8, 3, 3)

@@ -12,7 +12,7 @@ import pytest
 import test_group_norm_silu as suite
 import torch
 from budget import assert_within_budget
-from group_norm_cases import ROWS, check, kernels, make, results
+from group_norm_cases import ROWS, call, check, make, op, results
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -283,7 +283,7 @@ def test_a_large_mean_costs_nothing_in_one_program(mean):
     """Mean / deviation 1000: as exact as at 1, where plain PyTorch has lost three digits."""
     x = torch.randn(2, 8, 16, 16) + mean
     exact = dd.group_norm_silu(x.double(), 2, backend="reference")
-    y, kept, _ = kernels.forward("triton", x, (2, None, None, 1e-5, None, None, None, True))
+    y, _, kept, _ = op.forward("triton", call(x, 2, {}))
     assert (y - exact).abs().max() < 3e-6
     true = x.double().view(2, 2, -1).mean(2)
     assert ((kept - true).abs() <= 0.51 * 2.0**-23 * 2.0 ** true.log2().floor()).all()  # the nearest float

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
-from group_norm_cases import NAMES, ROWS, kernels, make
+from group_norm_cases import NAMES, ROWS, call, make, op
 
 from dd_kernels.ops import activation as activations
 from dd_kernels.ops.activation import Activation
+from dd_kernels.ops.group_norm_silu.arguments import check
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -103,10 +104,11 @@ def test_norm_with_activation(activation, split, monkeypatch):
         return y, *torch.autograd.grad(y, leaves, dy.to(dtype))
 
     def plainly(x, weight, bias, *rows):
-        return reference.group_norm_silu(x, 3, weight, bias, 1e-5, *rows, activation)
+        return reference.group_norm_silu(call(x, 3, dict(zip(NAMES, (weight, bias, *rows), strict=True)), activation))
 
-    def by_triton(*inputs):
-        return kernels.GroupNormSiLU.apply(*inputs, 3, 1e-5, activation, "triton")
+    def by_triton(x, *small):
+        given = call(x, 3, dict(zip(NAMES, small, strict=True)), activation)
+        return op.group_norm_silu("triton", given, check(given))
 
     exact, plain = run(torch.float64, plainly), run(torch.float32, plainly)
     for a, e, p in zip(run(torch.float32, by_triton), exact, plain, strict=True):

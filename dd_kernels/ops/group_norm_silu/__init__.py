@@ -1,99 +1,51 @@
-"""GroupNorm, scale-shift and SiLU in one pass over the data, forward and backward."""
+"""GroupNorm, scale-shift and an activation in one pass over the data, forward and backward."""
 
 from __future__ import annotations
 
-import torch
+from typing import overload
+
 from torch import Tensor
 
 from ... import backend as backends
-from .. import checks
-from ..activation import Activation, activation_of
-from . import kernels, reference
-
-_SMALL = ("weight", "bias", "pre_shift", "scale", "shift")  # [C], [C], [N, C], [N, C], [N, C]
-_FLOAT64 = "the kernels take float32, bfloat16 and float16, and an input is float64"
-_RARE = "the kernels compute SiLU or no activation"
-_READ_TWO = ("cuda",)  # backends whose kernels take a residual or a skip
+from ..activation import activation_of
+from . import op, reference
+from .arguments import Arguments, check
 
 
-def _check(
+@overload
+def group_norm_silu(
     x: Tensor,
     num_groups: int,
-    eps: float,
-    small: tuple[Tensor | None, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: None = None,
     skip: Tensor | None = None,
-) -> None:
-    checks.check_float("x", x)
-    shape, device = x.shape, x.device
-    if len(shape) < 2:
-        raise ValueError(f"x must be [N, C, ...]; got {list(shape)}")
-    channels = shape[1]
-    if skip is not None:
-        checks.check_float("skip", skip)
-        if skip.ndim != x.ndim:
-            raise ValueError(f"skip must have the {x.ndim} dimensions of x; got {list(skip.shape)}")
-        _check_alike("skip", skip, x, (shape[0], skip.shape[1], *shape[2:]))
-        channels += skip.shape[1]
-    if num_groups < 1 or channels % num_groups != 0:
-        of = "x" if skip is None else "x and skip"
-        raise ValueError(f"num_groups must divide the {channels} channels of {of}; got {num_groups}")
-    if x.numel() == 0 and shape[0] != 0:
-        raise ValueError(f"x must have at least one element per sample; got the shape {list(shape)}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0; got {eps}")
-    per_channel, per_sample = (channels,), (shape[0], channels)
-    for i, v in enumerate(small):
-        if v is not None:
-            checks.check_shape(_SMALL[i], v, per_channel if i < 2 else per_sample, device)
+    activation: str = "silu",
+    backend: str = "auto",
+) -> Tensor: ...
 
 
-def _check_alike(name: str, v: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    checks.check_shape(name, v, shape, x.device)
-    if v.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {x.dtype}; got {v.dtype}")
-
-
-def _are_dense_float32(small: tuple[Tensor | None, ...]) -> bool:
-    """Whether the kernels can read these few values as they are."""
-    for v in small:  # noqa: SIM110 - any() of a generator costs a microsecond more in every call
-        if v is not None and (v.dtype != torch.float32 or not v.is_contiguous()):
-            return False
-    return True
-
-
-def _of_two(
+@overload
+def group_norm_silu(
     x: Tensor,
-    residual: Tensor | None,
-    skip: Tensor | None,
     num_groups: int,
-    small: tuple[Tensor | None, ...],
-    eps: float,
-    activation: str,
-    backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """With a residual or a skip: by one kernel where the backend has it, else by what it stands for."""
-    _check(x, num_groups, eps, small, skip)
-    if residual is not None:
-        _check_alike("residual", residual, x, x.shape)
-    obstacle = _FLOAT64 if any(v is not None and v.dtype == torch.float64 for v in (x, *small)) else None
-    if activation_of(activation) > Activation.SILU:
-        obstacle = obstacle or _RARE
-    chosen = backends.choose("group_norm_silu", backend, x.device, obstacle)
-    weight, bias, *per_sample = small
-    plain = {"activation": activation, "backend": chosen, **dict(zip(_SMALL[2:], per_sample, strict=True))}
-    if residual is not None and chosen not in _READ_TWO:
-        total = x + residual
-        return group_norm_silu(total, num_groups, weight, bias, eps, skip=skip, **plain), total
-    if chosen not in _READ_TWO:
-        return group_norm_silu(torch.cat([x, skip], 1), num_groups, weight, bias, eps, **plain)
-
-    x = checks.dense(x)
-    small = tuple(v if v is None else v.to(torch.float32).contiguous() for v in small)
-    act = activation_of(activation)
-    if checks.needs_grad(x, residual, skip, *small):
-        return kernels.JoinGroupNormSiLU.apply(x, residual, skip, *small, num_groups, eps, act)
-    y, total, _, _ = kernels.join_forward(x, residual, skip, (num_groups, *small[:2], eps, *small[2:], act))
-    return y if total is None else (y, total)
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    pre_shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor,
+    skip: Tensor | None = None,
+    activation: str = "silu",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def group_norm_silu(
@@ -151,24 +103,8 @@ def group_norm_silu(
         ValueError, TypeError: wrong shape, dtype, device or option.
         BackendUnavailableError: a backend asked for by name cannot run.
     """
-    small = (weight, bias, pre_shift, scale, shift)
-    if residual is not None or skip is not None:
-        return _of_two(x, residual, skip, num_groups, small, eps, activation, backend)
-    _check(x, num_groups, eps, small)
     act = activation_of(activation)
-    as_they_are, obstacle = _are_dense_float32(small), None
-    if x.dtype == torch.float64 or (not as_they_are and any(v is not None and v.dtype == torch.float64 for v in small)):
-        obstacle = _FLOAT64
-    if act > Activation.SILU:
-        obstacle = obstacle or _RARE
-    chosen = backends.choose("group_norm_silu", backend, x.device, obstacle)
-    if chosen == "reference":
-        return reference.group_norm_silu(x, num_groups, weight, bias, eps, pre_shift, scale, shift, act)
-
-    x = checks.dense(x)
-    if not as_they_are:  # the CPU's kernels widen them; for the others autograd casts their gradients back
-        small = tuple(v if v is None else (v if chosen == "cpu" else v.to(torch.float32)).contiguous() for v in small)
-    if checks.needs_grad(x, *small):
-        return kernels.GroupNormSiLU.apply(x, *small, num_groups, eps, act, chosen)
-    weight, bias, pre_shift, scale, shift = small
-    return kernels.inference(chosen, x, (num_groups, weight, bias, eps, pre_shift, scale, shift, act))
+    a = Arguments(x, num_groups, weight, bias, eps, pre_shift, scale, shift, act, residual, skip)
+    checked = check(a)
+    chosen = backends.choose("group_norm_silu", backend, x.device, checked.unsupported_reason)
+    return reference.group_norm_silu(a) if chosen == "reference" else op.group_norm_silu(chosen, a, checked)

@@ -1,4 +1,4 @@
-"""GroupNorm and an activation in plain PyTorch, differentiable by autograd."""
+"""GroupNorm and an activation in plain PyTorch, differentiable by autograd any number of times."""
 
 from __future__ import annotations
 
@@ -6,34 +6,48 @@ import torch
 from torch import Tensor
 
 from ..activation import activate
+from .arguments import Arguments
 
 
-def group_norm_silu(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    pre_shift: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: int,
-) -> Tensor:
-    """act(GroupNorm(x + pre_shift) (1 + scale) + shift), computed in float32 (float64 for float64)."""
+def group_norm_silu(a: Arguments) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns y, or (y, x + residual): act(GroupNorm(x + pre_shift) (1 + scale) + shift).
+
+    Computes in float32, and in float64 where x is that.
+    """
+    x = a.x if a.residual is None else a.x + a.residual
+    joined = x if a.skip is None else torch.cat([x, a.skip], 1)
+    y = _normalised_and_activated(joined, a)
+    return y if a.residual is None else (y, x)
+
+
+def _normalised_and_activated(x: Tensor, a: Arguments) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
 
-    def per_channel(v: Tensor) -> Tensor:  # [N, C] -> [N, C, 1, ...]
+    def per_channel(v: Tensor) -> Tensor:  # [N, C] or [C] -> [N, C, 1, ...]
         return v.to(dtype).reshape(*v.shape, *[1] * (x.ndim - 2))
 
     h = x.to(dtype)
-    if pre_shift is not None:
-        h = h + per_channel(pre_shift)
-    weight, bias = (None if v is None else v.to(dtype) for v in (weight, bias))
-    if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # PyTorch's backward pass fails where only the bias is there
-    y = torch.group_norm(h, num_groups, weight, bias, eps)  # F.group_norm refuses groups of one element
-    if scale is not None:
-        y = y * (1 + per_channel(scale))
-    if shift is not None:
-        y = y + per_channel(shift)
-    return activate(y, activation).to(x.dtype)
+    if a.pre_shift is not None:
+        h = h + per_channel(a.pre_shift)
+    y = _group_norm(h, a.num_groups, a.eps)
+    if a.weight is not None:
+        y = y * per_channel(a.weight)
+    if a.bias is not None:
+        y = y + per_channel(a.bias)
+    if a.scale is not None:
+        y = y * (1 + per_channel(a.scale))
+    if a.shift is not None:
+        y = y + per_channel(a.shift)
+    return activate(y, a.activation).to(x.dtype)
+
+
+def _group_norm(h: Tensor, num_groups: int, eps: float) -> Tensor:
+    if h.numel() == 0:  # torch.group_norm's gradients would be NaN
+        return h
+    # Where channels are last, torch sums squares in float32 unshifted, and its float64 gradients crash.
+    y = torch.group_norm(h.contiguous(), num_groups, None, None, eps)  # F.group_norm refuses groups of one element
+    return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(h) else y
+
+
+def _is_channels_last(h: Tensor) -> bool:
+    return h.ndim == 4 and not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)

@@ -269,7 +269,7 @@ inline float fast_reciprocal(float v) { return 1.0f / v; }
 
 inline float* shared_memory() { return reinterpret_cast<float*>(host_cuda::device.here().shared.data()); }
 
-inline unsigned again(unsigned v) { return v; }
+inline unsigned opaque(unsigned v) { return v; }
 inline void cluster_arrive() {
     auto& device = host_cuda::device;
     device.arrivals[device.current()] = device.scheduler.arrive(device.cluster_barrier);

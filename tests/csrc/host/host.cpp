@@ -32,7 +32,7 @@ bool dd_host_launches(int64_t blocks) try {
 }
 
 // shape: samples, channels, pixels, groups, channels_last, aligned, dtype, backward, x_channels. plan: regime, access,
-// held, cluster, splits, tile_channels, tiles, wave_tiles, rows, rows_each, partials.
+// resident, cluster, splits, tile_channels, tiles, wave_tiles, rows, rows_each, partials.
 void dd_host_plan(const int64_t* shape, int64_t* plan) {
     using namespace dd::cuda;
     const NormShape s = {
@@ -42,7 +42,7 @@ void dd_host_plan(const int64_t* shape, int64_t* plan) {
     const int64_t partials = shape[7] ? per_sample_floats(s) + sum_floats(s, p) : forward_partials(s, p);
     const int64_t values[] = {static_cast<int64_t>(p.regime),
                               static_cast<int64_t>(p.access),
-                              p.held,
+                              p.resident,
                               p.cluster,
                               p.splits,
                               p.tile_channels,

@@ -1,5 +1,6 @@
-// Loops over vectors, for the forward and the backward kernels. Read once per instruction set.
+// Loops over vectors that the forward and the backward kernels share. Read once per instruction set.
 
+#include "common/activation.h"
 #include "group_norm_silu/formula.h"
 
 namespace dd::DD_ISA {
@@ -11,8 +12,8 @@ struct Count {
     static constexpr int count = n;
 };
 
-// visit(Count, first element, lanes): some vectors at a time, whose long chains of operations then
-// overlap, single ones, and a last one of fewer lanes.
+// Calls visit(Count, first element, lanes) for `some` vectors at a time, whose long chains of operations then overlap,
+// for single ones, and for a last one of fewer lanes.
 template <int some = 4, class Visit>
 DD_INLINE void for_blocks(int64_t n, Visit visit) {
     int64_t i = 0;
@@ -21,8 +22,8 @@ DD_INLINE void for_blocks(int64_t n, Visit visit) {
     if (i < n) visit(Count<1>{}, i, n - i);
 }
 
-// visit(Count, first pixel): some pixels at a time, so that what is per channel is read less often; or each alone where
-// they come from beyond the cache, whose prefetcher follows the order of memory.
+// Calls visit(Count, first pixel) for `some` pixels at a time, so that values per channel are read less often; for each
+// pixel alone where `streams`: they come from memory then, whose prefetcher follows its order.
 template <int some, class Visit>
 DD_INLINE void for_pixels(int64_t pixels, bool streams, Visit visit) {
     int64_t pixel = 0;
@@ -32,36 +33,36 @@ DD_INLINE void for_pixels(int64_t pixels, bool streams, Visit visit) {
 
 DD_INLINE Vec keep_some(Vec v, int64_t lanes) { return lanes >= kLanes ? v : keep_first(v, lanes); }
 
-// Affine, lane by lane.
-struct Line {
+// An Affine of each lane.
+struct AffineVec {
     Vec centre, gain, offset;
 };
 
-DD_INLINE Line line_of(const float* coefficients, int64_t channels, int64_t lanes) {
+DD_INLINE AffineVec load_affine(const float* coefficients, int64_t channels, int64_t lanes) {
     return {load(coefficients, lanes), load(coefficients + channels, lanes), load(coefficients + 2 * channels, lanes)};
 }
 
-// The line of one row, in every lane; `stride` parts centre, gain and offset.
-DD_INLINE Line row_line(const float* coefficients, int64_t stride) {
+// The same Affine in every lane; centre, gain and offset are `stride` floats apart.
+DD_INLINE AffineVec splat_affine(const float* coefficients, int64_t stride) {
     return {splat(coefficients[0]), splat(coefficients[stride]), splat(coefficients[2 * stride])};
 }
 
-DD_INLINE Vec normalised(const float* x, int64_t lanes, const Line& line) {
-    return fma(load(x, lanes) - line.centre, line.gain, line.offset);
+DD_INLINE Vec normalised(const float* x, int64_t lanes, const AffineVec& map) {
+    return fma(load(x, lanes) - map.centre, map.gain, map.offset);
 }
 
 DD_INLINE void fill(float* p, int64_t n, float value) {
     for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
-// The options of up to eight channels, absent ones as what changes nothing: loops over them have no branch.
+// The options of up to eight channels, with neutral values for absent options, so that loops over them have no branch.
 struct OptionBlock {
     static constexpr int64_t size = 8;
     float weight[size], bias[size], pre_shift[size], scale[size], shift[size];
 
-    DD_INLINE OptionBlock(const group_norm::Options& o, const group_norm::Cut& cut, const Unit& unit, int64_t channel,
-                          int64_t n) {
-        int64_t c = unit.first_channel + channel, row = unit.sample * cut.channels + c;
+    DD_INLINE OptionBlock(const group_norm::Options& o, const group_norm::Tiling& tiling, const Unit& unit,
+                          int64_t channel, int64_t n) {
+        int64_t c = unit.first_channel + channel, row = unit.sample * tiling.channels + c;
         set(weight, o.weight, c, n, 1.0f);
         set(bias, o.bias, c, n, 0.0f);
         set(pre_shift, o.pre_shift, row, n, 0.0f);
@@ -84,18 +85,18 @@ private:
     }
 };
 
-// visit(options, first channel, channels) over the channels of a group of the unit, a block at a time.
+// Calls visit(options, first channel, channels) for the channels of a group of the unit, a block at a time.
 template <class Visit>
-DD_INLINE void for_options(const group_norm::Options& options, const group_norm::Cut& cut, const Unit& unit,
+DD_INLINE void for_options(const group_norm::Options& options, const group_norm::Tiling& tiling, const Unit& unit,
                            int64_t group, Visit visit) {
-    int64_t end = (group + 1) * cut.group_channels;
-    for (int64_t c = group * cut.group_channels; c < end; c += OptionBlock::size) {
+    int64_t end = (group + 1) * tiling.group_channels;
+    for (int64_t c = group * tiling.group_channels; c < end; c += OptionBlock::size) {
         int64_t n = end - c < OptionBlock::size ? end - c : OptionBlock::size;
-        visit(OptionBlock(options, cut, unit, c, n), c, n);
+        visit(OptionBlock(options, tiling, unit, c, n), c, n);
     }
 }
 
-// Up to OptionBlock::size floats.
+// Copies up to OptionBlock::size floats.
 DD_INLINE void copy_block(const float* from, int64_t n, float* to) {
     if (n == OptionBlock::size) {
         __builtin_memcpy(to, from, sizeof(float) * OptionBlock::size);
@@ -104,31 +105,31 @@ DD_INLINE void copy_block(const float* from, int64_t n, float* to) {
     }
 }
 
-// set(a channel's options, values, i) sets values[k][i], which become the k-th of the unit's coefficients of each
-// channel.
+// Computes the n coefficients of each channel of a group: set(options, values, i) sets values[k][i], the k-th of
+// channel i of a block; coefficients is [n][unit_channels].
 template <int n, class Set>
-DD_INLINE void set_coefficients(const group_norm::Options& options, const group_norm::Cut& cut, const Unit& unit,
+DD_INLINE void set_coefficients(const group_norm::Options& options, const group_norm::Tiling& tiling, const Unit& unit,
                                 int64_t group, float* coefficients, Set set) {
-    for_options(options, cut, unit, group, [&](const OptionBlock& block, int64_t c, int64_t count) {
+    for_options(options, tiling, unit, group, [&](const OptionBlock& block, int64_t c, int64_t count) {
         float values[n][OptionBlock::size];
         for (int64_t i = 0; i < OptionBlock::size; ++i) set(block[i], values, i);
-        for (int64_t k = 0; k < n; ++k) copy_block(values[k], count, coefficients + k * cut.unit_channels + c);
+        for (int64_t k = 0; k < n; ++k) copy_block(values[k], count, coefficients + k * tiling.unit_channels + c);
     });
 }
 
-// An affine map as the first three coefficients of a channel.
+// Stores an affine map as the first three coefficients of a channel.
 template <int n>
-DD_INLINE void set_line(const Affine& line, float (&values)[n][OptionBlock::size], int64_t i) {
-    values[0][i] = line.centre;
-    values[1][i] = line.gain;
-    values[2][i] = line.offset;
+DD_INLINE void store_affine(const Affine& map, float (&values)[n][OptionBlock::size], int64_t i) {
+    values[0][i] = map.centre;
+    values[1][i] = map.gain;
+    values[2][i] = map.offset;
 }
 
-// Of values less a centre.
+// Sums of d = value - centre and of d^2.
 struct Deviations {
     double sum, squares;
 
-    // Whether the centre is so far from the mean that more than one bit of the squares is that distance.
+    // Whether the centre is so far from the mean that the distance makes up more than half of the squares.
     DD_INLINE bool off_centre(double count) const { return 2 * sum * sum > count * squares; }
 };
 
@@ -148,7 +149,7 @@ DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length
     return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
 }
 
-// sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of its square.
+// Computes, per channel c, sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of d^2.
 DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, const float* centres, float* sums,
                               float* squares) {
     fill(sums, channels, 0.0f);
