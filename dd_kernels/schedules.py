@@ -70,6 +70,13 @@ class Schedule(MarginalTable):
         self.alpha = 1.0 - beta
         self.alpha_bar = np.cumprod(self.alpha)
         self.alpha_bar_prev = np.append(1.0, self.alpha_bar[:-1])
+        stays = self.alpha_bar >= self.alpha_bar_prev
+        if stays.any():
+            t = int(np.argmax(stays))
+            raise ValueError(
+                f"betas must make alpha_bar smaller at every step, in float64; got {beta[t]} at step {t}, where "
+                f"alpha_bar stays {self.alpha_bar[t]}"
+            )
         for array in (self.beta, self.alpha, self.alpha_bar, self.alpha_bar_prev):
             array.flags.writeable = False
         marginal = np.stack((np.sqrt(self.alpha_bar), np.sqrt(1.0 - self.alpha_bar)), axis=1)

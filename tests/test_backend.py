@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,6 +92,31 @@ def test_use_backend_is_for_the_block_and_this_thread_alone():
     assert backends.choose("op", "auto", cpu) == "cpu"
     with pytest.raises(ValueError, match="name must be one of"), dd.use_backend("gpu"):
         pass
+
+
+def test_threads_have_blocks_of_their_own():
+    """Each stays in its block while the other enters and leaves one."""
+    cpu, both = torch.device("cpu"), threading.Barrier(2)
+
+    def chosen(name):
+        seen = []
+        with dd.use_backend(name):
+            both.wait()
+            seen.append(backends.choose("op", "auto", cpu))
+            both.wait()
+        both.wait()
+        return [*seen, backends.choose("op", "auto", cpu)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(chosen, ["reference", "cpu"])) == [["reference", "cpu"], ["cpu", "cpu"]]
+
+
+def test_a_compiled_function_follows_the_block_that_it_is_called_in():
+    compiled = torch.compile(lambda: dd.randn((2, 3), seed=1), fullgraph=True, backend="aot_eager")
+    for name in ("reference", "cpu", "auto", "reference"):
+        with dd.use_backend(name):
+            assert compiled().equal(dd.randn((2, 3), seed=1))
+    assert compiled().equal(dd.randn((2, 3), seed=1))
 
 
 def test_use_backend_ends_with_an_exception():

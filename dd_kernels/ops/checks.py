@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as _transforms_active
+from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -23,14 +23,14 @@ FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 _FLOAT64 = torch.float64
 _WIDE = "the kernels take float32, bfloat16 and float16, and an input is torch.float64"
 _GRADIENT = "a gradient is asked for, which only the reference gives (call under torch.no_grad())"
-_TRANSFORM = "a torch.func transform is active, and only the reference is made of PyTorch's own operations"
+TRANSFORM = "a torch.func transform is active, and only the reference is made of PyTorch's own operations"
 _TANGENT = "forward-mode derivatives are on, which only the reference gives"
 
 
 def transform_reason() -> str | None:
     """Returns why an active transform of PyTorch leaves the call to the reference, or None."""
-    if _transforms_active():
-        return _TRANSFORM
+    if transforms_active():
+        return TRANSFORM
     return _TANGENT if forward_ad._current_level >= 0 else None
 
 
@@ -106,11 +106,11 @@ def visit(
             with_gradient = True
 
     reason = None
-    if wide or with_gradient or _transforms_active() or forward_ad._current_level >= 0:
-        reason = _WIDE if wide else _GRADIENT if with_gradient else _TRANSFORM if _transforms_active() else _TANGENT
+    if wide or with_gradient or transforms_active() or forward_ad._current_level >= 0:
+        reason = _WIDE if wide else _GRADIENT if with_gradient else TRANSFORM if transforms_active() else _TANGENT
     chosen = backends.choose(op, backend, device, reason)
     if chosen == "reference":
-        return chosen, None, ordinary and reason is not _TRANSFORM
+        return chosen, None, ordinary and reason is not TRANSFORM
     if not contiguous:
         x = tensors[0] = dense(x)
         tensors[1:] = [laid_out_like(y, x) for y in tensors[1:]]
@@ -218,7 +218,7 @@ def _integers(name: str, index: Any) -> int | Tensor:
 def _can_be_read(index: Tensor) -> bool:
     """Whether the values of a CPU tensor are there, and not traced or transformed."""
     traced = type(index) is not Tensor or is_compiling()
-    return not traced and not _transforms_active()
+    return not traced and not transforms_active()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

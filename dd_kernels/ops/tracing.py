@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 
 def as_traced(call: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the arguments of an operator with its tables and keys, which are real, as fake ones if any other is fake.
 
-    ``torch.export`` and ``make_fx`` take real tensors as the constants of their graph: for them nothing is changed.
+    ``torch.export`` and torch.compile take real tensors as the constants of their graph: for them nothing is changed.
     """
+    if is_compiling():
+        return call
     from torch._guards import detect_fake_mode
     from torch._subclasses.fake_tensor import FakeTensor
 

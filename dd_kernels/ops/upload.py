@@ -1,8 +1,8 @@
 """Tensors that are made once and kept: tables on a device, keys of the noise.
 
 What is kept must be a real tensor of its own, whatever holds around the first call: a ``FakeTensorMode``,
-``torch.export``, functionalisation, a ``torch.func`` transform, ``torch.device("meta")`` or inference mode would
-otherwise leave their tensors to later eager calls.
+``torch.export``, ``torch.jit.trace``, functionalisation, a ``torch.func`` transform, ``torch.device("meta")`` or
+inference mode would otherwise leave their tensors to later eager calls.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def _in_a_mode() -> bool:
         or c._len_torch_function_stack() > 0
         or c._are_functorch_transforms_active()
         or torch.is_inference_mode_enabled()
+        or torch.jit.is_tracing()
         or torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import backend as backends
-from ..checks import FLOAT_DTYPES
+from ..checks import FLOAT_DTYPES, TRANSFORM, transforms_active
 from ..tracing import as_traced
 from . import reference
 from .key import check_word, noise_key
@@ -71,7 +71,9 @@ def randn(
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype}")
     stream = check_word("stream", stream, 32)
-    reason = "the kernels draw 32- and 16-bit floats, and dtype is float64" if dtype is torch.float64 else None
+    reason = TRANSFORM if transforms_active() else None
+    if dtype is torch.float64:
+        reason = "the kernels draw 32- and 16-bit floats, and dtype is float64"
     chosen = backends.choose("randn", backend, device, reason)
     z = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
     key = noise_key(seed, first_sample, draw, z.device, shape[0])
