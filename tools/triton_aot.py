@@ -81,30 +81,33 @@ def group_norm(channels: int, side: int, batch: int, dtype: torch.dtype, last: b
 def reverse_step(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool, guided: bool) -> None:
     """Launches a DDPM step that draws noise, or a guided DDIM step: float32 state, model output in ``dtype``."""
     from dd_kernels.ops.reverse_step import triton as op
+    from dd_kernels.ops.reverse_step.op import Arguments
 
     x = _empty(batch, channels, side, side, last=last)
     out = _empty(batch, channels, side, side, dtype=dtype, last=last)
     integers = _empty(50, dtype=torch.int64)
     key = None if guided else integers[:3]
     arguments = (_empty(50, 10), integers, integers[:1], key, x, None)
-    op.reverse_step(x, out, None, out if guided else None, 7.5, None, None, *arguments)
+    op.reverse_step(Arguments(x, out, None, out if guided else None, 7.5, None, None, *arguments))
 
 
 def q_sample(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool) -> None:
     """Launches q_sample, drawing the noise and returning it."""
     from dd_kernels.ops.q_sample import triton as op
+    from dd_kernels.ops.q_sample.op import Arguments
 
     x = _empty(batch, channels, side, side, dtype=dtype, last=last)
     integers = _empty(batch, dtype=torch.int64)
-    op.q_sample(x, None, _empty(1000, 2), integers, _empty(3, dtype=torch.int64), x, x)
+    op.q_sample(Arguments(x, None, _empty(1000, 2), integers, _empty(3, dtype=torch.int64), x, x))
 
 
 def randn(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool) -> None:
     """Launches the normals of x_T."""
     from dd_kernels.ops.randn import triton as op
+    from dd_kernels.ops.randn.op import Arguments
 
     z = _empty(batch, channels, side, side, dtype=dtype, last=last)
-    op.randn(z, _empty(3, dtype=torch.int64), 0)
+    op.randn(Arguments(z, _empty(3, dtype=torch.int64), 0))
 
 
 OPS: dict[str, tuple[Callable[..., None], tuple[tuple[str, int, int, int], ...]]] = {

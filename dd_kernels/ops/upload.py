@@ -30,13 +30,16 @@ def _in_a_mode() -> bool:
     )
 
 
-def real(make: Callable[[], T]) -> T:
+def real(make: Callable[[], T], device: torch.device | None = None) -> T:
     """Returns what ``make`` makes outside of every mode, transform and device context of the caller.
+
+    Where there is no such ``device``, as when CUDA tensors are faked on a machine without CUDA, it is made in them.
 
     All of these belong to a thread, so that a new thread is free of them. ``make`` must create its tensors on the
     CPU and move them by a blocking copy, since a new thread is not on the caller's CUDA stream either.
     """
-    if not _in_a_mode():
+    absent = device is not None and device.type == "cuda" and not torch.cuda.is_available()
+    if absent or not _in_a_mode():
         return make()
     results: list[T] = []
     errors: list[BaseException] = []
@@ -87,4 +90,4 @@ class PerDevice(Generic[T]):
     @constant_for_compile
     def _keep_copy(self, device: torch.device) -> None:
         if device not in self._copies:
-            self._copies[device] = real(lambda: self.copy_to(device))
+            self._copies[device] = real(lambda: self.copy_to(device), device)

@@ -25,6 +25,7 @@ from dd_kernels.ops.activation import Activation
 from dd_kernels.ops.group_norm_silu import triton as gn
 from dd_kernels.ops.group_norm_silu import triton_activations
 from dd_kernels.ops.reverse_step import triton as step_op
+from dd_kernels.ops.reverse_step.op import Arguments
 from tools.cubin import usages
 from tools.triton_aot import cases, cells, group_norm, listed, q_sample, randn
 from tools.triton_compile import compile_only, specialisations
@@ -36,7 +37,7 @@ def _steps_and_seeds(batch: int, step: int, seed: int, scale: float) -> None:
     key = torch.tensor([0, seed, batch, step])[1:]
     row = torch.arange(50)[step : step + 1]
     rows, timesteps = torch.zeros(50, 10), torch.arange(50)
-    step_op.reverse_step(x, x, None, x, scale, None, None, rows, timesteps, row, key, x, None)
+    step_op.reverse_step(Arguments(x, x, None, x, scale, None, None, rows, timesteps, row, key, x, None))
 
 
 def recompiles() -> dict[str, int]:

@@ -49,7 +49,7 @@ def noise_key(seed: int | Tensor, first_sample: int, draw: int, device: torch.de
         if not keeps:
             key = torch.tensor(values, dtype=torch.int64, device=device)
         else:
-            key = real(lambda: torch.tensor(values, dtype=torch.int64, device=device))
+            key = real(lambda: torch.tensor(values, dtype=torch.int64, device=device), device)
             if len(_keys) >= 64:
                 _keys.clear()
             _keys[name] = key
