@@ -165,7 +165,7 @@ def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device |
 
 
 def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtype) -> dict[str, Denoiser] | str:
-    """Returns diffusers' U-Net of Stable Diffusion 1.5's size, as it is and fused by :func:`dd_kernels.fuse`."""
+    """Returns diffusers' U-Net of Stable Diffusion 1.5's size, as it is and as :func:`dd_kernels.accelerate` compiles it."""
     try:
         from diffusers import UNet2DConditionModel
     except ImportError:
@@ -175,7 +175,7 @@ def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtyp
         theirs: Any = UNet2DConditionModel(**SD_UNET)
     theirs = channels_last(theirs.to(dtype)).eval()
     fused = sharing(theirs)
-    dd.fuse(fused)
+    dd.accelerate(fused)
     tokens = torch.randn(batch, *SD_TOKENS, device=device).to(dtype)
     scheduler, table = scheduler_of(sampler, device), TABLES[sampler]
     t, index = scheduler.timesteps[len(scheduler.timesteps) // 2], len(table) // 2

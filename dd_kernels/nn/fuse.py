@@ -1,85 +1,88 @@
-"""GroupNorm+SiLU put into a model that exists already, and taken out again.
+"""GroupNorm and its activation fused in the Sequentials of a model that exists, for eager use, and taken out again.
 
-A module changes its class and nothing else: parameters, buffers, hooks and state_dict keys stay, and a
-fused norm called by code that knows nothing of it is still a GroupNorm.
+``torch.compile(model, backend="dd_kernels")`` and :func:`dd_kernels.accelerate` find every norm of a model, whatever
+calls it; this finds what ``nn.Sequential`` alone decides, and needs no compilation.
 """
 
 from __future__ import annotations
 
-import sys
+import copy
+import itertools
 import warnings
-from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
-from .fused import FusedGroupNorm, FusedModule, FusedSequential, is_silu
+from ..ops import group_norm_silu
+from .fused import FusedSequential, is_watched
+
+_ACTIVATIONS = ("silu", "mish", "gelu", "gelu_tanh")
 
 
-def _is_group_norm(module: nn.Module) -> bool:
-    """PyTorch's GroupNorm, and guided-diffusion's: in float32 whatever the input, as the op is."""
-    return type(module) is nn.GroupNorm or (isinstance(module, nn.GroupNorm) and type(module).__name__ == "GroupNorm32")
+def _activation_of(norm: nn.Module, act: nn.Module) -> str | None:
+    """Returns the activation for which the op computes what ``act(norm(x))`` does on random input; None if for none.
+
+    Classes and their names do not count: a norm that casts is a norm, one that scales its result is not.
+    """
+    if not isinstance(norm, nn.GroupNorm) or is_watched(norm) or is_watched(act):
+        return None
+    if any(True for _ in act.parameters()) or any(True for _ in act.buffers()):
+        return None  # what agrees now need not agree later
+    x = 3 * torch.randn(2, norm.num_channels, 5, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        try:
+            norm, act = copy.deepcopy(norm).to("cpu", torch.float32), copy.deepcopy(act).to("cpu", torch.float32)
+            y = act(norm(x))
+        except Exception:  # whatever it is, it is no function of one tensor
+            return None
+        for name in _ACTIVATIONS:
+            expected: Any = group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, activation=name)
+            if isinstance(y, torch.Tensor) and y.shape == x.shape and torch.allclose(y, expected, 1e-5, 1e-5):
+                return name
+    return None
 
 
-def _fuse_sequentials(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    for module in list(model.modules()):
-        if type(module) is not nn.Sequential:
-            continue
-        layers = list(module)
-        norms = [
-            norm for i, norm in enumerate(layers) if isinstance(norm, FusedGroupNorm) and is_silu(layers[i + 1 : i + 2])
-        ]
-        if norms:
-            FusedSequential.take(module)
-            yield from ((norm, "GroupNorm, SiLU") for norm in norms)
+def _pairs_of(module: nn.Sequential) -> list[tuple[nn.GroupNorm, nn.Module, str]]:
+    layers = list(module)
+    pairs = []
+    for norm, act in itertools.pairwise(layers):
+        name = _activation_of(norm, act)
+        if name is not None and isinstance(norm, nn.GroupNorm):
+            pairs.append((norm, act, name))
+    return pairs
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
-    """Lets the norms of ``model`` run through :func:`dd_kernels.group_norm_silu`, in place.
+    """Lets every GroupNorm compute the activation that follows it in an ``nn.Sequential``, in place.
 
-    Found, and folded into the norm's one pass over memory:
-
-    - every ``nn.GroupNorm`` (and guided-diffusion's ``GroupNorm32``): the norm;
-    - ``nn.Sequential`` in which a SiLU follows the norm: norm, SiLU;
-    - diffusers' ``ResnetBlock2D`` with SiLU (UNet2DModel, UNet2DConditionModel, AutoencoderKL,
-      ControlNet ...): the first convolution's bias and the time embedding's addition, norm, the
-      embedding's scale and shift, SiLU;
-    - diffusers' ``conv_norm_out`` with ``conv_act``: norm, SiLU.
-
-    Not found: a SiLU that the forward of a module of its own calls after the norm (there only the norm
-    is fused), another activation, subclasses of GroupNorm or Sequential with a forward of their own,
-    and norms that wrap a GroupNorm in more than a shift and a scale per channel (diffusers'
-    ``SpatialNorm``: its inner norm is fused; ``AdaGroupNorm`` calls the functional form: untouched).
-
-    Parameters, buffers, hooks, ``state_dict`` keys and the module tree stay; training works. Call it
-    before ``torch.compile``. A second call changes nothing. Hooks on a SiLU that was folded are not called.
+    A pair is fused if :func:`dd_kernels.group_norm_silu` gives what both give on random input: SiLU, Mish and GELU, by
+    whatever class. A norm without an activation stays, since PyTorch's alone is as fast on small maps. Parameters,
+    ``state_dict`` keys, hooks and the module tree stay; training works. A second call changes nothing.
 
     Args:
         model: any module, in any dtype, on any device.
 
     Returns:
-        For each norm that was replaced its name in ``model.named_modules()`` and what is computed in
-        its one pass. Empty, with a warning, where nothing was found.
+        For each norm that was fused its name in ``model.named_modules()`` and its activation. Empty, with a warning,
+        where nothing was found.
 
     Raises:
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    _check(model)
     names = {module: name for name, module in model.named_modules()}
-    done: dict[nn.Module, str] = {}
+    done: dict[str, str] = {}
     for module in names:
-        if _is_group_norm(module):
-            FusedGroupNorm.take(module)
-            done[module] = "GroupNorm"
-    done.update(_fuse_sequentials(model))
-    # A model that holds one of diffusers' modules has imported diffusers.
-    if "diffusers" in sys.modules:
-        from .fuse_diffusers import fuse_diffusers
-
-        done.update(fuse_diffusers(model))
-    if not any(isinstance(module, FusedModule) for module in names):
-        warnings.warn(f"fuse: {type(model).__name__} has no GroupNorm that can be replaced", stacklevel=2)
-    return {names[module]: what for module, what in done.items()}
+        pairs = _pairs_of(module) if type(module) is nn.Sequential else []
+        if pairs:
+            vars(module).update(_unfused_class=nn.Sequential, _pairs=pairs)
+            module.__class__ = FusedSequential
+            done.update({names[norm]: name for norm, _, name in pairs})
+    if not any(isinstance(module, FusedSequential) for module in names):
+        message = "has no nn.Sequential with a GroupNorm and an activation; dd_kernels.accelerate finds every norm"
+        warnings.warn(f"fuse: {type(model).__name__} {message}", stacklevel=2)
+    return done
 
 
 def unfuse(model: nn.Module) -> list[str]:
@@ -88,9 +91,14 @@ def unfuse(model: nn.Module) -> list[str]:
     Raises:
         TypeError: ``model`` is no module.
     """
+    _check(model)
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedSequential)}
+    for module in fused.values():
+        del vars(module)["_pairs"]
+        module.__class__ = vars(module).pop("_unfused_class")
+    return list(fused)
+
+
+def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    fused = {name: module for name, module in model.named_modules() if isinstance(module, FusedModule)}
-    for module in fused.values():
-        module.give_back()
-    return list(fused)

@@ -1,91 +1,54 @@
-"""The classes that :func:`dd_kernels.fuse` gives to the modules of a model."""
+"""The Sequential that :func:`dd_kernels.fuse` puts into a model."""
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from ..ops import group_norm_silu
 
-
-class FusedModule:
-    """A module whose class was changed by :func:`fuse`."""
-
-    _unfused_class: type[nn.Module]
-
-    @classmethod
-    def take(cls, module: nn.Module) -> None:
-        """Makes ``module`` one of this class."""
-        module._unfused_class = type(module)
-        module.__class__ = cls
-
-    def give_back(self) -> None:
-        """Makes it again what it was."""
-        self.__class__ = self.__dict__.pop("_unfused_class")
+_LEAST = 1 << 14  # elements; on smaller maps a CPU runs PyTorch's norm and activation as fast
 
 
-class FusedGroupNorm(FusedModule, nn.GroupNorm):
-    """``nn.GroupNorm`` through :func:`dd_kernels.group_norm_silu`; returns x's dtype, under autocast too."""
-
-    activation = "none"
-
-    def give_back(self) -> None:
-        self.__dict__.pop("activation", None)
-        super().give_back()
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        pre_shift: Tensor | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        activation: str | None = None,
-    ) -> Tensor:
-        """act(GroupNorm(x + pre_shift) (1 + scale) + shift); x [N, C, ...], the others [N, C]."""
-        # Tokens [N, C, L] that lie as [N, L, C] are an image of one row in channels_last: no copy.
-        tokens = x.ndim == 3 and not x.is_contiguous()
-        y = group_norm_silu(
-            x.unsqueeze(2) if tokens else x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            pre_shift=pre_shift,
-            scale=scale,
-            shift=shift,
-            activation=activation or self.activation,
-        )
-        return y.squeeze(2) if tokens else y
+def is_watched(module: nn.Module) -> bool:
+    """Returns whether something sees the module's calls, or replaces them: hooks, a forward or a call of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or module._compiled_call_impl is not None
 
 
-class FoldedSiLU(FusedModule, nn.SiLU):
-    """Where the norm before it has applied the SiLU."""
+class FusedSequential(nn.Sequential):
+    """``nn.Sequential`` whose GroupNorms compute the activation that follows them in their own pass.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class FusedSequential(FusedModule, nn.Sequential):
-    """``nn.Sequential`` in which a norm applies the SiLU that follows it.
-
-    The norm alone and a slice without it stay what they were: guided-diffusion's scale-shift calls
-    ``out_layers[0]`` and ``out_layers[1:]`` apart.
+    A pair is fused while it is the one that :func:`dd_kernels.fuse` found: where one of the two was replaced later, or
+    is watched by hooks, both run as they are. Layers called alone, and slices, are those of ``nn.Sequential``.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        layers = list(self)
-        i = 0
-        while i < len(layers):
-            if isinstance(layers[i], FusedGroupNorm) and is_silu(layers[i + 1 : i + 2]):
-                x = layers[i](x, activation="silu")
-                i += 2
+    _unfused_class: type[nn.Module]
+    _pairs: list[tuple[nn.GroupNorm, nn.Module, str]]
+
+    def _activation(self, norm: nn.Module, follower: nn.Module | None, x: Tensor) -> str | None:
+        """Returns the activation to fuse with ``norm``, or None."""
+        if x.device.type == "cpu" and x.numel() < _LEAST and not torch.compiler.is_compiling():
+            return None
+        name = next((name for n, act, name in self.__dict__.get("_pairs", ()) if n is norm and act is follower), None)
+        watched = name is not None and (is_watched(norm) or (follower is not None and is_watched(follower)))
+        return None if watched else name
+
+    def forward(self, x: Any) -> Any:
+        """Calls the layers one after another, a fused pair as one."""
+        layers: list[Any] = [*self, None]
+        skipped = None
+        for layer, follower in itertools.pairwise(layers):
+            if layer is skipped:
+                skipped = None
+                continue
+            name = self._activation(layer, follower, x) if isinstance(layer, nn.GroupNorm) else None
+            if name is None:
+                x = layer(x)
             else:
-                x = layers[i](x)
-                i += 1
+                x = group_norm_silu(x, layer.num_groups, layer.weight, layer.bias, layer.eps, activation=name)
+                skipped = follower
         return x
-
-
-def is_silu(layers: list[nn.Module]) -> bool:
-    """Whether the first of ``layers`` is a SiLU: PyTorch's, or improved-diffusion's class of that name."""
-    # Not bool(layers): torch 2.11 does not trace it.
-    return len(layers) > 0 and type(layers[0]).__name__ == "SiLU"
