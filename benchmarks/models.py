@@ -165,7 +165,7 @@ def diffusers_unet(model: UNet, sampler: str, batch: int, device: torch.device |
 
 
 def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtype) -> dict[str, Denoiser] | str:
-    """Returns diffusers' U-Net of Stable Diffusion 1.5's size, as it is and as :func:`dd_kernels.accelerate` compiles it."""
+    """Returns diffusers' U-Net of Stable Diffusion 1.5's size, as it is and accelerated."""
     try:
         from diffusers import UNet2DConditionModel
     except ImportError:
