@@ -13,6 +13,9 @@ enum class Method : int64_t { fastest, accurate, direct, winograd2, winograd4 };
 // sum over 256 channels rounds like one of 64 + 4 terms.
 constexpr int64_t kChunk = 64;
 
+// Elements between two points' planes of packed matrices, so that planes start in different cache sets.
+constexpr int64_t kPlaneGap = 32;
+
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
@@ -58,6 +61,20 @@ struct Plan {
     // sets.
     int64_t plane() const { return block * depth + 16; }
 };
+
+// Where a thread's workspace of a panel begins, in floats: the filters of one vector as they are read, those of a chunk
+// as they are packed, and the products of all groups of a part.
+struct PanelScratch {
+    int64_t filters, products, size;
+};
+
+inline PanelScratch panel_scratch(const Shape& shape, const Plan& plan, int64_t lanes) {
+    int64_t taps = shape.taps(), in_chunk = (plan.method == Method::direct ? taps : plan.points) * kChunk;
+    int64_t groups = divide_up(divide_up(plan.block, plan.rows), plan.panel_parts) + 1;
+    int64_t filters = taps * lanes * lanes;
+    int64_t products = filters + (in_chunk + lanes) * 2 * lanes + plan.points * kPlaneGap;
+    return {filters, products, products + groups * plan.rows * plan.points * 2 * lanes};
+}
 
 // Tiles [first, first + tiles) of all samples' tiles.
 struct Block {

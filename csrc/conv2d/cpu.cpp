@@ -1,5 +1,6 @@
 #include "common/cpu.h"
 #include "conv2d/bindings.h"
+#include "conv2d/cpu_bfloat16.h"
 #include "conv2d/plan.h"
 
 #define DD_KERNEL "conv2d/cpu_kernel.h"
@@ -9,8 +10,21 @@
 namespace dd::conv2d {
 namespace {
 
-void run(Forward a, Method method) {
+// The kernels of one instruction set.
+struct Kernels {
+    decltype(&baseline::conv2d_pack) pack;
+    decltype(&baseline::conv2d_multiply) multiply;
+};
+
+// Products are of bfloat16 where that is asked for and the processor has them, else of float32.
+Kernels kernels_for(bool bfloat16) {
+    if (bfloat16 && has_dot_bfloat16()) return {dot_bfloat16_pack, dot_bfloat16_multiply};
+    return {DD_CHOOSE(conv2d_pack), DD_CHOOSE(conv2d_multiply)};
+}
+
+void run(Forward a, Method method, bool bfloat16) {
     const Target target = DD_CHOOSE(conv2d_target)(threads_of(a.shape));
+    const Kernels kernels = kernels_for(bfloat16);
     a.plan = plan_of(a.shape, choose(a.shape, method, target), target);
     const Plan& plan = a.plan;
     int64_t chunks = plan.method == Method::direct ? 1 : divide_up(a.shape.channels, kChunk);
@@ -21,18 +35,18 @@ void run(Forward a, Method method) {
         Block block{first, std::min(plan.block, tiles - first)};
         on_threads(in_parts, target, [&](int64_t from, int64_t to) {
             Floats scratch(input_scratch(a.shape, plan));
-            DD_CHOOSE(conv2d_pack)(a, block, from, to, packed.data(), scratch.data());
+            kernels.pack(a, block, from, to, packed.data(), scratch.data());
         });
         on_threads(out_parts, target, [&](int64_t from, int64_t to) {
-            Floats scratch(panel_scratch(a.shape, plan, target));
-            DD_CHOOSE(conv2d_multiply)(a, block, from, to, packed.data(), scratch.data());
+            Floats scratch(panel_scratch(a.shape, plan, target.lanes).size);
+            kernels.multiply(a, block, from, to, packed.data(), scratch.data());
         });
     }
 }
 
 void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale,
             std::optional<Tensor> shift, int64_t activation, std::optional<Tensor> residual, int64_t stride,
-            int64_t top, int64_t left, bool turned, int64_t method, Tensor y) {
+            int64_t top, int64_t left, bool turned, int64_t method, bool bfloat16, Tensor y) {
     Forward a{};
     a.shape = shape_of(x, weight, turned, y, stride, top, left);
     check_floats("bias", bias, {a.shape.outputs});
@@ -55,7 +69,7 @@ void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
     a.bias = data<float>(bias);
     a.residual = operand(residual);
     a.y = operand(y);
-    run(a, method_of(method, a.shape));
+    run(a, method_of(method, a.shape), bfloat16);
 }
 
 }  // namespace

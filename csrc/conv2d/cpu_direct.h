@@ -9,7 +9,7 @@ namespace dd::DD_ISA {
 
 // Packs output pixels [first, last) of a block. scratch holds one row of a chunk.
 DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& block, int64_t first, int64_t last,
-                                 float* scratch, float* packed) {
+                                 float* scratch, Packed* packed) {
     using conv2d::kChunk;
     const conv2d::Shape& shape = a.shape;
     const conv2d::Plan& plan = a.plan;
@@ -19,7 +19,7 @@ DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& 
         int64_t y = in_sample / shape.out_width * shape.stride - shape.top;
         int64_t x = in_sample % shape.out_width * shape.stride - shape.left;
         Prologue prologue = prologue_of(a, sample);
-        float* to = packed + pixel / plan.rows * plan.depth * plan.rows + pixel % plan.rows * kLanes;
+        Packed* to = packed + pixel / plan.rows * plan.depth * plan.rows + pixel % plan.rows * kLanes;
         for (int64_t channel = 0; channel < shape.channels; channel += kChunk) {
             int64_t left = shape.channels - channel, count = left < kChunk ? left : kChunk;
             // A pixel is read up to a whole vector: the next tap, or the padding, overwrites what is beyond.
@@ -29,16 +29,15 @@ DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& 
             }
             int64_t length = shape.taps() * count, padded = conv2d::round_up(length, kLanes);
             for (int64_t i = length; i < padded; ++i) scratch[i] = 0;
-            for (int64_t i = 0; i < padded; i += kLanes, to += plan.rows * kLanes) store(to, load(scratch + i));
+            for (int64_t i = 0; i < padded; i += kLanes, to += plan.rows * kLanes) put_row(to, load(scratch + i));
         }
     }
 }
 
 // Packs the filters of a panel, of input channels [first, first + count): to [round_up(taps count)][kPanel].
 DD_INLINE void pack_direct_filters(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t count,
-                                   float* scratch, float* to) {
+                                   float* scratch, Packed* to) {
     int64_t taps = a.shape.taps(), length = taps * count, padded = conv2d::round_up(length, kLanes);
-    for (int64_t i = length * kPanel; i < padded * kPanel; i += kLanes) store(to + i, Vec{});
     for (int v = 0; v < 2; ++v) {
         int64_t output = panel * kPanel + v * kLanes, outputs = a.shape.outputs - output;
         if (outputs <= 0) break;
@@ -48,10 +47,11 @@ DD_INLINE void pack_direct_filters(const conv2d::Forward& a, int64_t panel, int6
             for (int64_t i = 0; i < inputs; ++i) {
                 for (int64_t tap = 0; tap < taps; ++tap) {
                     int64_t source = i * taps + (a.filters.turned ? taps - 1 - tap : tap);
-                    store(to + (tap * count + c + i) * kPanel + v * kLanes, load(scratch + source * kLanes));
+                    put_columns(to, tap * count + c + i, v * kLanes, load(scratch + source * kLanes));
                 }
             }
         }
+        for (int64_t i = length; i < padded; ++i) put_columns(to, i, v * kLanes, Vec{});
     }
 }
 

@@ -1,14 +1,14 @@
 // The micro-kernel: a group of packed rows times a panel of two vectors of columns, both along one depth.
 //
 // Packed rows: blocks of kLanes of the depth, in each block the rows, of each row kLanes floats; or, transposed, for
-// each step of the depth kLanes rows. A packed panel: for each step of the depth 2 kLanes columns.
+// each step of the depth kLanes rows (of float32 only). A packed panel: for each step of the depth 2 kLanes columns.
 // Sums are over kChunk of the depth at a time: their chains of roundings stay short.
 
 #include "conv2d/arguments.h"
+#include "conv2d/cpu_packed.h"
 
 namespace dd::DD_ISA {
 
-constexpr int kPanel = 2 * kLanes;
 // Rows times 2 accumulators, 2 vectors of the panel and one broadcast must fit the registers: 32 of AVX-512, else 16.
 constexpr int kMostRows = kLanes == 16 ? 8 : 6;
 
@@ -20,18 +20,18 @@ struct Steps {
 };
 
 template <int rows, int vectors, bool transposed>
-DD_INLINE void multiply(const float* a, const float* b, int64_t blocks, Vec (&sum)[rows][vectors]) {
+DD_INLINE void multiply(const Packed* a, const Packed* b, int64_t blocks, Vec (&sum)[rows][vectors]) {
     using At = Steps<rows, transposed>;
     for (int64_t i = 0; i < blocks; ++i, a += At::block, b += kLanes * kPanel) {
 #pragma GCC unroll 16
-        for (int step = 0; step < kLanes; ++step) {
-            Vec column[vectors];
-            for (int v = 0; v < vectors; ++v) column[v] = load(b + step * kPanel + v * kLanes);
+        for (int step = 0; step < kLanes; step += kStep) {
+            Factor column[vectors];
+            for (int v = 0; v < vectors; ++v) column[v] = load_factor(b + step * kPanel + v * kLanes * kStep);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
-                Vec element = splat(a[r * At::row + step * At::step]);
+                Factor element = splat_factor(a + r * At::row + step * At::step);
 #pragma GCC unroll 2
-                for (int v = 0; v < vectors; ++v) sum[r][v] = fma(element, column[v], sum[r][v]);
+                for (int v = 0; v < vectors; ++v) sum[r][v] = multiply_add(element, column[v], sum[r][v]);
             }
         }
     }
@@ -39,7 +39,7 @@ DD_INLINE void multiply(const float* a, const float* b, int64_t blocks, Vec (&su
 
 // out [rows][kPanel] = a b, or += a b; depth is a multiple of kLanes.
 template <int rows, int vectors, bool transposed>
-void product(const float* a, const float* b, int64_t depth, float* out, bool accumulate) {
+void product(const Packed* a, const Packed* b, int64_t depth, float* out, bool accumulate) {
     using At = Steps<rows, transposed>;
     for (int64_t first = 0; first < depth; first += conv2d::kChunk) {
         int64_t left = depth - first < conv2d::kChunk ? depth - first : conv2d::kChunk;
@@ -57,7 +57,7 @@ void product(const float* a, const float* b, int64_t depth, float* out, bool acc
     }
 }
 
-typedef void (*Product)(const float* a, const float* b, int64_t depth, float* out, bool accumulate);
+typedef void (*Product)(const Packed* a, const Packed* b, int64_t depth, float* out, bool accumulate);
 
 // The product of groups of `rows` and of a panel whose second vector is needed or not.
 DD_INLINE Product product_of(int64_t rows, bool two) {

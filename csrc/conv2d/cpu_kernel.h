@@ -17,9 +17,11 @@ using conv2d::Plan;
 
 conv2d::Target conv2d_target(int64_t threads) { return {kLanes, kMostRows, threads}; }
 
-// Packs parts [first, last) of a block's input; scratch as Sizes::input_scratch says.
-void conv2d_pack(const Forward& a, const Block& block, int64_t first, int64_t last, float* packed, float* scratch) {
+// Packs parts [first, last) of a block's input; scratch as input_scratch() says. Rows beyond the
+// block's last tile keep what was there; their products are never read.
+void conv2d_pack(const Forward& a, const Block& block, int64_t first, int64_t last, float* memory, float* scratch) {
     const Plan& plan = a.plan;
+    Packed* packed = reinterpret_cast<Packed*>(memory);
     int64_t chunks = conv2d::divide_up(a.shape.channels, conv2d::kChunk);
     for (int64_t part = first; part < last; ++part) {
         bool direct = plan.method == Method::direct;
@@ -36,8 +38,8 @@ void conv2d_pack(const Forward& a, const Block& block, int64_t first, int64_t la
 }
 
 // Multiplies groups [first, last) of a block by a panel, chunk by chunk of channels.
-DD_INLINE void multiply_panel(const Forward& a, int64_t panel, int64_t first, int64_t last, const float* packed,
-                              float* filters, float* scratch, float* products) {
+DD_INLINE void multiply_panel(const Forward& a, int64_t panel, int64_t first, int64_t last, const Packed* packed,
+                              Packed* filters, float* scratch, float* products) {
     using conv2d::kChunk;
     const Plan& plan = a.plan;
     const bool direct = plan.method == Method::direct;
@@ -54,7 +56,7 @@ DD_INLINE void multiply_panel(const Forward& a, int64_t panel, int64_t first, in
             pack_winograd_filters<2>(a, panel, channel, count, scratch, filters);
         }
         for (int64_t point = 0; point < plan.points; ++point) {
-            const float* rows = packed + point * plan.plane() + from * plan.rows;
+            const Packed* rows = packed + point * plan.plane() + from * plan.rows;
             float* out = products + point * plan.rows * kPanel;
             for (int64_t group = first; group < last; ++group, out += plan.points * plan.rows * kPanel) {
                 multiply_group(rows + group * plan.depth * plan.rows, filters + point * filter_plane(depth), depth, out,
@@ -65,18 +67,18 @@ DD_INLINE void multiply_panel(const Forward& a, int64_t panel, int64_t first, in
     }
 }
 
-// Computes parts [first, last) of a block's panels; scratch as Sizes::panel_scratch says.
-void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_t last, const float* packed,
+// Computes parts [first, last) of a block's panels; scratch as panel_scratch() says.
+void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_t last, const float* memory,
                      float* scratch) {
     const Plan& plan = a.plan;
-    int64_t taps = a.shape.taps(), in_chunk = (plan.method == Method::direct ? taps : plan.points) * conv2d::kChunk;
-    float *filters = scratch + taps * kLanes * kLanes,
-          *products = filters + (in_chunk + kLanes) * kPanel + plan.points * 16;
+    const conv2d::PanelScratch at = conv2d::panel_scratch(a.shape, plan, kLanes);
+    Packed* filters = reinterpret_cast<Packed*>(scratch + at.filters);
+    float* products = scratch + at.products;
     int64_t groups = conv2d::divide_up(block.tiles, plan.rows);
     for (int64_t part = first; part < last; ++part) {
         int64_t panel = part / plan.panel_parts, piece = part % plan.panel_parts;
         int64_t from = piece * groups / plan.panel_parts, to = (piece + 1) * groups / plan.panel_parts;
-        multiply_panel(a, panel, from, to, packed, filters, scratch, products);
+        multiply_panel(a, panel, from, to, reinterpret_cast<const Packed*>(memory), filters, scratch, products);
         int64_t last_tile = to * plan.rows < block.tiles ? to * plan.rows : block.tiles;
         for (int64_t tile = from * plan.rows; tile < last_tile; ++tile) {
             int64_t index = tile - from * plan.rows, group = index / plan.rows, row = index % plan.rows;

@@ -134,12 +134,4 @@ int64_t input_scratch(const Shape& shape, const Plan& plan) {
     return (plan.tile + 2) * (plan.tile_columns * plan.tile + 2) * kChunk;
 }
 
-int64_t panel_scratch(const Shape& shape, const Plan& plan, const Target& target) {
-    int64_t taps = shape.taps(), in_chunk = (plan.method == Method::direct ? taps : plan.points) * kChunk;
-    int64_t groups = divide_up(divide_up(plan.block, plan.rows), plan.panel_parts) + 1;
-    int64_t products = groups * plan.rows * plan.points * target.panel();
-    return taps * target.lanes * target.lanes + (in_chunk + target.lanes) * target.panel() + plan.points * 16 +
-           products;
-}
-
 }  // namespace dd::conv2d

@@ -162,12 +162,12 @@ DD_INLINE void for_strips(const conv2d::Plan& plan, int64_t first, int64_t last,
 
 // Distance of two points' planes of a chunk's transformed filters; 16 floats more than needed, so that the planes,
 // which are written together, start in different cache sets.
-DD_INLINE int64_t filter_plane(int64_t depth) { return depth * kPanel + 16; }
+DD_INLINE int64_t filter_plane(int64_t depth) { return depth * kPanel + conv2d::kPlaneGap; }
 
 // Transforms the filters of a panel, of input channels [first, first + count): to [points][round_up(count)][kPanel].
 template <int m>
 DD_INLINE void pack_winograd_filters(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t count,
-                                     float* scratch, float* to) {
+                                     float* scratch, Packed* to) {
     constexpr int points = m + 2;
     int64_t padded = conv2d::round_up(count, kLanes), plane = filter_plane(padded);
     // Taps are read backwards where the filters are turned.
@@ -181,10 +181,10 @@ DD_INLINE void pack_winograd_filters(const conv2d::Forward& a, int64_t panel, in
             set_zero(scratch + inputs * 9 * kLanes, (kLanes - inputs) * 9 * kLanes);
             for (int64_t i = 0; i < kLanes; ++i) {
                 const float* taps = scratch + i * 9 * kLanes + start;
-                float* row = to + (c + i) * kPanel + v * kLanes;
                 transform_square<conv2d::FilterMatrix<m>, false>(
                     [&](int y, int x) DD_INLINE_LAMBDA { return load(taps + (y * 3 + x) * step); },
-                    [&](int y, int x, Vec value) DD_INLINE_LAMBDA { store(row + (y * points + x) * plane, value); });
+                    [&](int y, int x, Vec value)
+                        DD_INLINE_LAMBDA { put_columns(to + (y * points + x) * plane, c + i, v * kLanes, value); });
             }
         }
     }
@@ -193,7 +193,7 @@ DD_INLINE void pack_winograd_filters(const conv2d::Forward& a, int64_t panel, in
 // Transforms tiles [first, last) of a block, of the channels of one chunk.
 template <int m>
 DD_INLINE void pack_winograd_input(const conv2d::Forward& a, const conv2d::Block& block, int64_t chunk, int64_t first,
-                                   int64_t last, float* scratch, float* packed) {
+                                   int64_t last, float* scratch, Packed* packed) {
     using conv2d::kChunk;
     const conv2d::Plan& plan = a.plan;
     int64_t channel = chunk * kChunk, left = a.shape.channels - channel, count = left < kChunk ? left : kChunk;
@@ -205,13 +205,13 @@ DD_INLINE void pack_winograd_input(const conv2d::Forward& a, const conv2d::Block
         });
         for (int64_t t = 0; t < tiles; ++t) {
             int64_t index = tile + t - block.first, group = index / plan.rows, row = index % plan.rows;
-            float* to = packed + (group * plan.depth + channel) * plan.rows + row * kLanes;
+            Packed* to = packed + (group * plan.depth + channel) * plan.rows + row * kLanes;
             int64_t at = t * m * kChunk, plane = plan.plane();
             for (int64_t c = 0; c < count; c += kLanes) {
                 transform_square<conv2d::InputMatrix<m>, false>(
                     [&](int i, int j) DD_INLINE_LAMBDA { return load(strip.rows[i] + at + j * kChunk + c); },
                     [&](int i, int j, Vec value)
-                        DD_INLINE_LAMBDA { store(to + (i * (m + 2) + j) * plane + c * plan.rows, value); });
+                        DD_INLINE_LAMBDA { put_row(to + (i * (m + 2) + j) * plane + c * plan.rows, value); });
             }
         }
     });

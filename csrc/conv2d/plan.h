@@ -15,9 +15,8 @@ Plan gradient_plan(const Shape& shape, Method method, const Target& target);
 // The method itself if it names one, else the one of least modelled cost.
 Method choose(const Shape& shape, Method method, const Target& target);
 
-// Floats of workspace: one for all threads, and for each thread in the two phases.
+// Floats of workspace: of the packed input, which all threads share, and of a thread that packs it.
 int64_t packed_size(const Plan& plan);
 int64_t input_scratch(const Shape& shape, const Plan& plan);
-int64_t panel_scratch(const Shape& shape, const Plan& plan, const Target& target);
 
 }  // namespace dd::conv2d

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 
 from .convolution import find_convolutions, replace_convolutions
-from .identity import relax_views, remove_identities
+from .identity import remove_identities
 from .norm import fuse_norms
 from .report import GraphReport, Report
 
@@ -34,7 +34,6 @@ def rewrite(module: fx.GraphModule, accuracy: str = "default") -> GraphReport:
             found = find_convolutions(part.graph, accuracy)
             norms += fuse_norms(part.graph, channels_last=bool(found))
             convolutions += replace_convolutions(part.graph, found, accuracy)
-            relax_views(part.graph)
             part.graph.lint()
             part.recompile()
     return GraphReport(tuple(norms), identities, convolutions, 0, time.perf_counter() - started)

@@ -97,10 +97,12 @@ def bound(
     stride: int = 1,
     added: Tensor | float = 0.0,
     prologue: int = 0,
+    bfloat16: bool = False,
 ) -> Tensor:
-    """Returns how far float32 may be from the exact convolution of x; all tensors are float64.
+    """Returns how far the kernel may be from the exact convolution of x; all tensors are float64.
 
-    ``added`` holds the magnitudes of bias and residual, ``prologue`` counts the roundings of x itself.
+    ``added`` holds the magnitudes of bias and residual, ``prologue`` counts the roundings of x itself. With AVX-512,
+    products of ``bfloat16`` round both of their factors to it.
     """
     if method == Method.DIRECT:
         depth = weight[0].numel()
@@ -110,7 +112,8 @@ def bound(
     else:
         magnitude = winograd(x, weight, TILE[method], padding, True)
         roundings = 3 * TRANSFORM + min(weight.shape[1], CHUNK) + weight.shape[1] // CHUNK + 1
-    return unit(roundings + prologue + EPILOGUE, isa) * (magnitude + added)
+    factors = 2 * 2.0**-8 + 2.0**-16 if bfloat16 and isa == "avx512" else 0.0
+    return unit(roundings + prologue + EPILOGUE, isa) * (1 + factors) * (magnitude + added) + factors * magnitude
 
 
 def gradient_bound(

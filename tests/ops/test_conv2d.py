@@ -72,13 +72,40 @@ def test_prologue(kernel, method, activation):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 def test_16_bits(kernel, method, dtype):
-    x, weight, residual = torch.randn(2, 40, 9, 6), torch.randn(36, 40, 3, 3) / 19, torch.randn(2, 36, 9, 6)
+    x, weight, residual = torch.randn(2, 75, 9, 6), torch.randn(36, 75, 3, 3) / 26, torch.randn(2, 36, 9, 6)
     x, weight, residual = (v.to(dtype) for v in (x, weight, residual))
     actual = op.forward(x, weight, None, None, None, 0, residual, 1, SAME, method)
     assert actual.dtype == dtype
     exact = F.conv2d(x.double(), weight.double(), padding=1) + residual.double()
     limit = bound(x.double(), weight.double(), method, kernel.isa, added=residual.double().abs())
     assert_within(actual, exact, limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("channels", [5, 75])
+def test_products_of_bfloat16(kernel, channels, method, dtype):
+    """In float32 where the processor has no others; odd numbers of channels, whose pairs straddle the taps."""
+    x, weight = torch.randn(2, channels, 9, 6).to(dtype), torch.randn(36, channels, 3, 3)
+    actual = op.forward(x, weight, None, None, None, 0, None, 1, SAME, method, True)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa, bfloat16=True))
+    dx = op.input_gradient(actual, x, weight, 1, SAME, method, True)
+    turned = weight.double().flip(2, 3).transpose(0, 1)
+    exact = F.conv_transpose2d(actual.double(), weight.double(), padding=1)
+    assert_within(dx, exact, bound(actual.double(), turned, method, kernel.isa, bfloat16=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_root_mean_square_error_of_bfloat16(kernel, method):
+    """What the docstring says; products that are not of bfloat16 would be more exact by orders of magnitude."""
+    x, weight = torch.randn(2, 256, 16, 16), torch.randn(64, 256, 3, 3)
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    y = op.forward(x, weight, None, None, None, 0, None, 1, SAME, method, True)
+    error = ((y.double() - exact).square().mean() / exact.square().mean()).sqrt()
+    assert error < {Method.DIRECT: 3e-3, Method.WINOGRAD2: 4.5e-3, Method.WINOGRAD4: 1.3e-2}[method]
+    has_bfloat16 = kernel.isa == "avx512" and torch.cpu._is_avx512_bf16_supported()
+    assert (error > 1e-3) == has_bfloat16
 
 
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (0, 1, 0, 1), (1, 0, 2, 0), (2, 2, 1, 3)])

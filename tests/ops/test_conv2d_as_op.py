@@ -42,6 +42,11 @@ def test_accuracy_names_the_method():
     x, weight = torch.randn(4, 64, 16, 16), torch.randn(64, 64, 3, 3)
     assert conv2d(x, weight, padding=1).equal(run(x, weight, Method.WINOGRAD4))
     assert conv2d(x, weight, padding=1, accuracy="high").equal(run(x, weight, Method.WINOGRAD2))
+    small = [op.forward(x, weight, None, None, None, 0, None, 1, SAME, method, True) for method in METHODS]
+    assert conv2d(x, weight, padding=1, products="bfloat16").equal(small[1])
+    assert conv2d(x, weight, padding=1, products="bfloat16", accuracy="fast").equal(small[2])
+    x.requires_grad_()
+    assert conv2d(x, weight, padding=1, products="bfloat16").equal(small[1])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -125,7 +130,7 @@ def channels_last_within_sentinels(shape):
 def test_writes_all_of_its_outputs_and_nothing_else(method):
     x, weight = op.channels_last(torch.randn(2, 5, 6, 7)), torch.randn(19, 5, 3, 3)
     y = channels_last_within_sentinels((2, 19, 6, 7))
-    FORWARD(x, weight, None, None, None, 0, None, 1, 1, 1, False, method, y)
+    FORWARD(x, weight, None, None, None, 0, None, 1, 1, 1, False, method, False, y)
     assert sentinels_survive(y)
     assert y.equal(run(x, weight, method))
     if method != Method.DIRECT:
@@ -153,10 +158,10 @@ def test_reads_nothing_beyond_its_inputs(method, layout, turned):
         w = placed(weight) if layout == torch.channels_last else at_the_end(weight)
         small = (at_the_end(bias), at_the_end(scale), at_the_end(shift))
         y = placed(torch.zeros(1, 7, 3, 4))
-        FORWARD(placed(x), w, *small, 1, placed(residual), 1, 1, 1, turned, method, y)
+        FORWARD(placed(x), w, *small, 1, placed(residual), 1, 1, 1, turned, method, False, y)
         plain = torch.empty_like(y)
         given = (op.channels_last(x), weight, bias, scale, shift, 1, op.channels_last(residual))
-        FORWARD(*given, 1, 1, 1, turned, method, plain)
+        FORWARD(*given, 1, 1, 1, turned, method, False, plain)
         assert y.equal(plain)
         del w, small, y
 
@@ -164,7 +169,7 @@ def test_reads_nothing_beyond_its_inputs(method, layout, turned):
 def test_opcheck():
     x, weight = op.channels_last(torch.randn(1, 5, 6, 7)), torch.randn(6, 5, 3, 3)
     y, dweight = op.channels_last(torch.empty(1, 6, 6, 7)), torch.empty_like(weight)
-    arguments = (x, weight, torch.randn(6), None, None, 0, None, 1, 1, 1, False, 0, y)
+    arguments = (x, weight, torch.randn(6), None, None, 0, None, 1, 1, 1, False, 0, False, y)
     torch.library.opcheck(FORWARD.default, arguments)
     torch.library.opcheck(GRADIENT.default, (op.channels_last(torch.randn(1, 6, 6, 7)), x, 1, 1, 0, dweight))
 
@@ -242,7 +247,8 @@ X, W = torch.zeros(2, 8, 5, 6), torch.zeros(4, 8, 3, 3)
         ),
         (TypeError, "residual must have the dtype of x", (X, W), {"residual": torch.zeros(2, 4, 3, 4).half()}),
         (ValueError, "activation must be one of", (X, W), {"input_activation": "relu"}),
-        (ValueError, "accuracy must be 'default' or 'high'; got 'low'", (X, W), {"accuracy": "low"}),
+        (ValueError, "accuracy must be 'default', 'high' or 'fast'; got 'low'", (X, W), {"accuracy": "low"}),
+        (ValueError, "products must be 'float32' or 'bfloat16'; got 'half'", (X, W), {"products": "half"}),
         (ValueError, "backend must be one of auto, .* got 'fast'", (X, W), {"backend": "fast"}),
     ],
 )
@@ -265,6 +271,7 @@ def raw(**changes):
         "left": 1,
         "turned": False,
         "method": 0,
+        "bfloat16": False,
         "y": op.channels_last(torch.zeros(2, 4, 5, 6)),
     }
     return tuple((values | changes).values())

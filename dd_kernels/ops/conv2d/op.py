@@ -25,7 +25,7 @@ class Method(enum.IntEnum):
 torch.library.define(
     "dd_kernels::conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int activation, Tensor? residual, "
-    "int stride, int top, int left, bool turned, int method, Tensor(a!) y) -> ()",
+    "int stride, int top, int left, bool turned, int method, bool bfloat16, Tensor(a!) y) -> ()",
 )
 
 
@@ -43,6 +43,7 @@ def _(
     left: int,
     turned: bool,
     method: int,
+    bfloat16: bool,
     y: Tensor,
 ) -> None:
     return None
@@ -97,24 +98,27 @@ def forward(
     stride: int,
     padding: Padding,
     method: int,
+    bfloat16: bool = False,
 ) -> Tensor:
-    """Runs the kernel; the result is channels_last."""
+    """Runs the kernel, on request with products of bfloat16; the result is channels_last."""
     size = (x.shape[0], weight.shape[0], *out_size(x, weight, stride, padding))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     residual = None if residual is None else channels_last(residual)
     small = (_float32(scale), _float32(shift), activation, residual, stride, padding[2], padding[0])
-    _FORWARD(channels_last(x), _weight_for_kernels(weight), _float32(bias), *small, False, method, y)
+    _FORWARD(channels_last(x), _weight_for_kernels(weight), _float32(bias), *small, False, method, bfloat16, y)
     return y
 
 
-def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding, method: int) -> Tensor:
+def input_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding, method: int, bfloat16: bool = False
+) -> Tensor:
     """Returns dL/dx: for stride 1 a convolution of dy with the turned weights, by the forward kernel; else torch's."""
     if stride != 1:
         return reference.input_gradient(dy, x, weight, stride, padding)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     top, left = weight.shape[2] - 1 - padding[2], weight.shape[3] - 1 - padding[0]
     weight = _weight_for_kernels(weight)
-    _FORWARD(channels_last(dy), weight, None, None, None, 0, None, 1, top, left, True, method, dx)
+    _FORWARD(channels_last(dy), weight, None, None, None, 0, None, 1, top, left, True, method, bfloat16, dx)
     return dx
 
 
@@ -140,25 +144,26 @@ class Conv2d(torch.autograd.Function):
         stride: int,
         padding: Padding,
         method: int,
+        bfloat16: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.options = stride, padding, method
+        ctx.options = stride, padding, method, bfloat16
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return forward(x, weight, bias, None, None, 0, residual, stride, padding, method)
+        return forward(x, weight, bias, None, None, 0, residual, stride, padding, method, bfloat16)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding, method = ctx.options
+        stride, padding, method, bfloat16 = ctx.options
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         dx = dweight = dbias = None
         again = torch.is_grad_enabled()  # create_graph: what follows is differentiated itself
         if wants_x:
             arguments = dy, x, weight, stride, padding
-            dx = reference.input_gradient(*arguments) if again else input_gradient(*arguments, method)
+            dx = reference.input_gradient(*arguments) if again else input_gradient(*arguments, method, bfloat16)
         if wants_weight:
             arguments = dy, x, weight, stride, padding
             dweight = reference.weight_gradient(*arguments) if again else weight_gradient(*arguments, method)
         if wants_bias:
             dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
-        return dx, dweight, dbias, dy if wants_residual else None, None, None, None
+        return dx, dweight, dbias, dy if wants_residual else None, None, None, None, None

@@ -1,0 +1,62 @@
+// The elements of packed matrices and what the micro-kernel does with them: float32, or pairs of bfloat16 along the
+// depth where DD_DOT_BFLOAT16 is defined, for processors that multiply these and add both products in float32.
+
+namespace dd::DD_ISA {
+
+constexpr int kPanel = 2 * kLanes;
+
+#ifdef DD_DOT_BFLOAT16
+typedef uint16_t Packed;
+typedef VecU Factor;
+constexpr int kStep = 2;  // of the depth
+
+DD_INLINE Factor load_factor(const uint16_t* p) {
+    Factor v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+DD_INLINE Factor splat_factor(const uint16_t* p) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return splat_u(pair);
+}
+
+#ifdef DD_EMULATE_AVX512
+DD_INLINE Vec multiply_add(Factor a, Factor b, Vec c) {
+    Vec first = as_float(a << 16) * as_float(b << 16), second = as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
+    return c + first + second;
+}
+DD_INLINE VecU16 rounded(Vec v) { return to_bfloat16(v); }
+#else
+DD_INLINE Vec multiply_add(Factor a, Factor b, Vec c) {
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+}
+DD_INLINE VecU16 rounded(Vec v) { return (VecU16)_mm512_cvtneps_pbh((__m512)v); }
+#endif
+
+// Packs a vector of the depth of one row.
+DD_INLINE void put_row(uint16_t* to, Vec v) { store(to, rounded(v)); }
+
+// Packs a vector of columns of a panel: half of each pair of the depth, the other half stays.
+DD_INLINE void put_columns(uint16_t* panel, int64_t depth, int64_t column, Vec v) {
+    uint16_t* to = panel + depth / 2 * 2 * kPanel + 2 * column;
+    VecU bits = widened(rounded(v)), before = load_factor(to);
+    bits = depth % 2 == 0 ? (before & 0xffff0000u) | bits : (before & 0xffffu) | bits << 16;
+    __builtin_memcpy(to, &bits, sizeof bits);
+}
+#else
+typedef float Packed;
+typedef Vec Factor;
+constexpr int kStep = 1;
+
+DD_INLINE Factor load_factor(const float* p) { return load(p); }
+DD_INLINE Factor splat_factor(const float* p) { return splat(*p); }
+DD_INLINE Vec multiply_add(Factor a, Factor b, Vec c) { return fma(a, b, c); }
+DD_INLINE void put_row(float* to, Vec v) { store(to, v); }
+DD_INLINE void put_columns(float* panel, int64_t depth, int64_t column, Vec v) {
+    store(panel + depth * kPanel + column, v);
+}
+#endif
+
+}  // namespace dd::DD_ISA
