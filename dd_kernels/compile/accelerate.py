@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .capture import dd_kernels
+from .capture import ACCURACIES, dd_kernels
 from .report import AccelerateReport, Report
 
 Target = TypeVar("Target")
@@ -23,10 +23,10 @@ _PIPELINES = {"diffusers": "dd_kernels.integrations.diffusers.accelerate"}
 _accelerated: weakref.WeakKeyDictionary[Any, tuple[AccelerateReport, list[Undo]]] = weakref.WeakKeyDictionary()
 
 
-def _compile(module: nn.Module, report: Report, inductor: bool) -> Undo:
+def _compile(module: nn.Module, options: dict[str, Any]) -> Undo:
     """Compiles the calls of ``module`` in place; returns what undoes it."""
     before, weakly = module._compiled_call_impl, weakref.ref(module)
-    module.compile(backend=dd_kernels, options={"report": report, "inductor": inductor})
+    module.compile(backend=dd_kernels, options=options)
 
     def undo() -> None:
         if (owner := weakly()) is not None:
@@ -47,7 +47,9 @@ def _take_apart(target: Any) -> _Parts:
     raise TypeError(f"model_or_pipeline must be a torch.nn.Module or a diffusers pipeline; got {type(target).__name__}")
 
 
-def accelerate(model_or_pipeline: Target, *, inductor: bool = False) -> tuple[Target, AccelerateReport]:
+def accelerate(
+    model_or_pipeline: Target, *, accuracy: str = "default", inductor: bool = False
+) -> tuple[Target, AccelerateReport]:
     """Makes a model, or the networks and the scheduler of a pipeline, faster in place; :func:`restore` undoes it.
 
     A module is compiled by ``module.compile(backend="dd_kernels")``: its class, parameters, state_dict and files stay
@@ -60,6 +62,7 @@ def accelerate(model_or_pipeline: Target, *, inductor: bool = False) -> tuple[Ta
 
     Args:
         model_or_pipeline: a ``torch.nn.Module`` or a ``diffusers.DiffusionPipeline``.
+        accuracy: "high" makes convolutions on a CPU at least as exact as eager's; see :func:`dd_kernels.ops.conv2d`.
         inductor: hands the rewritten graphs on to Inductor.
 
     Returns:
@@ -69,14 +72,17 @@ def accelerate(model_or_pipeline: Target, *, inductor: bool = False) -> tuple[Ta
 
     Raises:
         TypeError: neither a module nor a pipeline.
+        ValueError: another accuracy.
     """
     target: Any = model_or_pipeline
+    if accuracy not in ACCURACIES:
+        raise ValueError(f"accuracy must be one of {', '.join(map(repr, ACCURACIES))}; got {accuracy!r}")
     if target in _accelerated:
         return model_or_pipeline, _accelerated[target][0]
     networks, undo, notes = _take_apart(target)
     report = AccelerateReport([Report(name) for name, _ in networks], notes)
     for (_, module), entry in zip(networks, report.networks, strict=True):
-        undo.append(_compile(module, entry, inductor))
+        undo.append(_compile(module, {"report": entry, "accuracy": accuracy, "inductor": inductor}))
     _accelerated[target] = report, undo
     return model_or_pipeline, report
 

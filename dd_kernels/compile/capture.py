@@ -17,26 +17,29 @@ from typing import Any
 from torch import fx
 
 from .convolution import find_convolutions, replace_convolutions
-from .identity import remove_identities
+from .identity import relax_views, remove_identities
 from .norm import fuse_norms
 from .report import GraphReport, Report
 
 _log = logging.getLogger(__name__)
+ACCURACIES = ("default", "high")
 _OPTIONS = ("accuracy", "inductor", "report")
 
 
 def rewrite(module: fx.GraphModule, accuracy: str = "default") -> GraphReport:
     """Rewrites a graph that Dynamo captured, and the graphs within it, in place; ``accuracy`` is the convolutions'."""
-    started, identities, convolutions, norms = time.perf_counter(), 0, 0, []
+    started, identities, convolutions, copies, norms = time.perf_counter(), 0, 0, 0, []
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
             identities += remove_identities(part.graph)
             found = find_convolutions(part.graph, accuracy)
             norms += fuse_norms(part.graph, channels_last=bool(found))
-            convolutions += replace_convolutions(part.graph, found, accuracy)
+            copies += replace_convolutions(part.graph, found, accuracy)
+            convolutions += len(found)
+            relax_views(part.graph)
             part.graph.lint()
             part.recompile()
-    return GraphReport(tuple(norms), identities, convolutions, 0, time.perf_counter() - started)
+    return GraphReport(tuple(norms), identities, convolutions, copies, time.perf_counter() - started)
 
 
 def dd_kernels(
@@ -56,8 +59,8 @@ def dd_kernels(
     """
     options = options or {}
     accuracy = options.get("accuracy", "default")
-    if accuracy not in ("default", "high"):
-        raise ValueError(f"accuracy must be 'default' or 'high'; got {accuracy!r}")
+    if accuracy not in ACCURACIES:
+        raise ValueError(f"accuracy must be one of {', '.join(map(repr, ACCURACIES))}; got {accuracy!r}")
     unknown = [name for name in options if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"options must be among {', '.join(map(repr, _OPTIONS))}; got {', '.join(map(repr, unknown))}")

@@ -27,6 +27,7 @@ from .graph import (
     equal,
     hint,
     is_barrier,
+    is_custom,
     mutates,
     only_user,
     operands,
@@ -125,17 +126,13 @@ def _replace(graph: fx.Graph, found: Convolution, accuracy: str) -> None:
         graph.erase_node(node)
 
 
-def _keep_views_possible(graph: fx.Graph) -> None:
-    """Turns ``view`` into ``reshape``: PyTorch refuses a view that would mix the dimensions of channels_last."""
-    for node in graph.nodes:
-        sized = node.op == "call_method" and node.target == "view" and not isinstance(node.args[-1], torch.dtype)
-        if sized and not any(mutates(user) for user in node.users):
-            node.target = "reshape"
+def _keep_contiguous(graph: fx.Graph) -> int:
+    """Makes contiguous, where it was without the rewrite, what the graph returns or reads in the order of memory.
 
-
-def _keep_contiguous(graph: fx.Graph) -> None:
-    """Makes contiguous, where it was without the rewrite, what the graph returns or reads in the order of memory."""
-    for reader in [node for node in graph.nodes if node.op == "output" or node in _IN_MEMORY_ORDER]:
+    Returns how many copies that takes.
+    """
+    copies = 0
+    for reader in [node for node in graph.nodes if node.op == "output" or node in _IN_MEMORY_ORDER or is_custom(node)]:
         for node in reader.all_input_nodes:
             value = tensor(node)
             if node.op == "placeholder" or value is None or value.ndim != 4 or not value.is_contiguous():
@@ -144,14 +141,14 @@ def _keep_contiguous(graph: fx.Graph) -> None:
                 dense = graph.call_method("contiguous", (node,))
             dense.meta = dict(node.meta)
             reader.replace_input_with(node, dense)
+            copies += 1
+    return copies
 
 
 def replace_convolutions(graph: fx.Graph, nodes: list[fx.Node], accuracy: str) -> int:
-    """Replaces convolutions that :func:`find_convolutions` found; returns how many."""
+    """Replaces convolutions that :func:`find_convolutions` found; returns how many copies of layout are left."""
+    copies = len({argument(node, 0, "input") for node in nodes if argument(node, 0, "input").op == "placeholder"})
     for node in nodes:
         pair = _residual_of(node)
         _replace(graph, Convolution(node, *pair) if pair else Convolution(node), accuracy)
-    if nodes:
-        _keep_views_possible(graph)
-        _keep_contiguous(graph)
-    return len(nodes)
+    return copies + _keep_contiguous(graph) if nodes else 0

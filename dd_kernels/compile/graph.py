@@ -113,6 +113,12 @@ def per_channel(node: object, like: Tensor) -> bool:
     return one_batch and equal(value.shape[1], like.shape[1]) and all(equal(size, 1) for size in value.shape[2:])
 
 
+def is_custom(node: fx.Node) -> bool:
+    """Returns whether a node calls an operator of a library, or a graph within the graph."""
+    kinds = torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator
+    return node.op == "call_function" and isinstance(node.target, kinds)
+
+
 def mutates(node: fx.Node) -> bool:
     """Returns whether a call may write to a tensor that it was given."""
     if node.op == "call_method":

@@ -54,9 +54,22 @@ def _root(node: fx.Node) -> fx.Node:
     return node
 
 
+def written_roots(graph: fx.Graph) -> set[fx.Node]:
+    """Returns the nodes whose memory a call of the graph may write to."""
+    return {_root(a) for node in graph.nodes if mutates(node) for a in node.all_input_nodes}
+
+
+def relax_views(graph: fx.Graph) -> None:
+    """Turns ``x.view(sizes)`` into ``x.reshape(sizes)``, so that x may have other strides than when it was captured."""
+    written = written_roots(graph)
+    for node in graph.find_nodes(op="call_method", target="view"):
+        if not any(isinstance(a, torch.dtype) for a in node.args) and not node.kwargs and _root(node) not in written:
+            node.target = "reshape"
+
+
 def remove_identities(graph: fx.Graph) -> int:
     """Takes the calls that return their input out of ``graph``; returns how many there were."""
-    written = {_root(a) for node in graph.nodes if mutates(node) for a in node.all_input_nodes}
+    written = written_roots(graph)
     removed = 0
     for node in list(graph.nodes):
         source = _source(node) if not mutates(node) else None

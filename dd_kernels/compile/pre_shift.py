@@ -9,6 +9,7 @@ bias comes along where the convolution has no other reader and the bias would co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,9 +29,14 @@ class PreShift:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
+def _may_be_written(x: Any, total: fx.Node) -> bool:
+    """Returns whether nothing sees that ``total`` is added to x in place: a convolution's result, read by it alone."""
+    return x in _CONVOLUTIONS and total.all_input_nodes[0] is x and len(x.users) == 1
+
+
 def _embedding_of(total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Returns (x, embedding) of a sum of both, or None."""
-    pair = operands(total)
+    pair: tuple[Any, Any] | None = operands(total)
     if total not in ADD or pair is None:
         return None
     like = tensor(total)
@@ -38,8 +44,7 @@ def _embedding_of(total: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         value = tensor(x)
         if like is None or value is None or value.dtype != like.dtype or not per_channel(embedding, like):
             continue
-        fresh = x in _CONVOLUTIONS and total.all_input_nodes[0] is x and len(x.users) == 1  # may be added to in place
-        if same_shape(value, like) and (fresh or not mutates(total)):
+        if same_shape(value, like) and (not mutates(total) or _may_be_written(x, total)):
             return x, embedding
     return None
 

@@ -178,3 +178,14 @@ def test_handed_on_to_inductor():
         _, report = dd.accelerate(model, inductor=True)
         torch.testing.assert_close(model(x, emb), plain)
     assert report.share == 1
+
+
+def test_accuracy():
+    model, x, emb = make("latent-diffusion", blocks=1)
+    with pytest.raises(ValueError, match=r"accuracy must be one of 'default', 'high'; got 'low'"):
+        dd.accelerate(model, accuracy="low")
+    with torch.no_grad():
+        plain, exact = model(x, emb), copy.deepcopy(model).double()(x.double(), emb.double())
+        dd.accelerate(model, accuracy="high")
+        error, plain_error = ((y - exact).abs().max() for y in (model(x, emb), plain))
+    assert error <= 2 * plain_error + 16 * torch.finfo(torch.float32).eps * exact.abs().max()

@@ -191,5 +191,5 @@ def test_accuracy_reaches_the_kernel():
     torch._dynamo.reset()
     results.append(check(model, x, count=1, accuracy="high"))
     assert not results[0].equal(results[1])
-    with pytest.raises(Exception, match="accuracy must be 'default' or 'high'; got 'low'"):
+    with pytest.raises(Exception, match="accuracy must be one of 'default', 'high'; got 'low'"):
         compiled(model, accuracy="low")[0](x[:1])
