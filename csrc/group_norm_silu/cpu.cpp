@@ -50,19 +50,17 @@ struct ForwardPass : Forward {
     }
 };
 
-float* statistics(const MaybeTensor& x) { return x ? static_cast<float*>(x->mutable_data_ptr()) : nullptr; }
-
-void group_norm_silu(const ForwardTensors& t) {
-    STD_TORCH_CHECK(!t.residual && !t.skip && !t.sum,
-                    "dd_kernels: the CPU kernel of group_norm_silu takes neither residual nor skip");
-    OptionFloats floats(t.options);
-    run(ForwardPass{{tiling_of(t.x, t.options.num_groups), operand(t.x), operand(t.y), statistics(t.mean),
-                     statistics(t.rstd), floats.options}});
+void group_norm_silu(const ForwardArguments& a, const Tensor&) {
+    constexpr const char* wanted = "left out: the CPU's kernel adds and concatenates nothing";
+    if (a.residual) refuse("group_norm_silu", "residual", wanted, "a tensor");
+    if (a.skip) refuse("group_norm_silu", "skip", wanted, "a tensor");
+    OptionFloats floats(a.options, a.shape);
+    run(ForwardPass{{tiling_of(a.shape), a.x, a.y, a.mean, a.rstd, floats.options}});
 }
+
+constexpr auto op = forward_op<group_norm_silu, baseline::Activations::kCount>;
 
 }  // namespace
 }  // namespace dd::group_norm
 
-STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) {
-    m.impl("group_norm_silu", TORCH_BOX(&dd::group_norm::forward_op<dd::group_norm::group_norm_silu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(dd::group_norm::op)); }

@@ -72,25 +72,26 @@ void sum_samples(const double* parts, int64_t samples, int64_t channels, float* 
     });
 }
 
-void group_norm_silu_backward(const BackwardTensors& t) {
-    STD_TORCH_CHECK(!t.dsum && !t.skip && !t.dskip,
-                    "dd_kernels: the CPU kernel of group_norm_silu_backward takes neither dsum nor skip");
-    OptionFloats floats(t.options);
-    OutputFloats dweight(t.dweight), dbias(t.dbias), dpre_shift(t.dpre_shift), dscale(t.dscale), dshift(t.dshift);
-    Tiling tiling = tiling_of(t.x, t.options.num_groups);
-    int64_t per_sample = tiling.samples * tiling.channels;
+void group_norm_silu_backward(const BackwardArguments& a, const Tensor&) {
+    constexpr const char* wanted = "left out: the CPU's kernel adds and concatenates nothing";
+    if (a.dsum) refuse("group_norm_silu_backward", "dsum", wanted, "a tensor");
+    if (a.skip) refuse("group_norm_silu_backward", "skip", wanted, "a tensor");
+    const int64_t channels = a.shape.channels, per_sample = a.shape.samples * channels;
+    OptionFloats floats(a.options, a.shape);
+    OutputFloats dweight(a.dweight, channels), dbias(a.dbias, channels), dpre_shift(a.dpre_shift, per_sample);
+    OutputFloats dscale(a.dscale, per_sample), dshift(a.dshift, per_sample);
+    Tiling tiling = tiling_of(a.shape);
     std::unique_ptr<double[]> parts(new double[static_cast<size_t>(2 * per_sample)]);
     double *dweight_parts = parts.get(), *dbias_parts = dweight_parts + per_sample;
-    run(BackwardPass{{tiling, operand(t.dy), operand(t.x), operand(t.dx), data<float>(t.mean), data<float>(t.rstd),
-                      floats.options, dpre_shift, dscale, dshift, dweight_parts, dbias_parts}});
-    if (dweight != nullptr) sum_samples(dweight_parts, tiling.samples, tiling.channels, dweight);
-    if (dbias != nullptr) sum_samples(dbias_parts, tiling.samples, tiling.channels, dbias);
+    run(BackwardPass{{tiling, a.dy, a.x, a.dx, a.mean, a.rstd, floats.options, dpre_shift, dscale, dshift,
+                      dweight_parts, dbias_parts}});
+    if (dweight != nullptr) sum_samples(dweight_parts, tiling.samples, channels, dweight);
+    if (dbias != nullptr) sum_samples(dbias_parts, tiling.samples, channels, dbias);
 }
+
+constexpr auto op = backward_op<group_norm_silu_backward, baseline::Activations::kCount>;
 
 }  // namespace
 }  // namespace dd::group_norm
 
-STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) {
-    m.impl("group_norm_silu_backward",
-           TORCH_BOX(&dd::group_norm::backward_op<dd::group_norm::group_norm_silu_backward>));
-}
+STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) { m.impl("group_norm_silu_backward", TORCH_BOX(dd::group_norm::op)); }

@@ -3,25 +3,22 @@
 #pragma once
 
 #include <memory>
-#include <optional>
 
 #include "group_norm_silu/arguments.h"
-#include "group_norm_silu/options.h"
 
 namespace dd::group_norm {
 
-// Holds the address of a tensor's floats, or a buffer to convert them to; null if there is no tensor.
+// Holds the address of an operand's floats, or a buffer to convert them to; null if there is no operand.
 class Floats {
 public:
     operator float*() const { return values; }
 
 protected:
-    explicit Floats(const MaybeTensor& x) {
-        if (!x.has_value()) return;
-        operand = dd::operand(*x);
-        all.elements = x->numel();
-        if (operand.dtype != DType::float32) buffer.reset(new float[static_cast<size_t>(all.elements)]);
-        values = baseline::output_tile(operand, all, buffer.get());
+    Floats(const Operand& x, int64_t count) : operand(x) {
+        if (!x) return;
+        all.elements = count;
+        if (x.dtype != DType::float32) buffer.reset(new float[static_cast<size_t>(count)]);
+        values = baseline::output_tile(x, all, buffer.get());
     }
 
     Operand operand;
@@ -32,14 +29,14 @@ protected:
 
 // Converts the values on construction.
 struct InputFloats : Floats {
-    explicit InputFloats(const MaybeTensor& x) : Floats(x) {
+    InputFloats(const Operand& x, int64_t count) : Floats(x, count) {
         if (values != nullptr) baseline::read_tile(operand, all, values);
     }
 };
 
 // Writes the values back to the tensor on destruction.
 struct OutputFloats : Floats {
-    explicit OutputFloats(const MaybeTensor& x) : Floats(x) {}
+    OutputFloats(const Operand& x, int64_t count) : Floats(x, count) {}
     OutputFloats(const OutputFloats&) = delete;
     ~OutputFloats() {
         if (values != nullptr) baseline::write_tile(operand, all, values);
@@ -51,17 +48,13 @@ struct OptionFloats {
     InputFloats weight, bias, pre_shift, scale, shift;
     Options options;
 
-    explicit OptionFloats(const OptionTensors& o)
-        : weight(o.weight),
-          bias(o.bias),
-          pre_shift(o.pre_shift),
-          scale(o.scale),
-          shift(o.shift),
-          options{weight, bias, pre_shift, scale, shift, o.eps, static_cast<int>(o.activation)} {
-        constexpr int64_t count = baseline::Activations::kCount;
-        STD_TORCH_CHECK(o.activation >= 0 && o.activation < count, "dd_kernels: activation must be in [0, ", count,
-                        "); got ", o.activation);
-    }
+    OptionFloats(const OptionOperands& o, const Shape& shape)
+        : weight(o.weight, shape.channels),
+          bias(o.bias, shape.channels),
+          pre_shift(o.pre_shift, shape.samples * shape.channels),
+          scale(o.scale, shape.samples * shape.channels),
+          shift(o.shift, shape.samples * shape.channels),
+          options{weight, bias, pre_shift, scale, this->shift, o.eps, o.activation} {}
 };
 
 }  // namespace dd::group_norm

@@ -1,6 +1,5 @@
 #include "group_norm_silu/cuda.h"
 
-#include "group_norm_silu/cuda_activation.cuh"
 #include "group_norm_silu/cuda_regimes.h"
 
 namespace dd::cuda {
@@ -9,8 +8,6 @@ NormPlan plan_forward(const NormShape& shape) {
     auto largest_cluster = [&](const NormPlan& plan) { return resident_largest_cluster(shape, plan); };
     return plan_to_run(shape, Direction::forward, current_chip(), largest_cluster);
 }
-
-int activation_count() { return Activations::kCount; }
 
 void group_norm_silu(const NormForward& arguments, cudaStream_t stream) {
     switch (arguments.plan.regime) {

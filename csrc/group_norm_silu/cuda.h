@@ -3,10 +3,12 @@
 #include <cuda_runtime.h>
 
 #include "common/layout.h"
+#include "group_norm_silu/arguments.h"
 #include "group_norm_silu/cuda_plan.h"
-#include "group_norm_silu/options.h"
 
 namespace dd::cuda {
+
+constexpr int kActivations = 5;  // checked in cuda_activation.cuh
 
 using group_norm::Options;
 
@@ -31,9 +33,6 @@ inline int64_t forward_partials(const NormShape& shape, const NormPlan& plan) {
 
 // Plans the kernels for the current device.
 NormPlan plan_forward(const NormShape& shape);
-
-// The number of activations that the kernels know.
-int activation_count();
 
 void group_norm_silu(const NormForward& arguments, cudaStream_t stream);
 

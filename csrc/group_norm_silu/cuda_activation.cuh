@@ -5,6 +5,7 @@
 
 #include "common/cuda_device.cuh"
 #include "common/cuda_math.cuh"
+#include "group_norm_silu/cuda.h"
 // cuda_math.cuh defines the functions that the functors are written with.
 #include "common/activation.h"
 
@@ -31,6 +32,7 @@ DD_DEVICE Approximate fma(Approximate a, Approximate b, float c) { return {fma(a
 // Every kernel is compiled twice: with none and SiLU inline, and for the rarer activations with a call of a function
 // that switches at run time. An instance for each of them would multiply the time that nvcc takes.
 constexpr int kNone = 0, kSilu = 1;
+static_assert(kActivations == Activations::kCount, "cuda.h says how many activations there are");
 
 static __device__ __attribute__((noinline)) float rare_value(float z, int activation) {
     Activations::visit(activation, [&](auto functor) {

@@ -3,8 +3,7 @@
 #pragma once
 
 #include "common/cpu.h"
-#include "group_norm_silu/arguments.h"
-#include "group_norm_silu/options.h"
+#include "group_norm_silu/binding.h"
 #include "group_norm_silu/tiling.h"
 
 namespace dd::group_norm {
@@ -81,15 +80,11 @@ void run(const Pass& pass) {
     }
 }
 
-// How to divide x [N, C, ...], which must be dense.
-inline Tiling tiling_of(const Tensor& x, int64_t groups) {
-    int64_t samples = x.size(0), channels = x.size(1), elements = x.numel();
-    if (elements == 0) return {0, channels};
-    int64_t pixels = elements / (samples * channels);
-    bool contiguous = x.is_contiguous();
-    STD_TORCH_CHECK(contiguous || is_channels_last(x), "dd_kernels: x must be contiguous or channels_last");
+// How to divide a call's tensors.
+inline Tiling tiling_of(const Shape& s) {
+    if (s.samples * s.channels * s.pixels == 0) return {0, s.channels};
     // With one pixel both layouts are the same memory, and vectors run along the channels.
-    return make_tiling(samples, channels, pixels, groups, !contiguous || pixels == 1);
+    return make_tiling(s.samples, s.channels, s.pixels, s.groups, s.channels_last || s.pixels == 1);
 }
 
 }  // namespace dd::group_norm

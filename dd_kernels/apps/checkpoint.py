@@ -1,82 +1,57 @@
-"""Models and training states on disk: safetensors, with what they mean as JSON in the header.
+"""Model files: a U-Net's weights, what they mean, and, while it is trained, the state that training continues from.
 
-A model file holds a U-Net's weights under their own names. A training state holds everything a run
-continues from: ``model.*``, ``ema.*``, and ``optimizer.<weight>.<moment>``.
+Everything is in one file, so that one rename makes a model and its training state visible together. The model's weights
+(the averaged ones) have their own names; the names of the state's tensors begin with ``training.``.
 """
 
 from __future__ import annotations
 
 import importlib.resources
-import json
 import pathlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..nn import UNet
 from ..nn.blocks import channels_last
 from ..samplers.rows import PREDICTIONS
 from ..schedules import SCHEDULES, Schedule, named_schedule
-from .files import PathLike, atomic_write
+from . import tensors as tensor_files
+from .files import PathLike
+from .memory import check_memory
+from .tensors import Entry, TensorFile
 
-FORMAT = 1
-MODEL, TRAINING = "model", "training state"
-
-
-def save(path: PathLike, kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes ``tensors`` and JSON ``metadata`` to ``path``, whole or not at all."""
-    header = json.dumps({"format": FORMAT, "kind": kind, **metadata})
-    dense = {name: value.detach().to("cpu").contiguous() for name, value in tensors.items()}
-    atomic_write(path, lambda temporary: save_file(dense, temporary, metadata={"dd_kernels": header}))
-
-
-def load(path: PathLike, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file that :func:`save` wrote as the same ``kind``.
-
-    Raises:
-        ValueError: the file is missing, unreadable, truncated, of another format, version or kind.
-    """
-    if pathlib.Path(path).is_dir():
-        raise ValueError(f"a {kind} must be a .safetensors file; {str(path)!r} is a folder")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = _metadata(path, kind, file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (it is no dict)
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {kind} {str(path)!r}") from error
-    except (SafetensorError, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"cannot read {str(path)!r} as a {kind} (safetensors): {first_line}") from error
+FORMAT = 2
+READABLE = (1, FORMAT)  # files of format 1 have no checksum
+KEY, KIND = "dd_kernels", "model"
+STATE = "training."
+# Of a schedule's length, which a header may say what it likes of; DDPM has 1,000.
+MOST_TIMESTEPS = 1_000_000
 
 
-def _metadata(path: PathLike, kind: str, header: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        metadata = json.loads(header["dd_kernels"])
-        found = metadata["format"], metadata["kind"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is safetensors, but no {kind} that dd_kernels wrote") from error
-    if found[0] != FORMAT:
-        raise ValueError(f"{str(path)!r} has the format {found[0]}; this version reads {FORMAT}")
-    if found[1] != kind:
-        raise ValueError(f"{str(path)!r} is a {found[1]}; wanted is a {kind}")
-    return metadata
+def check_timesteps(num_timesteps: Any) -> None:
+    """Raises ``ValueError`` unless a schedule may have this many steps."""
+    if (
+        isinstance(num_timesteps, bool)
+        or not isinstance(num_timesteps, int)
+        or not 1 <= num_timesteps <= MOST_TIMESTEPS
+    ):
+        raise ValueError(f"num_timesteps must be an integer in [1, {MOST_TIMESTEPS}]; got {num_timesteps!r}")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model's weights do not say.
+    """The meaning of a model's weights.
 
     Attributes:
         config: the U-Net's options.
-        schedule, num_timesteps: name in ``SCHEDULES`` and T of the forward process it was trained on.
+        schedule, num_timesteps: name in ``SCHEDULES`` and T of the forward process that it was trained on.
         prediction: "epsilon", "x_start" or "v".
         classes: names of the classes, () if it has none.
-        training: how it was made: options, steps done, loss; for people, not read back.
+        training: options, steps done and loss of the training; for people, nothing reads it back.
     """
 
     config: dict[str, Any]
@@ -88,67 +63,132 @@ class ModelInfo:
 
     @classmethod
     def from_metadata(cls, path: PathLike, metadata: Mapping[str, Any]) -> ModelInfo:
-        """The ``info`` of a header, checked."""
+        """Returns the ``info`` of a header, checked.
+
+        Raises:
+            ValueError: naming ``path``.
+        """
         try:
             info = cls(**{**metadata["info"], "classes": tuple(metadata["info"]["classes"])})
+            for name, kind in (("config", dict), ("training", dict), ("schedule", str), ("prediction", str)):
+                if not isinstance(getattr(info, name), kind):
+                    raise TypeError(f"{name} must be a {kind.__name__}; got {getattr(info, name)!r}")
+            if not all(isinstance(name, str) for name in info.classes):
+                raise TypeError("classes must be strings")
             if info.schedule not in SCHEDULES or info.prediction not in PREDICTIONS:
                 raise ValueError(f"schedule {info.schedule!r} or prediction {info.prediction!r} is unknown")
+            check_timesteps(info.num_timesteps)
             named_schedule(info.schedule, info.num_timesteps)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r} does not describe its model: {error}") from error
         return info
 
     def as_metadata(self) -> dict[str, Any]:
-        """What :meth:`from_metadata` reads."""
+        """Returns what :meth:`from_metadata` reads."""
         return {"info": asdict(self)}
 
     def make_schedule(self) -> Schedule:
-        """The forward process that the model was trained on."""
+        """Returns the forward process that the model was trained on."""
         return named_schedule(self.schedule, self.num_timesteps)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of what the model draws."""
+        """[C, H, W] of a sample."""
         return self.config["in_channels"], self.config["image_size"], self.config["image_size"]
 
 
-def build_model(path: PathLike, info: ModelInfo, weights: Mapping[str, Tensor]) -> UNet:
-    """The U-Net that ``info`` describes, with ``weights`` in it; ``path`` is named in errors."""
+def save(
+    path: PathLike,
+    weights: Mapping[str, Tensor],
+    info: ModelInfo,
+    state: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model, and with ``state`` and ``training`` (tensors and JSON values) its training state, in one file."""
+    metadata: dict[str, Any] = {"format": FORMAT, "kind": KIND, **info.as_metadata()}
+    if training is not None:
+        metadata["state"] = dict(training)
+    every = {**weights, **{f"{STATE}{name}": value for name, value in (state or {}).items()}}
+    tensor_files.write(path, every, metadata, KEY)
+
+
+def open_model(path: PathLike) -> tuple[TensorFile, dict[str, Any]]:
+    """Returns an open model file and its metadata; close it.
+
+    Raises:
+        ValueError: the file is missing, unreadable, truncated, or of another format, version or kind.
+    """
+    file = TensorFile(path, KIND)
     try:
-        # On "meta" nothing is allocated: a header that lies about the sizes costs nothing.
+        metadata = file.described(KEY)
+        if "format" not in metadata or "kind" not in metadata:
+            raise ValueError(f"{str(path)!r} is safetensors, but no {KIND} that dd_kernels wrote")
+        if metadata["format"] not in READABLE:
+            raise ValueError(f"{str(path)!r} has the format {metadata['format']}; this version reads {FORMAT}")
+        if metadata["format"] == FORMAT and file.checksum(KEY) is None:
+            raise ValueError(f"{str(path)!r} was changed after it was written: it has no checksum")
+        if metadata["kind"] != KIND:
+            raise ValueError(f"{str(path)!r} is a {metadata['kind']}; wanted is a {KIND}")
+    except BaseException:
+        file.close()
+        raise
+    return file, metadata
+
+
+def build_model(path: PathLike, info: ModelInfo, entries: Mapping[str, Entry]) -> UNet:
+    """Returns the U-Net that ``info`` describes, without memory for its weights, if ``entries`` are its weights.
+
+    Raises:
+        ValueError: naming ``path``.
+    """
+    try:
+        channels, per_level = info.config.get("channels"), info.config.get("num_res_blocks", 2)
+        # Every residual block has weights: more blocks than tensors is a lie, which would take minutes to build.
+        if isinstance(channels, list) and isinstance(per_level, int) and len(channels) * per_level > len(entries):
+            raise ValueError(
+                f"num_res_blocks={per_level} on {len(channels)} levels need more than {len(entries)} tensors"
+            )
         with torch.device("meta"):
             model = UNet(**info.config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} does not describe a U-Net: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{str(path)!r} does not describe a U-Net: {str(error).splitlines()[0]}") from error
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
+    found = {name: entry.shape for name, entry in entries.items()}
     if wanted != found:
         wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise ValueError(
             f"{str(path)!r} does not hold the weights that it describes: {wrong[0]} is "
             f"{found.get(wrong[0], 'missing')}, wanted {wanted.get(wrong[0], 'none')} ({len(wrong)} such)"
         )
-    model.load_state_dict(dict(weights), assign=True)
-    return channels_last(model)
+    integers = [name for name, entry in entries.items() if not entry.dtype.is_floating_point]
+    if integers:
+        raise ValueError(f"{str(path)!r} holds {entries[integers[0]].dtype} where weights belong: {integers[0]}")
+    check_memory(f"the model {str(path)!r}", sum(entry.end - entry.begin for entry in entries.values()))
+    return model
 
 
 def save_model(path: PathLike, weights: Mapping[str, Tensor], info: ModelInfo) -> None:
-    """Writes a model file."""
-    save(path, MODEL, weights, info.as_metadata())
+    """Writes a model file without a training state."""
+    save(path, weights, info)
 
 
 def load_model(path: PathLike | None = None) -> tuple[UNet, ModelInfo]:
-    """A U-Net (in eval mode, on the CPU) and what is known of it; the digits model of this package by default.
+    """Returns a U-Net (in eval mode, on the CPU) and its description; those of the bundled digits model by default.
 
     Raises:
-        ValueError: the file is missing, truncated, foreign, or does not hold what it describes.
+        ValueError: the file is missing, truncated, foreign, changed since it was written, or does not hold what it
+            describes.
     """
     path = packaged_model() if path is None else path
-    weights, metadata = load(path, MODEL)
-    info = ModelInfo.from_metadata(path, metadata)
-    return build_model(path, info, weights).eval().requires_grad_(False), info
+    file, metadata = open_model(path)
+    with file:
+        info = ModelInfo.from_metadata(path, metadata)
+        entries = {name: entry for name, entry in file.entries.items() if not name.startswith(STATE)}
+        model = build_model(path, info, entries)
+        model.load_state_dict(file.read(KEY, without=STATE), assign=True)
+    return channels_last(model).eval().requires_grad_(False), info
 
 
 def packaged_model() -> pathlib.Path:
-    """Where the digits model lies that comes with this package."""
+    """Returns the path of the digits model that is bundled with this package."""
     return pathlib.Path(str(importlib.resources.files(__package__))) / "models" / "digits.safetensors"

@@ -1,68 +1,304 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are written whole or not at all, and a lock that keeps a second writer out.
+
+A temporary file or folder ends in ``.part`` and is locked (``flock``) while its writer lives. One that is not locked
+belongs to a process that died, and the next writer of the same path removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
-import tempfile
-from collections.abc import Callable
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+
+from filelock import FileLock, Timeout
+
+if sys.platform != "win32":  # there temporary files of dead processes stay
+    import fcntl
 
 PathLike = str | os.PathLike[str]
+Bytes = bytes | bytearray | memoryview
+_BUFFER = 1 << 20
 
 
-def _temporary(path: pathlib.Path) -> tuple[int, str]:
-    """An open new file in the folder of ``path``, from which os.replace can put it in place."""
-    return tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-
-
-def check_writable(argument: str, path: PathLike) -> pathlib.Path:
-    """``path``, after a file has been made (and removed) in its folder: found out before the work is done.
+def resolved(path: PathLike) -> pathlib.Path:
+    """Returns the file or folder that ``path`` leads to through symbolic links, which need not be there yet.
 
     Raises:
-        ValueError: the folder is not there or not writable, or ``path`` is a folder itself.
+        OSError: a link cannot be read, or the links form a loop; ``os.path.realpath`` would return the link itself.
+        FileNotFoundError: the folder is missing.
     """
-    path = pathlib.Path(path)
-    if path.is_dir():
-        raise ValueError(f"{argument} must name a file; got the folder {str(path)!r}")
     try:
-        handle, name = _temporary(path)
+        return pathlib.Path(os.path.realpath(path, strict=True))
+    except FileNotFoundError:
+        path = pathlib.Path(path)
+    try:
+        link = os.readlink(path)
+    except FileNotFoundError:
+        return pathlib.Path(os.path.realpath(path.parent, strict=True)) / path.name
+    return resolved(path.parent / link)
+
+
+def check_readable(argument: str, path: PathLike) -> pathlib.Path:
+    """Returns ``path`` if it is a regular file; a pipe would block whoever opens it.
+
+    Raises:
+        ValueError: it is missing, a folder, a pipe or a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"there is no {argument} {str(path)!r}") from error
+        raise ValueError(f"cannot read the {argument} {str(path)!r}: {_reason(error)}") from error
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{argument} must be a file; {str(path)!r} is a folder")
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{argument} must be a regular file; {str(path)!r} is a pipe or a device")
+    return pathlib.Path(path)
+
+
+def check_writable(argument: str, path: PathLike, overwrite: bool = False) -> pathlib.Path:
+    """Returns ``path``, after a temporary file could be made in its folder.
+
+    Raises:
+        ValueError: the folder is missing or not writable; ``path`` is a folder, a pipe or a device; or it is a file
+            and ``overwrite`` is not set.
+    """
+    try:
+        target = resolved(path)
+        if target.is_dir():
+            raise ValueError(f"{argument} must name a file; got the folder {str(path)!r}")
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{argument} must name a regular file; {str(path)!r} is a pipe or a device")
+        if target.exists() and not overwrite:
+            raise ValueError(f"{argument}: {str(path)!r} is there already (--overwrite to replace it)")
+        remove_leftovers(target)
+        handle, temporary = _create(target)
+        try:
+            os.close(handle)
+        finally:
+            temporary.unlink()
     except OSError as error:
-        raise ValueError(f"{argument}: cannot write {str(path)!r}: {error.strerror}") from error
-    os.close(handle)
-    os.unlink(name)
-    return path
+        raise ValueError(f"{argument}: cannot write {str(path)!r}: {_reason(error)}") from error
+    return pathlib.Path(path)
 
 
-def atomic_write(path: PathLike, write: Callable[[pathlib.Path], object]) -> None:
-    """Calls ``write`` with a temporary file's path, then puts that file in the place of ``path``.
+def atomic_write(path: PathLike, content: Bytes | Iterable[Bytes]) -> None:
+    """Writes ``content`` to a temporary file, syncs it, and renames it to ``path``.
 
-    Whatever fails on the way, ``path`` holds either the old content or the new, and no other file stays.
+    Whatever fails, ``path`` has either the old content or the new. A file that is replaced keeps its mode, and a
+    symbolic link stays: the file that it points to is replaced.
+
+    Raises:
+        OSError: naming ``path``.
+        ValueError: ``path`` is a pipe or a device.
     """
-    path = pathlib.Path(path)
-    handle, name = _temporary(path)
-    os.close(handle)
-    temporary = pathlib.Path(name)
+    with _naming(path):
+        target = resolved(path)
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{str(path)!r} is not a regular file")
+        remove_leftovers(target)
+        handle, temporary = _create(target)
+        try:
+            try:
+                if target.exists():
+                    os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+                _write_all(handle, content)
+                os.fsync(handle)
+                if sys.platform != "win32":  # the lock must outlive the name .part
+                    os.replace(temporary, target)
+            finally:
+                os.close(handle)
+            if sys.platform == "win32":
+                os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_folder(target.parent)
+
+
+def write_new(path: pathlib.Path, content: Bytes) -> None:
+    """Writes a file that nobody else knows of yet, in the folder of :func:`atomic_folder`, and syncs it."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp's files are private; the result has the mode that any new file has here.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+        _write_all(handle, content)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: PathLike) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder to write into, and renames it to ``path``, which must not be there yet, at the end.
+
+    Raises:
+        OSError: naming ``path``. Nothing is left of the temporary folder.
+    """
+    with _naming(path):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        target = resolved(path)
+        remove_leftovers(target)
+        temporary = _temporary_name(target)
+        temporary.mkdir()
+        handle = None
+        try:
+            handle = _open_folder(temporary)
+            yield temporary
+            _sync_folder(temporary)
+            os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finally:
+            if handle is not None:
+                os.close(handle)
+        _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def only_writer(argument: str, path: PathLike) -> Iterator[None]:
+    """Holds the lock of ``path`` inside the block.
+
+    Raises:
+        ValueError: another process, or another thread, holds it.
+    """
+    try:
+        with _naming(path):
+            target = resolved(path)
+            lock_file = target.with_name(f".{target.name[:50]}.lock")
+            lock = FileLock(lock_file, timeout=0, is_singleton=False)
+            lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{argument}: another process is writing {str(path)!r}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock_file.unlink()
+        lock.release()
+
+
+def remove_leftovers(target: pathlib.Path) -> None:
+    """Removes the temporary files and folders of ``target`` whose writers are dead."""
+    if sys.platform == "win32":
+        return
+    prefix = _temporary_name(target, "").name.removesuffix(".part")
+    with os.scandir(target.parent) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".part")]
+    for name in names:
+        leftover = target.with_name(name)
+        with contextlib.suppress(OSError):
+            handle = os.open(leftover, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
+            finally:
+                os.close(handle)
+
+
+def _temporary_name(target: pathlib.Path, token: str | None = None) -> pathlib.Path:
+    # Cut, so that the longest name that a file may have still has a temporary name.
+    return target.with_name(f".{target.name[:50]}.{secrets.token_hex(4) if token is None else token}.part")
+
+
+def _create(target: pathlib.Path) -> tuple[int, pathlib.Path]:
+    """Returns the handle and name of a new locked file in the folder of ``target``, as private as ``target`` is."""
+    mode = stat.S_IMODE(target.stat().st_mode) & 0o777 if target.exists() else 0o666
+    while True:
+        temporary = _temporary_name(target)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            locked = _lock(handle, temporary)
+        except BaseException:
+            os.close(handle)
+            raise
+        if locked:
+            return handle, temporary
+        os.close(handle)
+
+
+def _open_folder(folder: pathlib.Path) -> int | None:
+    """Returns a locked handle of a folder, or None where the system opens none (Windows)."""
+    if sys.platform == "win32":
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    if not _lock(handle, folder):
+        os.close(handle)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    return handle
+
+
+def _lock(handle: int, path: pathlib.Path) -> bool:
+    """Locks ``handle``; False where another writer took it for a leftover and removed it just before."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems know no locks; another writer that holds this one is about to remove it.
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _write_all(handle: int, content: Bytes | Iterable[Bytes]) -> None:
+    """Writes every byte, small chunks together; a write may take fewer bytes than it is given."""
+    buffer = bytearray()
+    for chunk in (content,) if isinstance(content, Bytes) else content:
+        if len(buffer) + len(chunk) > _BUFFER:
+            _write(handle, buffer)
+            buffer = bytearray()
+        if len(chunk) > _BUFFER:
+            _write(handle, chunk)
+        else:
+            buffer += chunk
+    _write(handle, buffer)
+
+
+def _write(handle: int, content: Bytes) -> None:
+    rest = memoryview(content)
+    while len(rest):
+        rest = rest[os.write(handle, rest) :]
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
-    """Makes a rename survive a power cut, where the system can (Windows opens no folder)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Makes a rename survive a power cut, where the file system can (Windows opens no folder)."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _naming(path: PathLike) -> Iterator[None]:
+    """Puts ``path`` into every OSError of the block, in place of a temporary name or none."""
+    try:
+        yield
+    except Timeout:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, f"cannot write it: {error.strerror}", str(path)) from error
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

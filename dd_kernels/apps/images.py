@@ -1,7 +1,10 @@
-"""Samples as images: PNG grids that a person can look at, single PNGs, .npz."""
+"""Samples as images: PNG grids, folders of single PNGs, .npz files."""
 
 from __future__ import annotations
 
+import io
+import operator
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .files import PathLike, atomic_write, check_writable
+from .data.arrays import NAMES
+from .files import PathLike, atomic_folder, atomic_write, check_writable, write_new
+from .memory import check_memory
 
 # A grid's images are enlarged until they are at least this many pixels wide.
 READABLE_SIDE = 64
+FORMATS = (".png", ".npz")
+# Names of the arrays in a .npz: ours, and those of guided-diffusion's scripts and evaluator.
+NPZ_NAMES = {"images": NAMES[0], "arr": NAMES[1]}
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """[N, C, H, W] in [-1, 1] (beyond is clipped) -> [N, H, W, C] uint8 on the CPU.
+    """Converts [N, C, H, W] in [-1, 1] (clipped) to [N, H, W, C] uint8 on the CPU.
 
     Raises:
         ValueError: not [N, 1 or 3, H, W], or NaN in it.
@@ -36,73 +44,102 @@ def _pillow(pixels: np.ndarray) -> Image.Image:
 
 
 def grid(images: Tensor, columns: int | None = None, zoom: int | None = None, gap: int = 1) -> Image.Image:
-    """One picture of all images, row by row, enlarged by whole pixels (nearest neighbour).
+    """Returns one picture of all images, row by row, enlarged by whole pixels (nearest neighbour).
 
     Args:
         images: [N, H, W, C] uint8, N >= 1.
-        columns: images per row; the least square by default.
+        columns: images per row, at most N; the least square by default.
         zoom: factor of enlargement; by default at least ``READABLE_SIDE`` pixels per image.
         gap: pixels between images, before enlargement.
+
+    Raises:
+        ValueError: not such images, or a picture that does not fit this machine's memory.
     """
     if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
         raise ValueError(f"images must be uint8 [N, H, W, C], N >= 1; got {images.dtype} {list(images.shape)}")
     n, height, width, channels = images.shape
-    columns = columns or int(np.ceil(np.sqrt(n)))
+    columns = int(np.ceil(np.sqrt(n))) if columns is None else min(operator.index(columns), n)
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1; got {columns}")
     rows = -(-n // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 96, np.uint8)
+    zoom = -(-READABLE_SIDE // width) if zoom is None else zoom
+    shape = (rows * (height + gap) + gap, columns * (width + gap) + gap, channels)
+    check_memory(f"a grid of {n} images", 2 * shape[0] * shape[1] * channels * zoom**2)
+    sheet = np.full(shape, 96, np.uint8)
     for i, image in enumerate(images.numpy()):
         top, left = (v * (side + gap) + gap for v, side in zip(divmod(i, columns), (height, width), strict=True))
         sheet[top : top + height, left : left + width] = image
-    zoom = zoom or -(-READABLE_SIDE // width)
     picture = _pillow(sheet)
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
+def _png(picture: Image.Image) -> bytes:
+    # Encoded in memory: Pillow takes no notice of a file that takes fewer bytes than it was given.
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    return content.getvalue()
+
+
 def save_png(picture: Image.Image, path: PathLike) -> None:
     """Writes a PNG, whole or not at all."""
-    atomic_write(path, lambda temporary: picture.save(temporary, format="PNG"))
+    atomic_write(path, _png(picture))
 
 
-def _save_npz(path: PathLike, images: Tensor, labels: Sequence[int] | None) -> None:
-    arrays: dict[str, Any] = {"images": images.numpy()}
+def _save_npz(path: PathLike, images: Tensor, labels: Sequence[int] | None, names: tuple[str, str]) -> None:
+    arrays: dict[str, Any] = {names[0]: images.numpy()}
     if labels is not None:
-        arrays["labels"] = np.asarray(labels, dtype=np.int64)
-
-    def write(temporary: pathlib.Path) -> None:
-        with open(temporary, "wb") as file:  # given a name, numpy would append .npz to it
-            np.savez_compressed(file, **arrays)
-
-    atomic_write(path, write)
+        arrays[names[1]] = np.asarray(labels, dtype=np.int64)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    atomic_write(path, content.getvalue())
 
 
 class Output:
-    """Where samples go: ``x.png`` is a grid, ``x.npz`` arrays, anything else a folder of single PNGs.
+    """The place that samples are written to: ``x.png`` is a grid, ``x.npz`` arrays, a name without a suffix a folder.
 
-    Made before the work is done, so that a path that cannot be written is found first.
+    Made before the work is done, so that a path that cannot be written is an error at once.
 
     Args:
-        path: a .png or .npz, replaced as a whole; or a folder, made if it is not there.
-        overwrite: a folder that holds files already may be written to.
+        path: a .png or .npz, replaced as a whole; or a folder of single PNGs, which appears as a whole where it was not
+            there before, and else gets one whole image after the other.
+        overwrite: a file that is there may be replaced, and a folder with files in it may be written to.
+        npz_names: "images" (images, labels) or "arr" (arr_0, arr_1, as guided-diffusion's evaluator reads).
 
     Raises:
-        ValueError: ``path`` cannot be written, or is a folder with files in it.
+        ValueError: ``path`` cannot be written, has another suffix, or is there already and ``overwrite`` is not set.
     """
 
-    def __init__(self, path: PathLike, overwrite: bool = False) -> None:
+    def __init__(self, path: PathLike, overwrite: bool = False, npz_names: str = "images") -> None:
         self.path = pathlib.Path(path)
-        self.kind = self.path.suffix.lower() if self.path.suffix.lower() in (".png", ".npz") else "folder"
+        if npz_names not in NPZ_NAMES:
+            raise ValueError(f"npz_names must be one of {', '.join(NPZ_NAMES)}; got {npz_names!r}")
+        self.names = NPZ_NAMES[npz_names]
+        suffix = self.path.suffix.lower()
+        self.kind = suffix if suffix in FORMATS else "folder"
         if self.kind != "folder":
-            check_writable("out", self.path)
+            check_writable("out", self.path, overwrite)
             return
-        if self.path.is_file():
-            raise ValueError(f"out must be a .png, a .npz or a folder; got the file {str(path)!r}")
+        self._check_folder(str(path), overwrite)
+
+    def _check_folder(self, given: str, overwrite: bool) -> None:
+        wanted = "out must be a .png, a .npz or a folder (a name without a suffix)"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir():
+                check_writable("out", self.path / "image.png", overwrite=True)
+                if not overwrite and any(self.path.iterdir()):
+                    raise ValueError(f"out: the folder {given!r} holds files already (--overwrite to write into it)")
+                return
+            if os.path.lexists(self.path):
+                raise ValueError(f"{wanted}; got the file {given!r}")
+            if self.path.suffix and not given.endswith(os.sep):
+                raise ValueError(f"{wanted}; got {given!r}, and {self.path.suffix} is not written")
+            above = next(folder for folder in self.path.absolute().parents if folder.exists())
         except OSError as error:
-            raise ValueError(f"out: cannot make the folder {str(path)!r}: {error.strerror}") from error
-        check_writable("out", self.path / "image.png")
-        if not overwrite and any(self.path.iterdir()):
-            raise ValueError(f"out: the folder {str(path)!r} holds files already (--overwrite to write into it)")
+            raise ValueError(f"out: cannot make the folder {given!r}: {error.strerror}") from error
+        try:
+            check_writable("out", above / self.path.name)
+        except ValueError as error:
+            raise ValueError(f"out: cannot make the folder {given!r}: {error}") from error
 
     def write(
         self, x: Tensor, labels: Sequence[int] | None = None, *, columns: int | None = None, first_sample: int = 0
@@ -112,7 +149,13 @@ class Output:
         if self.kind == ".png":
             save_png(grid(images, columns), self.path)
         elif self.kind == ".npz":
-            _save_npz(self.path, images, labels)
+            _save_npz(self.path, images, labels, self.names)
         else:
-            for i, image in enumerate(images.numpy()):
-                save_png(_pillow(image), self.path / f"{first_sample + i:06d}.png")
+            numbered = [(f"{first_sample + i:06d}.png", image) for i, image in enumerate(images.numpy())]
+            if self.path.is_dir():
+                for name, image in numbered:
+                    save_png(_pillow(image), self.path / name)
+            else:
+                with atomic_folder(self.path) as folder:
+                    for name, image in numbered:
+                        write_new(folder / name, _png(_pillow(image)))

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 EMBEDDINGS = ("ddpm", "guided")
 RESAMPLINGS = ("conv", "resblock", "plain")
 PADDINGS = ("symmetric", "bottom_right")
+_COUNTS = ("image_size", "in_channels", "num_res_blocks", "num_heads", "num_groups")
+_OPTIONAL = ("out_channels", "head_channels", "embedding_channels", "time_channels", "num_classes")
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or abs(int(value)) >= 1 << 31:
+        raise ValueError(f"{name} must be an integer below 2^31; got {value!r}")
+    return int(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,19 +79,33 @@ class UNetConfig:
     learn_variance: bool = False
 
     def __post_init__(self) -> None:
-        # JSON gives lists back, so the fields are lists from the start.
-        for name in ("channels", "attention_resolutions"):
-            object.__setattr__(self, name, list(getattr(self, name)))
+        self._make_plain()
         self._check_sizes()
         self._check_choices()
         self._check_attention()
 
+    def _make_plain(self) -> None:
+        """Turns numpy numbers into plain ones, and sequences into lists, as JSON gives them back."""
+        for name in ("channels", "attention_resolutions"):
+            value = getattr(self, name)
+            if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+                raise ValueError(f"{name} must be a list of integers; got {value!r}")
+            object.__setattr__(self, name, [_integer(name, item) for item in value])
+        for name in (*_COUNTS, *(name for name in _OPTIONAL if getattr(self, name) is not None)):
+            object.__setattr__(self, name, _integer(name, getattr(self, name)))
+        for name in ("dropout", "eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise ValueError(f"{name} must be a number; got {value!r}")
+            object.__setattr__(self, name, float(value))
+        for name in ("middle_attention", "scale_shift", "null_class", "learn_variance"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}")
+
     def _check_sizes(self) -> None:
         if not self.channels:
             raise ValueError("channels must name at least one level; got none")
-        counts = ("image_size", "in_channels", "num_res_blocks", "num_heads", "num_groups")
-        optional = ("out_channels", "head_channels", "time_channels", "num_classes")
-        for name in (*counts, *(name for name in optional if getattr(self, name) is not None)):
+        for name in (*_COUNTS, *(name for name in _OPTIONAL if getattr(self, name) is not None)):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         for channels in self.channels:
@@ -203,3 +226,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 """Named options; see :meth:`dd_kernels.nn.UNet.from_config`."""
+
+# Channels of the levels, by their number: those of CIFAR-10 and LSUN in Ho et al. 2020, and between them.
+_LEVELS = {
+    1: (128,),
+    2: (128, 256),
+    3: (128, 256, 256),
+    4: (128, 256, 256, 256),
+    5: (128, 128, 256, 256, 512),
+    6: (128, 128, 256, 256, 512, 512),
+}
+
+
+def fitting_config(image_size: int, levels: int | None = None) -> dict[str, Any]:
+    """Returns options of a U-Net for images of this size: "cifar10" at 32, "lsun256" with dropout at 256.
+
+    The side is halved while it is even and above 4, at most five times, or for ``levels``. The finest level of at most
+    16 pixels has attention.
+    """
+    sides = [image_size]
+    while sides[-1] % 2 == 0 and sides[-1] > 4 and len(sides) < min(levels or len(_LEVELS), len(_LEVELS)):
+        sides.append(sides[-1] // 2)
+    attended = tuple(side for side in sides if side <= 16)[:1]
+    channels = _LEVELS[len(sides)]
+    return {**_DDPM, "attention_resolutions": attended, "image_size": image_size, "channels": channels, "dropout": 0.1}

@@ -1,14 +1,16 @@
 """Model files: safetensors in, one clear ValueError for everything else."""
 
 import json
+import os
 import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from dd_kernels.apps import checkpoint
+from dd_kernels.apps import checkpoint, tensors
 from dd_kernels.apps.checkpoint import ModelInfo
 from dd_kernels.nn import UNet
 
@@ -98,8 +100,9 @@ def test_missing_foreign_and_wrong_kinds(tmp_path, path):
         checkpoint.load_model(tmp_path / "missing.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
         checkpoint.load_model(tmp_path)
-    with pytest.raises(ValueError, match="is a model; wanted is a training state"):
-        checkpoint.load(path, checkpoint.TRAINING)
+    tensors.write(tmp_path / "other", {"x": torch.zeros(1)}, {"format": 2, "kind": "judge"}, checkpoint.KEY)
+    with pytest.raises(ValueError, match="is a judge; wanted is a model"):
+        checkpoint.load_model(tmp_path / "other")
     foreign = tmp_path / "foreign.safetensors"
     for metadata in (None, {"format": "pt"}, {"dd_kernels": "not json"}, {"dd_kernels": "3"}, {"dd_kernels": "{}"}):
         save_file({"x": torch.zeros(1)}, foreign, metadata=metadata)
@@ -107,7 +110,7 @@ def test_missing_foreign_and_wrong_kinds(tmp_path, path):
             checkpoint.load_model(foreign)
     header = json.dumps({"format": 99, "kind": "model"})
     save_file({"x": torch.zeros(1)}, foreign, metadata={"dd_kernels": header})
-    with pytest.raises(ValueError, match="has the format 99; this version reads 1"):
+    with pytest.raises(ValueError, match="has the format 99; this version reads 2"):
         checkpoint.load_model(foreign)
 
 
@@ -116,7 +119,10 @@ def test_missing_foreign_and_wrong_kinds(tmp_path, path):
     [
         ({"schedule": "wavy"}, "does not describe its model: schedule 'wavy'"),
         ({"prediction": "future"}, "does not describe its model"),
-        ({"num_timesteps": 0}, "does not describe its model: num_timesteps must be at least 1"),
+        ({"num_timesteps": 0}, "does not describe its model: num_timesteps must be an integer in"),
+        ({"num_timesteps": 10**12}, "does not describe its model: num_timesteps must be an integer in"),
+        ({"training": []}, "training must be a dict"),
+        ({"classes": (1, 2)}, "classes must be strings"),
         ({"num_timesteps": "many"}, "does not describe its model"),
         ({"config": {"image_size": 8}}, "does not describe a U-Net"),
         ({"config": {"flavour": "mint"}}, "does not describe a U-Net"),
@@ -132,7 +138,8 @@ def test_headers_that_make_no_sense(tmp_path, model, changes, message):
 def test_a_header_without_info(tmp_path):
     path = tmp_path / "model.safetensors"
     for metadata in ({}, {"info": 3}, {"info": {"classes": []}}, {"info": {"classes": [], "extra": 1}}):
-        checkpoint.save(path, checkpoint.MODEL, {"x": torch.zeros(1)}, metadata)
+        header = {"format": checkpoint.FORMAT, "kind": checkpoint.KIND, **metadata}
+        tensors.write(path, {"x": torch.zeros(1)}, header, checkpoint.KEY)
         with pytest.raises(ValueError, match="does not describe its model"):
             checkpoint.load_model(path)
 
@@ -159,6 +166,44 @@ def test_a_header_that_lies_about_sizes_allocates_nothing(tmp_path, model):
         checkpoint.load_model(path)
 
 
+def test_a_header_with_more_blocks_than_tensors_is_not_built(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, model.state_dict(), _info(model, config={**model.config, "num_res_blocks": 10**9}))
+    with pytest.raises(ValueError, match="need more than"):
+        checkpoint.load_model(path)
+
+
+def _with_header(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {"x": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}},
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {"__metadata__": {"a": 1}},
+        {"__metadata__": 3},
+        [1],
+        b"[" * 100_000,
+        b"{}" + b" " * (5 << 20),
+        b"\xff\xfe",
+    ],
+)
+def test_headers_that_lie(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    _with_header(path, header, b"1234")
+    with pytest.raises(ValueError, match=r"cannot read .* as a model") as error:
+        checkpoint.load_model(path)
+    assert len(str(error.value)) < 500
+
+
 def test_a_header_longer_than_the_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
@@ -166,15 +211,78 @@ def test_a_header_longer_than_the_file(tmp_path):
         checkpoint.load_model(path)
 
 
-def test_a_failing_save_leaves_the_old_file(path, monkeypatch):
+@pytest.mark.parametrize("stride", [61, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_changed_byte_is_found_wherever_it_is(path, stride):
+    whole = path.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0] + 8
+    before = checkpoint.load_model(path)
+    for place in [*range(0, length, stride), *range(length, len(whole), 100 * stride)]:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            model, info = checkpoint.load_model(path)
+        except ValueError:
+            continue
+        # Only white space of the header may differ.
+        assert chr(whole[place]) in " \t\n\r"
+        assert info == before[1]
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before[0].parameters(), strict=True))
+
+
+def test_a_loaded_model_does_not_depend_on_its_file(path):
+    model, _ = checkpoint.load_model(path)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * 1000)
+        file.truncate(path.stat().st_size // 2 + 1000)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_weights_that_are_integers_are_refused(path, model):
+    integers = {name: value.to(torch.int32) for name, value in model.state_dict().items()}
+    checkpoint.save_model(path, integers, _info(model))
+    with pytest.raises(ValueError, match=r"holds torch\.int32 where weights belong"):
+        checkpoint.load_model(path)
+
+
+def test_the_file_is_one_that_safetensors_reads(path, model):
+    loaded = load_file(path)
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+def test_files_of_format_1_are_still_read(path, model):
+    header = {"format": 1, "kind": "model", **_info(model).as_metadata()}
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        path,
+        metadata={"dd_kernels": json.dumps(header)},
+    )
+    assert checkpoint.load_model(path)[1] == _info(model)
+
+
+def test_a_pipe_is_no_model(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="must be a regular file"):
+        checkpoint.load_model(tmp_path / "pipe")
+
+
+def test_numpy_numbers_and_paths_in_the_description(path, model):
+    info = _info(model, num_timesteps=50, training={"data": path, "lr": np.float32(0.5), "steps": np.int64(3)})
+    checkpoint.save_model(path, model.state_dict(), info)
+    assert checkpoint.load_model(str(path))[1].training == {"data": str(path), "lr": 0.5, "steps": 3}
+
+
+def test_a_failing_save_leaves_the_old_file(path, model, monkeypatch):
     old = path.read_bytes()
 
-    def fail(tensors, filename, metadata):
-        filename.write_bytes(b"half")
+    def fail(handle, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(os, "write", fail)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(path, checkpoint.MODEL, {"x": torch.ones(1)}, {})
+        checkpoint.save_model(path, model.state_dict(), _info(model))
     assert path.read_bytes() == old
     assert [p.name for p in path.parent.iterdir()] == [path.name]

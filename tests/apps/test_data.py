@@ -1,5 +1,9 @@
 """Training images, and the Philox words that pick from them."""
 
+import io
+import os
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -125,13 +129,120 @@ def test_image_folder_without_subfolders_has_no_classes(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n broken", "truncated"])
-def test_a_broken_image_is_named(tmp_path, content):
+def test_a_broken_image_is_skipped_and_named_or_refused(tmp_path, content):
     _png(tmp_path / "good.png", np.zeros((64, 64)))
     _png(tmp_path / "bad.png", np.random.default_rng(0).integers(0, 255, (64, 64)))
     whole = (tmp_path / "bad.png").read_bytes()
     (tmp_path / "bad.png").write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
-    with pytest.raises(ValueError, match=r"cannot read the image .*bad\.png"):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.warns(UserWarning, match=r"skipped 2 of 3 images in .*cannot read the image .*bad\.png.*pipe\.png"):
+        folder = data.image_folder(tmp_path, 8)
+    assert len(folder) == 1
+    with pytest.raises(ValueError, match=r"2 of 3 images in .* are broken: .*bad\.png"):
+        data.image_folder(tmp_path, 8, strict=True)
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(ValueError, match="2 of 2 images"):
         data.image_folder(tmp_path, 8)
+
+
+def test_only_the_first_broken_images_are_named(tmp_path):
+    _png(tmp_path / "good.png", np.zeros((2, 2)))
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_text("no image")
+    with pytest.warns(UserWarning, match=r"skipped 9 of 10 images .*'.*4\.png'.*; and 4 more"):
+        data.image_folder(tmp_path, 2)
+
+
+def test_junk_is_ignored_and_links_are_followed(tmp_path):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    _png(folder / "cat" / "a.png", np.zeros((2, 2)))
+    _png(elsewhere / "b.png", np.zeros((2, 2)))
+    (folder / "dog").symlink_to(elsewhere)
+    (folder / "cat" / "c.png").symlink_to(elsewhere / "b.png")
+    for name in ("._x.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png", "cat/._a.png", "Thumbs.db", "desktop.ini"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("junk")
+    found = data.image_folder(folder, 2)
+    assert found.classes == ("cat", "dog")
+    assert found.labels.tolist() == [0, 0, 1]
+    (folder / "cat" / "loop").symlink_to(folder)
+    with pytest.raises(ValueError, match=r"the symbolic link .*loop' leads back to"):
+        data.image_folder(folder, 2)
+
+
+def _square(tmp_path, image, name="a.png", channels=1, **options):
+    image.save(tmp_path / name, **options)
+    return data.load_image(tmp_path / name, image.size[0], channels)
+
+
+def test_images_of_16_bits_and_floats_keep_their_greys(tmp_path):
+    wide = np.array([[0, 257 * 128], [257 * 200, 65535]], np.uint16)
+    wanted = [[0, 128], [200, 255]]
+    assert _square(tmp_path, Image.fromarray(wide))[0].tolist() == wanted
+    assert _square(tmp_path, Image.fromarray(wide), "a.tiff")[0].tolist() == wanted
+    assert _square(tmp_path, Image.fromarray(wide), channels=3)[2].tolist() == wanted
+    assert _square(tmp_path, Image.fromarray(wide.astype(np.int32)), "i.tiff")[0].tolist() == wanted
+    for scale in (255, 1):
+        floats = np.array([[0, 128 / scale], [200 / scale, 255 / scale]], np.float32)
+        assert _square(tmp_path, Image.fromarray(floats), "f.tiff")[0].tolist() == wanted
+    for values, message in (([[0, np.nan]] * 2, "NaN"), ([[-1, 0]] * 2, "go from -1"), ([[0, 300]] * 2, "to 300")):
+        with pytest.raises(ValueError, match=f"cannot read the image .*{message}"):
+            _square(tmp_path, Image.fromarray(np.array(values, np.float32)), "f.tiff")
+
+
+def test_the_orientation_of_a_camera_is_applied(tmp_path):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[0] = 200  # the top row as stored
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    image = _square(tmp_path, Image.fromarray(pixels), channels=1, exif=exif)[0]
+    assert image[:, 3].tolist() == [200] * 4
+    assert image[:, :3].max() == 0
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
+def test_transparent_pixels_have_the_background(tmp_path, mode):
+    white, name, options = np.full((2, 2, 4), 255, np.uint8), "a.png", {}
+    white[0, :, 3] = 0
+    if mode in ("RGBA", "LA"):
+        image = Image.fromarray(white).convert(mode)
+    elif mode == "PA":
+        image, name = Image.new("PA", (2, 2)), "a.tiff"
+        image.putpalette([0, 0, 0, 255, 255, 255])
+        for place, pixel in (((0, 0), (0, 0)), ((1, 0), (1, 0)), ((0, 1), (1, 255)), ((1, 1), (1, 255))):
+            image.putpixel(place, pixel)
+    else:
+        image = Image.fromarray(np.array([[0, 0], [255, 255]], np.uint8)).convert(mode)
+        options = {"transparency": (0, 0, 0) if mode == "RGB" else image.getpixel((0, 0))}
+    image.save(tmp_path / name, **options)
+    found = data.load_image(tmp_path / name, 2)
+    assert found[:, 0].unique().tolist() == [128]
+    assert found[:, 1].unique().tolist() == [255]
+    red = data.load_image(tmp_path / name, 2, background=data.parse_colour("#ff0000"))
+    assert red[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_16_bits_with_a_transparent_grey(tmp_path):
+    wide = Image.fromarray(np.array([[1000, 1001], [65535, 0]], np.uint16))
+    wide.save(tmp_path / "a.png", transparency=1000)
+    assert data.load_image(tmp_path / "a.png", 2)[0].tolist() == [[128, 4], [255, 0]]
+
+
+def test_cmyk_one_bit_and_palettes(tmp_path):
+    red = Image.new("RGB", (2, 2), (255, 0, 0))
+    for name, image in (("c.tiff", red.convert("CMYK")), ("p.png", red.convert("P")), ("p.gif", red.convert("P"))):
+        assert _square(tmp_path, image, name, 3)[:, 0, 0].tolist() == [255, 0, 0]
+    bits = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert("1")
+    assert _square(tmp_path, bits)[0].tolist() == [[0, 255], [255, 0]]
+    lab = Image.new("LAB", (2, 2), (255, 128, 128))
+    assert _square(tmp_path, lab, "l.tiff", 3).min() > 250
+
+
+def test_colours():
+    assert data.parse_colour("rgb(1, 2, 3)") == (1, 2, 3)
+    for wrong in ("mint-ish", "", "#12"):
+        with pytest.raises(ValueError, match="background must be a colour"):
+            data.parse_colour(wrong)
 
 
 def test_image_folder_errors(tmp_path):
@@ -174,12 +285,40 @@ _IMAGES = np.zeros((3, 4, 4, 1), np.uint8)
         ({"images": _IMAGES, "labels": np.array([0, -1, 1])}, "count from 0; got -1 to 1"),
         ({"images": _IMAGES, "labels": np.array([0, 9, 1])}, "count from 0; got 0 to 9"),
         ({"images": np.array([{"pickled": 1}])}, "cannot read"),
+        ({"arr_0": _IMAGES[..., :0]}, "arr_0 in .* must be uint8"),
+        ({"arr_0": _IMAGES, "arr_1": np.zeros(2, int)}, "arr_1 in .* must be 3 integers"),
     ],
 )
 def test_npz_errors(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         data.npz_file(tmp_path / "a.npz")
+
+
+def test_npz_of_guided_diffusion(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images, np.array([0, 2, 1, 1, 0]))
+    loaded = data.npz_file(tmp_path / "a.npz")
+    assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(), images)
+    assert loaded.labels.tolist() == [0, 2, 1, 1, 0]
+    np.savez(tmp_path / "b.npz", images)
+    assert data.npz_file(tmp_path / "b.npz").labels is None
+
+
+def test_npz_whose_header_promises_more_than_it_holds(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        head = np.lib.format.header_data_from_array_1_0(_IMAGES) | {"shape": (1 << 40, 4, 4, 1)}
+        content = io.BytesIO()
+        np.lib.format.write_array_header_1_0(content, head)
+        archive.writestr("images.npy", content.getvalue() + b"few")
+    with pytest.raises(ValueError, match=r"tells of 17592186044416 bytes, the file of 3"):
+        data.npz_file(tmp_path / "a.npz")
+
+
+def test_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="data must be a regular file"):
+        data.load(tmp_path / "pipe")
 
 
 def test_npz_truncated(tmp_path):

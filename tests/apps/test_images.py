@@ -1,5 +1,6 @@
 """Images on disk: right pixels, whole files or none."""
 
+import fcntl
 import os
 import stat
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dd_kernels.apps import files, images
+from dd_kernels.apps import data, files, images
 from dd_kernels.apps.images import Output
 
 
@@ -55,12 +56,16 @@ def test_grid_errors():
         images.grid(torch.zeros(1, 2, 2, 1))
     with pytest.raises(ValueError, match="images must be uint8"):
         images.grid(torch.zeros(0, 2, 2, 1, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="columns must be at least 1"):
+        images.grid(torch.zeros(1, 2, 2, 1, dtype=torch.uint8), columns=0)
+    with pytest.raises(ValueError, match="a grid of 1 images takes"):
+        images.grid(torch.zeros(1, 2, 2, 1, dtype=torch.uint8), zoom=10**6)
 
 
 def test_an_output_leaves_nothing_until_it_is_written(tmp_path):
     for name in ("a.png", "a.npz", "folder"):
         Output(tmp_path / name)
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["folder"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_png(tmp_path):
@@ -76,9 +81,17 @@ def test_output_npz(tmp_path):
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         assert np.array_equal(file["images"], images.to_uint8(x).numpy())
         assert file["labels"].tolist() == [2, 0, 1]
-    Output(tmp_path / "a.npz").write(x)
+    with pytest.raises(ValueError, match=r"a\.npz.* is there already \(--overwrite"):
+        Output(tmp_path / "a.npz")
+    Output(tmp_path / "a.npz", overwrite=True).write(x)
     with np.load(tmp_path / "a.npz") as file:
         assert file.files == ["images"]
+    Output(tmp_path / "b.npz", npz_names="arr").write(x, np.array([2, 0, 1]))
+    with np.load(tmp_path / "b.npz") as file:
+        assert file.files == ["arr_0", "arr_1"]
+    assert data.npz_file(tmp_path / "b.npz").labels.tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="npz_names must be one of images, arr"):
+        Output(tmp_path / "c.npz", npz_names="mine")
 
 
 def test_output_folder(tmp_path):
@@ -97,47 +110,151 @@ def test_output_folder(tmp_path):
 def test_output_that_cannot_be_written_is_found_at_once(tmp_path):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "is.png").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "pipe.png")
     for path, message in (
         (tmp_path / "missing" / "a.png", "cannot write .*No such file"),
         (tmp_path / "file" / "a.png", "cannot write .*Not a directory"),
         (tmp_path / "is.png", "must name a file"),
         (tmp_path / "file", "got the file"),
         (tmp_path / "file" / "folder", "cannot make the folder"),
+        (tmp_path / "a.jpg", r"got '.*a\.jpg', and \.jpg is not written"),
+        (tmp_path / "pipe.png", "must name a regular file"),
+        (tmp_path / "pipe", "got the file"),
     ):
         with pytest.raises(ValueError, match=f"out.*{message}"):
             Output(path)
     assert (tmp_path / "file").read_text() == "kept"
-    assert sorted(os.listdir(tmp_path)) == ["file", "is.png"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "is.png", "pipe", "pipe.png"]
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.png"
     path.write_text("old")
 
-    def write(temporary):
-        temporary.write_text("half")
+    def content():
+        yield b"half"
         assert path.read_text() == "old"
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
-        files.atomic_write(path, write)
+    with pytest.raises(OSError, match=r"No space left on device: '.*a\.png'"):
+        files.atomic_write(path, content())
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.png"]
 
 
-def test_atomic_write_gives_a_new_file_the_usual_mode(tmp_path):
+def test_a_short_write_is_continued(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, content: write(handle, content[: max(1, len(content) // 3)]))
+    files.atomic_write(tmp_path / "a", [b"0123456789", memoryview(b"abc")])
+    assert (tmp_path / "a").read_bytes() == b"0123456789abc"
+
+
+def test_atomic_write_keeps_modes_and_links(tmp_path):
     before = os.umask(0o027)
     try:
-        files.atomic_write(tmp_path / "a", lambda temporary: temporary.write_text("new"))
+        files.atomic_write(tmp_path / "a", b"new")
         assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
-        assert os.umask(0o027) == 0o027
+        for mode in (0o600, 0o664, 0o444):
+            (tmp_path / "a").chmod(mode)
+            files.atomic_write(tmp_path / "a", b"newer")
+            assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
     finally:
         os.umask(before)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere/b")
+    for content in (b"first", b"second"):
+        files.atomic_write(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "elsewhere" / "b").read_bytes() == content
+    assert os.listdir(tmp_path / "elsewhere") == ["b"]
+
+
+def test_a_link_that_cannot_be_read_is_no_file(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to("elsewhere")
+    lstat = os.lstat
+
+    def fail(path, **options):
+        if str(path).endswith("link"):
+            raise OSError(5, "Input/output error", str(path))
+        return lstat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "lstat", fail)
+        with pytest.raises(OSError, match=r"Input/output error: '.*link'"):
+            files.atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match=r"out: cannot write .*loop"):
+        files.check_writable("out", tmp_path / "loop")
+
+
+def test_the_umask_is_never_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "umask", None)
+    files.atomic_write(tmp_path / "a", b"new")
+    files.atomic_write(tmp_path / "a", b"newer")
+
+
+def test_temporary_files_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    for name in (".a.dead.part", ".a.0.part", ".b.dead.part"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".a.folder.part").mkdir()
+    (tmp_path / ".a.folder.part" / "000.png").write_text("half")
+    handle = os.open(tmp_path / ".a.0.part", os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    files.atomic_write(tmp_path / "a", b"new")
+    os.close(handle)
+    assert sorted(os.listdir(tmp_path)) == [".a.0.part", ".b.dead.part", "a"]
+    files.atomic_write(tmp_path / "a", b"newer")
+    assert sorted(os.listdir(tmp_path)) == [".b.dead.part", "a"]
+
+
+def test_a_temporary_file_that_a_cleaner_took_is_made_again(tmp_path, monkeypatch):
+    flock, taken = fcntl.flock, []
+
+    def stolen(handle, operation):
+        if not taken:
+            taken.extend(p.unlink() for p in tmp_path.glob(".a.*.part"))
+        return flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", stolen)
+    files.atomic_write(tmp_path / "a", b"new")
+    assert len(taken) == 1
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    name = "\u00e4" * 125 + ".png"
+    files.atomic_write(tmp_path / name, b"new")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_folder_appears_as_a_whole(tmp_path):
+    def interrupted():
+        with files.atomic_folder(tmp_path / "deep" / "folder") as folder:
+            files.write_new(folder / "a", b"1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path / "deep") == []
+
+
+def test_a_lock_keeps_a_second_writer_out_and_leaves_nothing(tmp_path):
+    def again():
+        with files.only_writer("out", tmp_path / "a"):
+            pass
+
+    refused = pytest.raises(ValueError, match=r"out: another process is writing .*a'")
+    with files.only_writer("out", tmp_path / "a"), refused:
+        again()
+    again()
+    assert os.listdir(tmp_path) == []
 
 
 def test_nan_samples_leave_the_old_picture(tmp_path):
     output = Output(tmp_path / "a.png")
-    output.write(torch.zeros(1, 1, 2, 2))
+    output.write(torch.zeros(1, 1, 2, 2), columns=np.int64(10**9))
     old = (tmp_path / "a.png").read_bytes()
     with pytest.raises(ValueError, match="NaN"):
         output.write(torch.full((1, 1, 2, 2), torch.nan))

@@ -134,7 +134,7 @@ def test_too_small_a_workspace_is_refused(host, missing):
     backward = (x, x, mean, rstd, *given_[1:9], torch.empty_like(x), dweight, *[None] * 4)
     for op, arguments, needed in (("group_norm_silu", forward, 32), ("group_norm_silu_backward", backward, 80)):
         given = 0 if missing is None else needed - missing
-        with pytest.raises(RuntimeError, match=f"partials must have {needed} floats; got {given}"):
+        with pytest.raises(RuntimeError, match=f"partials must be of {needed} floats; got {given}"):
             getattr(torch.ops.dd_kernels, op)(*arguments, None if missing is None else torch.empty(given))
 
 

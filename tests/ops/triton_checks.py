@@ -117,7 +117,8 @@ def graph() -> list[str]:
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(2, 4, 8, 8, device="cuda:0")
-        schedule.on(x.device), table.on(x.device)
+        for one in (schedule, table):  # fake copies, since real ones need a device
+            one._copies[x.device] = one.copy_to(x.device)
         integers = torch.empty(3, dtype=torch.int64, device="cuda:0")
         step = torch.empty(1, dtype=torch.int64, device="cuda:0")
         arguments = (x, x.to(torch.bfloat16), step, torch.empty(4, device="cuda:0"), integers)

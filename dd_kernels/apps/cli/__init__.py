@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -16,9 +23,21 @@ from . import evaluate, interpolate, sample, train
 COMMANDS = {"train": train, "sample": sample, "interpolate": interpolate, "evaluate": evaluate}
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM or SIGHUP came. Like KeyboardInterrupt it is no Exception, so that only :func:`main` catches it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line; ``--help`` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="dd_kernels", description="Denoising diffusion: train, and draw samples.")
+    """Returns the parser of all commands."""
+    parser = _Parser(prog="dd_kernels", description="Denoising diffusion: train, and draw samples.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar=" | ".join(COMMANDS), required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
@@ -26,28 +45,110 @@ def build_parser() -> argparse.ArgumentParser:
             help=(module.__doc__ or "").splitlines()[0],
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
 
 
+def _line(command: str, kind: str, message: object) -> None:
+    with contextlib.suppress(OSError):  # a closed stderr must not hide the exit status
+        print(f"dd_kernels {command}: {kind}: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _failed(command: str, status: int, message: object) -> int:
-    line = " ".join(str(message).split())
-    print(f"dd_kernels {command}: error: {line}", file=sys.stderr)
+    _line(command, "error", message)
     return status
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status: 0, 1 (training diverged), 2 (bad input, in one line), 128 + a signal's."""
-    args = build_parser().parse_args(argv)
+def _says(error: Exception) -> str:
+    """Returns an error's text; that of an OSError is its reason and its file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {str(error.filename)!r}" if error.filename is not None else error.strerror
+    return str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP raise in the block, so that temporary files are removed; ``nohup`` keeps its meaning."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, frame: object) -> None:
+        raise _TerminatedError(signal.Signals(number))
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    for number, old in before.items():
+        if old is signal.SIG_DFL:
+            signal.signal(number, handler)
     try:
-        return args.run(args)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+@contextlib.contextmanager
+def _short_warnings(command: str) -> Iterator[None]:
+    """Prints each warning on one line."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *details: object) -> None:
+        _line(command, "warning", message)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            warnings.showwarning = before
+
+
+def _closed_output() -> int:
+    """Ends as other tools do when their reader has gone: quietly, with the status of SIGPIPE."""
+    # Python flushes stdout once more at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return _failed(args.command, 130, "interrupted")
+    except _TerminatedError as stop:
+        return _failed(args.command, 128 + stop.args[0], f"ended by {stop.args[0].name}")
     except TrainingDivergedError as error:
         return _failed(args.command, 1, error)
-    except (ValueError, TypeError, OSError, BackendUnavailableError) as error:
-        return _failed(args.command, 2, error)
+    except BrokenPipeError:
+        return _closed_output()
     except torch.OutOfMemoryError as error:
         return _failed(args.command, 2, f"--batch-size is too large for the device's memory: {error}")
+    except MemoryError:
+        return _failed(args.command, 2, "the memory of this machine is too small; try a smaller --batch-size")
+    except (ValueError, TypeError, OSError, OverflowError, RecursionError, BackendUnavailableError) as error:
+        return _failed(args.command, 2, _says(error))
+    except RuntimeError as error:
+        # How torch says that the CPU's memory is too small, or that a size does not fit 64 bits.
+        if not any(words in str(error) for words in ("not enough memory", "can't allocate memory", "overflow")):
+            raise
+        return _failed(args.command, 2, f"the images take more memory than there is: {str(error).splitlines()[0]}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status.
+
+    0; 1 (training diverged); 2 (bad input, or a file that cannot be read or written; in one line); 128 and the number
+    of the signal that ended it: 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP), 141 (the reader of the output has gone).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
+    args = build_parser().parse_args(argv)
+    with _signals(), _short_warnings(args.command):
+        return _run(args)

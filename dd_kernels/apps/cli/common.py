@@ -1,4 +1,4 @@
-"""Arguments and steps that several commands share."""
+"""Arguments and helpers that several commands share."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from ...samplers.timesteps import SPACINGS
 from .. import checkpoint
 from ..checkpoint import ModelInfo
 from ..data import class_indices
+from ..images import NPZ_NAMES
+from ..memory import check_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,13 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     """An argparse type: an int in [minimum, maximum]."""
     wanted = f"an integer of at least {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
+    most = 2**63 - 1 if maximum is None else maximum
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        if value < minimum or (maximum is not None and value > maximum):
+        if not minimum <= value <= most:
             raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}")
         return value
 
@@ -56,23 +59,24 @@ count = integer(1)
 
 
 def device(text: str | None) -> torch.device:
-    """The device called ``text``, or the best there is.
+    """Returns the device called ``text``; by default cuda where there is one, else cpu.
 
     Raises:
-        ValueError: no such device, or not here.
+        ValueError: no such device, or this machine has none.
     """
     if text is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(text)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--device {text!r} cannot be used: {reason}") from error
     return found
 
 
 def backend_of(args: argparse.Namespace, where: torch.device) -> AbstractContextManager[None]:
-    """What --backend asks for, around the work.
+    """Returns a context in which --backend runs.
 
     Raises:
         ValueError: it cannot run on the device.
@@ -86,7 +90,7 @@ def backend_of(args: argparse.Namespace, where: torch.device) -> AbstractContext
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """--device, --backend and --no-progress."""
+    """Adds --device, --backend and --no-progress."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one, else cpu)")
     parser.add_argument(
         "--backend", choices=backends.BACKENDS, help="what runs the ops (default: DD_KERNELS_BACKEND, or auto)"
@@ -95,8 +99,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -> None:
-    """The model, and what it is run with; ``classes``: --classes too."""
-    parser.add_argument("--model", help="a model file that train wrote (default: the digits model of this package)")
+    """Adds the model and how it is run; with ``classes`` --classes too."""
+    parser.add_argument("--model", help="a model file that train wrote (default: the bundled digits model)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's weights (default: fp32)")
     if classes:
         parser.add_argument("--classes", help="names or numbers, 0,3,7 or all or none (default: all)")
@@ -109,7 +113,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, and what is known of it."""
+    """A model on its device, its description, and the scale of the guidance."""
 
     model: UNet
     info: ModelInfo
@@ -118,7 +122,7 @@ class LoadedModel:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> LoadedModel:
-        """What --model, --dtype, --device and --guidance ask for."""
+        """Loads --model in --dtype on --device; checks --guidance."""
         where = device(args.device)
         model, info = checkpoint.load_model(args.model)
         if args.guidance != 1 and model.null_label is None:
@@ -130,7 +134,7 @@ class LoadedModel:
         return cls(model.to(where, DTYPES[args.dtype]), info, where, args.guidance)
 
     def labels(self, text: str | None, default: str = "all") -> list[int] | None:
-        """The labels that --classes names; None for a model without classes."""
+        """Returns the labels that --classes names; None for a model without classes."""
         names = self.info.classes
         num_classes = self.model.config["num_classes"]
         if num_classes is None:
@@ -147,7 +151,7 @@ class LoadedModel:
         return class_indices([part.strip() for part in text.split(",")], names, num_classes)
 
     def conditions(self, labels: Sequence[int] | None) -> dict[str, Any]:
-        """The keyword arguments of ``sample`` that give each image its class, and guidance its scale."""
+        """Returns the keyword arguments of ``sample`` for the class of each image and the scale of the guidance."""
         if labels is None:
             return {}
         y = torch.tensor(labels, device=self.device)
@@ -158,12 +162,12 @@ class LoadedModel:
         return {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": uncond}, "guidance_scale": self.guidance}
 
     def backend_that_runs(self) -> str:
-        """The implementation that the reverse step takes."""
+        """Returns the name of the backend that runs the reverse step."""
         return backends.choose("reverse_step", "auto", self.device)
 
 
 def clip(text: str) -> float | DynamicThreshold | None:
-    """An argparse type: what x_0 is clipped to."""
+    """An argparse type: the range that x_0 is clipped to."""
     if text in ("none", "dynamic"):
         return None if text == "none" else DynamicThreshold()
     value = number(text)
@@ -173,15 +177,33 @@ def clip(text: str) -> float | DynamicThreshold | None:
 
 
 def add_step_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """--steps and --spacing."""
-    parser.add_argument("--steps", type=count, help=f"(default: {default})")
+    """Adds --steps and --spacing."""
+    parser.add_argument("--steps", type=count, help=f"model calls per image (default: {default})")
     parser.add_argument("--spacing", choices=SPACINGS, help="(default: leading; linspace for ddpm)")
 
 
 def ddim_options(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """What --steps (50, or the model's T if that is less) and --spacing mean to ``ddim`` and its inversion."""
+    """Returns the options of ``ddim`` and its inversion: --steps (by default 50, at most T) and --spacing."""
     steps = min(50, loaded.info.num_timesteps) if args.steps is None else args.steps
     return {"steps": steps, "spacing": args.spacing or "leading", "prediction": loaded.info.prediction}
+
+
+def check_images(loaded: LoadedModel, n: int) -> None:
+    """Raises ``ValueError`` where ``n`` samples, in float32 and as their batches' list, do not fit this machine."""
+    channels, height, width = loaded.info.sample_shape
+    check_memory(f"{n} images of {height} x {width} x {channels}", 2 * 4 * n * channels * height * width)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --out, --overwrite and --npz-names."""
+    parser.add_argument("--out", default=default, help=f"a .png, a .npz or a folder (default: {default})")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
+    parser.add_argument(
+        "--npz-names",
+        choices=NPZ_NAMES,
+        default="images",
+        help="of a .npz's arrays: images and labels, or arr_0 and arr_1 (for guided-diffusion's evaluator)",
+    )
 
 
 def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
@@ -195,7 +217,7 @@ def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         weight: [F] in [0, 1], 0 is ``a``.
 
     Returns:
-        [N, F, ...]. Along a straight line where a and b point the same way, or opposite ways.
+        [N, F, ...]; on a straight line where a and b are parallel.
     """
     flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
     norms = (flat_a.norm(dim=1) * flat_b.norm(dim=1)).clamp(min=1e-300)

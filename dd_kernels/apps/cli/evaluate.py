@@ -12,11 +12,10 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
-from functools import partial
 
 from ...samplers.timesteps import SPACINGS
 from .. import data
-from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown
+from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown, sampler_table
 from ..evaluate.table import LARGE, ROWS, SAMPLES, STEPS
 from ..files import atomic_write, check_writable
 from . import common
@@ -60,15 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the timesteps (default: leading)")
     parser.add_argument("--seed", type=common.seed, default=0, help="of the samples (default: 0)")
     parser.add_argument("--out", nargs="+", default=[], help="files to write too: .md (the tables), .json (everything)")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of --out that are there")
     common.add_model_arguments(parser, classes=False)
 
 
-def _outputs(paths: list[str]) -> list[pathlib.Path]:
+def _outputs(paths: list[str], overwrite: bool) -> list[pathlib.Path]:
     """Returns the files of --out, checked to be writable."""
     for path in paths:
         if pathlib.Path(path).suffix.lower() not in WRITERS:
             raise ValueError(f"--out must name .md or .json files; got {path!r}")
-    return [check_writable("--out", path) for path in paths]
+    return [check_writable("--out", path, overwrite) for path in paths]
 
 
 def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
@@ -79,9 +79,19 @@ def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
         raise ValueError(f"--model must have the {len(digits.classes)} classes of the digits, or none; got {classes}")
 
 
+def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for steps that the model's schedule does not have, before the classifier is trained."""
+    schedule = loaded.info.make_schedule()
+    for row in args.etas:
+        for steps in args.steps:
+            sampler_table(schedule, row, steps, spacing=args.spacing, prediction=loaded.info.prediction)
+    common.check_images(loaded, args.num_samples)
+
+
 def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
     train, test = data.digits("train"), data.digits("test")
     _check_fits(loaded, test)
+    _check_samplers(loaded, args)
     judge = Judge(train, test)
     classes = None if loaded.model.config["num_classes"] is None else judge.labels(args.num_samples).tolist()
     return evaluate(
@@ -102,10 +112,10 @@ def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the tables, writes them."""
+    """Measures the samplers, prints the tables and writes them."""
     loaded = LoadedModel.from_arguments(args)
     with common.backend_of(args, loaded.device):
-        outputs = _outputs(args.out)
+        outputs = _outputs(args.out, args.overwrite)
         start = time.perf_counter()
         evaluation = _measure(loaded, args)
         facts = {
@@ -119,5 +129,5 @@ def run(args: argparse.Namespace) -> int:
     print(markdown(evaluation, facts), end="")
     for path in outputs:
         text = WRITERS[path.suffix.lower()](evaluation, facts)
-        atomic_write(path, partial(pathlib.Path.write_text, data=text, encoding="utf-8"))
+        atomic_write(path, text.encode())
     return 0

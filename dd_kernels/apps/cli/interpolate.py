@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--frames", type=common.integer(2), default=11, help="images per walk (default: 11)")
     parser.add_argument("--rows", type=common.count, help="walks between seeds (default: one per class, or 8)")
     common.add_step_arguments(parser, "50, each way")
-    parser.add_argument("--out", default="interpolation.png", help="(default: interpolation.png)")
-    parser.add_argument("--overwrite", action="store_true", help="a folder that holds files may be written to")
+    common.add_output_arguments(parser, "interpolation.png")
     common.add_model_arguments(parser)
 
 
@@ -42,7 +41,7 @@ def _ends_of_seeds(loaded: LoadedModel, seeds: tuple[int, int], rows: int) -> tu
 def _ends_of_images(
     loaded: LoadedModel, paths: list[str], labels: list[int] | None, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor]:
-    """x_T of both files, once for each label."""
+    """Returns x_T of both files, once for each label."""
     channels, size, _ = loaded.info.sample_shape
     pixels = data.ImageData(torch.stack([data.load_image(path, size, channels) for path in paths]))
     x_start = pixels.batch(torch.arange(2))[0].to(loaded.device)
@@ -56,20 +55,22 @@ def _ends_of_images(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Interpolates, draws, writes."""
+    """Interpolates the latents, draws the images, writes them."""
     loaded = LoadedModel.from_arguments(args)
     with common.backend_of(args, loaded.device):
         labels = loaded.labels(args.classes, default="none" if args.images else "all")
-        # A latent from inversion is the image's own only on the path without clipping.
+        # Inversion does not clip, so the way back from its latent must not clip either.
         clip = None if args.images else 1.0
         table = ddim(loaded.info.make_schedule(), clip=clip, **common.ddim_options(loaded, args))
-        output = Output(args.out, args.overwrite)
+        output = Output(args.out, args.overwrite, args.npz_names)
         if args.images:
             if args.rows is not None:
                 raise ValueError(f"--rows must be left out with --images (a walk per class); got {args.rows}")
+            common.check_images(loaded, args.frames * (1 if labels is None else len(labels)))
             a, b = _ends_of_images(loaded, args.images, labels, args)
         else:
             rows = args.rows or (8 if labels is None else len(labels))
+            common.check_images(loaded, rows * args.frames)
             labels = None if labels is None else [labels[i % len(labels)] for i in range(rows)]
             a, b = _ends_of_seeds(loaded, args.seeds, rows)
         x_T = common.slerp(a, b, torch.linspace(0, 1, args.frames)).flatten(0, 1)

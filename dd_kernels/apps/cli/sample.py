@@ -1,8 +1,8 @@
 """Draw images with a trained model; without arguments, 64 handwritten digits into samples.png.
 
---out NAME.png is one grid, NAME.npz holds the arrays images [N, H, W, C] and labels, any other name is
-a folder of single PNGs. An image depends on its number and --seed, not on -n or --batch-size: image 37
-is --first-sample 37 -n 1.
+--out NAME.png is one grid, NAME.npz holds the arrays images [N, H, W, C] and labels, a name without a suffix
+is a folder of single PNGs. An image depends on its number and --seed, not on -n or --batch-size: image 37 is
+--first-sample 37 -n 1.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from .common import LoadedModel
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("-n", "--num-samples", type=common.count, default=64, help="how many (default: 64)")
-    parser.add_argument("--out", default="samples.png", help="a .png, a .npz or a folder (default: samples.png)")
-    parser.add_argument("--overwrite", action="store_true", help="a folder that holds files may be written to")
+    common.add_output_arguments(parser, "samples.png")
     parser.add_argument("--columns", type=common.count, help="images per row of the grid (default: a square)")
     parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: ddim)")
     common.add_step_arguments(parser, "50 for ddim, all of the model's for ddpm")
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
-    """The sampler that the arguments ask for."""
+    """Returns the sampler that the arguments name."""
     unfit = {"ddim": "variance", "ddpm": "eta"}[args.sampler]
     if getattr(args, unfit) is not None:
         raise ValueError(f"--{unfit} must be left out with --sampler {args.sampler}; got {getattr(args, unfit)}")
@@ -55,15 +54,16 @@ def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws, writes, and says how fast."""
+    """Draws the images, writes them, and prints the speed."""
     loaded = LoadedModel.from_arguments(args)
     with common.backend_of(args, loaded.device):
         table, classes = _table(loaded, args), loaded.labels(args.classes)
         first, n = args.first_sample, args.num_samples
         if first + n > 2**32:
             raise ValueError(f"--first-sample and -n must stay below 2^32 together; got {first} + {n}")
+        common.check_images(loaded, n)
         labels = None if classes is None else [classes[(first + i) % len(classes)] for i in range(n)]
-        output = Output(args.out, args.overwrite)
+        output = Output(args.out, args.overwrite, args.npz_names)
         start = time.perf_counter()
         x = sample(
             loaded.model,
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             progress=not args.no_progress,
             **loaded.conditions(labels),
         )
-        x = x.cpu()  # waits for the device, so that the time is the whole time
+        x = x.cpu()  # waits for the device, so that the time includes all work
         seconds = time.perf_counter() - start
         steps = len(table) * -(-n // args.batch_size)
         output.write(x, labels, columns=args.columns, first_sample=first)

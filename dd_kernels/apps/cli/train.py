@@ -1,9 +1,8 @@
-"""Train a U-Net on digits, a folder of images or a .npz file.
+"""Train a U-Net on digits, a folder of images, a Hugging Face dataset on disk or a .npz file.
 
-Writes three files: --out MODEL.safetensors (the averaged weights, what sample loads),
-MODEL.training.safetensors (what --resume continues from) and MODEL.samples.png (64 samples of now).
-Ctrl-C and SIGTERM save first. Options left out have DDPM's values for CIFAR-10; with --data digits,
-those that the digits model of this package was trained with.
+Writes --out MODEL.safetensors, with the averaged weights (which sample loads) and the training state (which --resume
+continues from), and MODEL.samples.png, with 64 samples. Ctrl-C, SIGTERM and SIGHUP save first. Options left out have
+DDPM's values for CIFAR-10; with --data digits, those that the bundled digits model was trained with.
 """
 
 from __future__ import annotations
@@ -17,7 +16,9 @@ from typing import Any
 from ...nn import CONFIGS
 from ...samplers.rows import PREDICTIONS
 from ...schedules import SCHEDULES
-from .. import training
+from .. import data, images, training
+from ..checkpoint import MOST_TIMESTEPS
+from ..files import check_writable
 from ..training import DIGITS, PRECISIONS, TrainOptions
 from . import common
 
@@ -31,18 +32,26 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+    except RecursionError as error:
+        raise argparse.ArgumentTypeError(f"{name} is nested too deeply") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments; those of ``TrainOptions`` are absent unless given."""
+    """Adds the command's arguments; those of ``TrainOptions`` are absent unless given."""
     parser.add_argument("--out", required=True, help="the model file to write, a .safetensors")
     parser.add_argument("--resume", action="store_true", help="continue the run that wrote --out")
-    parser.add_argument("--overwrite", action="store_true", help="a model that is there already may be lost")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model and a grid that are there")
     parser.add_argument(
         "--save-every", type=common.integer(0), default=1000, help="steps (default: 1000; 0: at the end)"
     )
     parser.add_argument(
         "--sample-every", type=common.integer(0), default=1000, help="steps (default: 1000; 0: at the end)"
+    )
+    parser.add_argument(
+        "--preview", metavar="PICTURE.png", help="write a picture of the first images as training sees them, and stop"
+    )
+    parser.add_argument(
+        "--no-state", action="store_true", help="leave the training state out of the finished file (no --resume)"
     )
     common.add_run_arguments(parser)
 
@@ -51,11 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, **keywords: Any) -> None:
         options.add_argument(flag, default=argparse.SUPPRESS, **keywords)
 
-    add("--data", help="digits, a folder of images (subfolders are classes) or a .npz (images, labels)")
+    add(
+        "--data", help="digits, a folder of images (subfolders are classes) or of a dataset, or a .npz (images, labels)"
+    )
     add("--image-size", type=common.count, help="side in pixels that a folder's images are cropped and resized to")
     add("--grey", action="store_true", help="read a folder's images as grey")
+    add("--background", metavar="COLOUR", help="behind transparent pixels (default: grey)")
+    add("--strict", action="store_true", help="refuse a folder with broken images instead of skipping them")
     add("--flip", action="store_true", help="mirror half of the images")
-    add("--config", choices=CONFIGS, help="U-Net to start from")
+    add("--config", choices=CONFIGS, help="U-Net to start from (default: one that fits the images' size)")
     add(
         "--set",
         dest="model",
@@ -65,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="U-Net options, channels=[64,128]",
     )
     add("--schedule", choices=SCHEDULES, help="noise schedule")
-    add("--num-timesteps", type=common.count, help="T")
+    add("--num-timesteps", type=common.integer(1, MOST_TIMESTEPS), help="T")
     add("--prediction", choices=PREDICTIONS, help="what the model predicts")
     add("--label-drop", type=common.number, help="share of labels dropped, for guidance")
     add("--unconditional", action="store_true", help="ignore the labels")
@@ -83,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(args: argparse.Namespace) -> TrainOptions:
-    """What was given, over what the resumed run had, or over the defaults for the data."""
+    """Returns the options given, over those of the resumed run or over the defaults for the data."""
     given = {name: value for name, value in vars(args).items() if name in TrainOptions.__dataclass_fields__}
     if "model" in given:
         given["model"] = dict(given["model"])
@@ -95,8 +108,31 @@ def _options(args: argparse.Namespace) -> TrainOptions:
     return TrainOptions(**{**(DIGITS if given["data"] == "digits" else {}), **given})
 
 
+def _preview(options: TrainOptions, args: argparse.Namespace) -> int:
+    """Writes a grid of the first images that training would see: cropped, resized, normalised and flipped."""
+    if not args.preview.lower().endswith(".png"):
+        raise ValueError(f"--preview must name a .png; got {args.preview!r}")
+    check_writable("--preview", args.preview, args.overwrite)
+    dataset = data.load(
+        options.data, options.image_size, options.grey, not args.no_progress, options.background, options.strict
+    )
+    shown = replace(options, batch_size=min(len(dataset), training.GRID))
+    batch = training.make_batch(dataset, shown, None, 0)
+    images.save_png(images.grid(images.to_uint8(batch.x_start)), args.preview)
+    low, high = batch.x_start.aminmax()
+    channels, height, width = batch.x_start.shape[1:]
+    classes = ", ".join(dataset.classes[:10]) + (" ..." if len(dataset.classes) > 10 else "")
+    print(
+        f"{args.preview}: {len(batch.x_start)} of {len(dataset)} images, {height} x {width} x {channels}, "
+        f"values from {low:.2f} to {high:.2f}, {len(dataset.classes)} classes{': ' if classes else ''}{classes}"
+    )
+    return 0
+
+
 def run(args: argparse.Namespace) -> int:
-    """Trains, and says what came of it."""
+    """Trains, and prints the step and the loss."""
+    if args.preview is not None:
+        return _preview(_options(args), args)
     training.check_out(args.out, args.resume, args.overwrite)
     options, device = _options(args), common.device(args.device)
     with common.backend_of(args, device):
@@ -110,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
             sample_every=args.sample_every,
             device=device,
             progress=not args.no_progress,
+            keep_state=not args.no_state,
         )
     seconds = time.perf_counter() - start
     loss = f"loss {trainer.loss:.4f}, {seconds:.0f} s on {device}"

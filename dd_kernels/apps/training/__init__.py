@@ -1,18 +1,19 @@
-"""Train a U-Net with L_simple, stopped anywhere and continued to the same bits."""
+"""Training of a U-Net with L_simple, which a signal may stop anywhere and a resumed run continues to the same bits."""
 
-from .loop import TrainingDivergedError, check_out, grid_path, resumed_options, train
+from .loop import GRID, check_out, grid_path, resumed_options, train
 from .options import DIGITS, PRECISIONS, TrainOptions
-from .trainer import Trainer, state_path
+from .trainer import Trainer, TrainingDivergedError, make_batch
 
 __all__ = [
     "DIGITS",
+    "GRID",
     "PRECISIONS",
     "TrainOptions",
     "Trainer",
     "TrainingDivergedError",
     "check_out",
     "grid_path",
+    "make_batch",
     "resumed_options",
-    "state_path",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""The loop around the steps: progress, sample grids, saving, and stopping without losing anything."""
+"""The training loop: progress, sample grids, saving, and stopping by a signal."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...samplers.ddim import ddim
 from ...sampling.loop import sample
 from .. import checkpoint, images
 from ..data import ImageData, load
-from ..files import PathLike, check_writable
+from ..files import PathLike, check_writable, only_writer, remove_leftovers, resolved
 from .options import TrainOptions
-from .trainer import Trainer, state_path
+from .trainer import Trainer, TrainingDivergedError
 
-# Losses are read from the device once in so many steps, so that it never waits for the host.
+# Losses are read from the device once in so many steps, so that the device rarely waits for the host.
 READ_EVERY = 10
+# The target of a prediction has a variance of at most 1, so a loss of 1 is that of predicting nothing.
+DIVERGED = 10.0
 GRID = 64
 GRID_STEPS = 50
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or its gradient is no longer a number; the last saved state is good."""
+# Options that a resumed run may change.
+CHANGEABLE = ("steps", "data", "strict")
 
 
 class Stop:
-    """Set by SIGINT (Ctrl-C) or SIGTERM: the loop saves and ends after the step it is in."""
+    """Records SIGINT (Ctrl-C), SIGTERM and SIGHUP; the loop saves and ends after the step that it is in."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Takes the two signals inside the block; a second one does what it does outside."""
+        """Takes the signals inside the block; a second one does what it does outside. ``nohup`` keeps its meaning."""
         if threading.current_thread() is not threading.main_thread():
             yield self  # only the main thread may take signals
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
+            before[hang_up] = signal.getsignal(hang_up)
 
         def handler(number: int, frame: object) -> None:
             self.signal = signal.Signals(number)
@@ -60,48 +63,55 @@ class Stop:
                 signal.signal(number, old)
 
 
+class _StoppedError(Exception):
+    """A signal came while a sample grid was drawn."""
+
+
 def grid_path(out: PathLike) -> pathlib.Path:
-    """Where the sample grids of the run that writes ``out`` go."""
+    """Returns the path of the sample grids of the run that writes ``out``."""
     out = pathlib.Path(out)
     return out.with_name(f"{out.stem}.samples.png")
 
 
 def resumed_options(out: PathLike) -> TrainOptions:
-    """The options of the run whose training state belongs to ``out``.
+    """Returns the options of the run whose training state is in ``out``.
 
     Raises:
-        ValueError: it is missing, truncated or foreign.
+        ValueError: the file is missing, truncated, foreign or without a training state.
     """
-    path = state_path(out)
-    _, metadata = checkpoint.load(path, checkpoint.TRAINING)
+    file, metadata = checkpoint.open_model(out)
+    file.close()
+    if "state" not in metadata:
+        raise ValueError(f"resume: {str(out)!r} is a model without a training state")
     try:
-        return TrainOptions(**metadata["options"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} does not say how it was trained: {error}") from error
+        return TrainOptions(**metadata["state"]["options"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(out)!r} does not say how it was trained: {error}") from error
 
 
 def check_out(out: PathLike, resume: bool, overwrite: bool) -> pathlib.Path:
-    """``out``, after it is known that it can be written and that nobody else's model is lost.
+    """Returns ``out``, after a check that it can be written and that no file of the user is lost.
 
     Raises:
-        ValueError: not a .safetensors in a writable folder; there already, with neither flag; or
-            nothing there to resume.
+        ValueError: not a .safetensors in a writable folder; it or the sample grid is there already, and neither flag is
+            set; or nothing is there to resume.
     """
-    out = check_writable("out", out)
-    if out.suffix != ".safetensors":
+    out = pathlib.Path(out)
+    if out.suffix != ".safetensors" and not out.is_dir():
         raise ValueError(f"out must end in .safetensors; got {str(out)!r}")
     if resume and overwrite:
         raise ValueError("only one of resume and overwrite may be given; got both")
-    if resume and not state_path(out).is_file():
-        raise ValueError(f"resume: there is no training state {str(state_path(out))!r}")
-    present = [path for path in (out, state_path(out)) if path.exists()]
-    if present and not resume and not overwrite:
-        raise ValueError(f"out: {str(present[0])!r} is there already (--resume to continue it, --overwrite to lose it)")
+    if resume and not out.exists():
+        raise ValueError(f"resume: there is no model {str(out)!r}")
+    if out.is_file() and not resume and not overwrite:
+        raise ValueError(f"out: {str(out)!r} is there already (--resume to continue it, --overwrite to lose it)")
+    check_writable("out", out, overwrite=True)
+    check_writable("out", grid_path(out), overwrite=resume or overwrite)
     return out
 
 
 class _Losses:
-    """Reads losses in blocks and keeps their running mean."""
+    """Reads losses from the device in blocks and keeps their running mean."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -111,11 +121,11 @@ class _Losses:
         self.unread.append((loss, norm))
 
     def read(self) -> None:
-        """Folds the unread losses into ``trainer.loss``.
+        """Puts the unread losses into ``trainer.loss``.
 
         Raises:
-            TrainingDivergedError: one is not finite. With fp16 the gradient may overflow: the scaler
-                leaves such a step out.
+            TrainingDivergedError: one is not finite, or their mean is above ``DIVERGED``. With fp16 the gradient may
+                overflow: the scaler leaves such a step out.
         """
         if not self.unread:
             return
@@ -125,21 +135,38 @@ class _Losses:
         for i, (loss, norm) in enumerate(values):
             scaled = self.trainer.options.precision == "fp16"
             if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
-                raise TrainingDivergedError(
-                    f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {first + i + 1} is not a number: "
-                    "try a smaller lr or a longer warmup"
-                )
+                what = "gradient" if math.isfinite(loss) else "loss"
+                raise TrainingDivergedError(f"the {what} of step {first + i + 1} is not a number")
             old = self.trainer.loss
             self.trainer.loss = loss if math.isnan(old) else 0.99 * old + 0.01 * loss
+        mean = sum(loss for loss, _ in values) / len(values)
+        if mean > DIVERGED:
+            raise TrainingDivergedError(f"the loss is {mean:.3g} at step {self.trainer.step}")
 
 
-def draw_grid(trainer: Trainer, out: PathLike) -> None:
-    """Writes 64 samples of the averaged weights (DDIM, 50 steps), a class after another, beside ``out``."""
+def draw_grid(trainer: Trainer, out: PathLike, stop: Stop) -> None:
+    """Writes 64 samples of the averaged weights (DDIM, 50 steps), class after class, beside ``out``.
+
+    A signal ends it before the next step of the sampler; the grid that is there then stays.
+    """
+
+    def check(module: nn.Module, arguments: object) -> None:
+        if stop.signal is not None:
+            raise _StoppedError
+
     options, info = trainer.options, trainer.described()
     steps = min(GRID_STEPS, options.num_timesteps)
     kwargs = {"y": torch.arange(GRID, device=trainer.device) % len(info.classes)} if info.classes else {}
     table = ddim(trainer.schedule, steps, prediction=options.prediction)
-    x = sample(trainer.ema, (GRID, *info.sample_shape), table, seed=options.seed, model_kwargs=kwargs)
+    hook = trainer.ema.register_forward_pre_hook(check)
+    try:
+        x = sample(trainer.ema, (GRID, *info.sample_shape), table, seed=options.seed, model_kwargs=kwargs)
+    except _StoppedError:
+        return
+    finally:
+        hook.remove()
+    if not torch.isfinite(x).all():
+        raise TrainingDivergedError(f"the samples of step {trainer.step} are not numbers")
     images.save_png(images.grid(images.to_uint8(x)), grid_path(out))
 
 
@@ -154,56 +181,107 @@ def train(
     sample_every: int = 1000,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    keep_state: bool = True,
 ) -> Trainer:
-    """Trains a U-Net and writes the model file ``out``, its training state and a grid of samples beside it.
+    """Trains a U-Net and writes the model file ``out``, with its training state, and a grid of samples beside it.
 
     Args:
         options: how; with ``resume`` the same as before, but for ``steps``.
         out: the model file, a .safetensors.
         dataset: the training images; loaded as ``options`` say by default.
-        resume: continue from the training state beside ``out``: to the same bits as a run that never
-            stopped, on one machine with one number of threads.
-        overwrite: a model and training state that are there may be lost.
+        resume: continue from the training state in ``out``: to the same bits as a run that never stopped, on one
+            machine with one number of threads.
+        overwrite: a model and a grid that are there may be lost.
         save_every, sample_every: steps between two states, and between two grids (0: only at the end).
         device: where to train.
         progress: show a tqdm bar.
+        keep_state: leave the training state in the file of a finished run; without it the file is a quarter as long
+            and cannot be resumed.
 
     Returns:
-        The trainer; ``stopped_by`` is not None where SIGINT or SIGTERM ended the run, which then was saved.
+        The trainer; ``stopped_by`` is the signal that ended the run early, after a save, or None.
 
     Raises:
-        ValueError: an option, the data or ``out`` does not fit.
-        TrainingDivergedError: the loss is not a number; files hold the last good state.
+        ValueError: an option, the data or ``out`` does not fit, or another process trains ``out``.
+        TrainingDivergedError: the loss, its gradient or a weight is not a number, or the loss is above ``DIVERGED``;
+            the message says what the file holds.
     """
     for name, value in (("save_every", save_every), ("sample_every", sample_every)):
         if value < 0:
             raise ValueError(f"{name} must be at least 0; got {value}")
-    out = check_out(out, resume, overwrite)
-    check_writable("out", grid_path(out))
-    if dataset is None:
-        dataset = load(options.data, options.image_size, options.grey, progress)
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trainer = Trainer(options, dataset, device)
+    out, device = pathlib.Path(out), torch.device(device)
+    check_out(out, resume, overwrite)
+    with (
+        only_writer("out", out),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        check_out(out, resume, overwrite)  # another run may have ended between the first check and the lock
+        for path in (out, grid_path(out)):
+            remove_leftovers(resolved(path))
         if resume:
             _check_same_run(options, resumed_options(out))
+        if dataset is None:
+            dataset = load(options.data, options.image_size, options.grey, progress, options.background, options.strict)
+        trainer = Trainer(options, dataset, device)
+        if resume:
             trainer.restore(out)
         with Stop().listening() as stop:
-            _run(trainer, out, stop, save_every, sample_every, progress)
+            _run(trainer, out, stop, save_every, sample_every, progress, keep_state)
         trainer.stopped_by = stop.signal
     return trainer
 
 
 def _check_same_run(options: TrainOptions, before: TrainOptions) -> None:
     for name, value in asdict(before).items():
-        if name not in ("steps", "data") and getattr(options, name) != value:
+        if name not in CHANGEABLE and getattr(options, name) != value:
             raise ValueError(f"{name} must be {value!r}, as in the run that is resumed; got {getattr(options, name)!r}")
 
 
-def _run(trainer: Trainer, out: pathlib.Path, stop: Stop, save_every: int, sample_every: int, progress: bool) -> None:
+class _Saver:
+    """Saves a run, and knows which step its file holds."""
+
+    def __init__(self, trainer: Trainer, out: pathlib.Path) -> None:
+        self.trainer, self.out = trainer, out
+        self.saved = trainer.step if trainer.step else None
+        self.loss = trainer.loss
+
+    def save(self, with_state: bool = True) -> None:
+        """Writes the file, if every weight is a number."""
+        self.trainer.check_finite()
+        self.trainer.save(self.out, with_state)
+        self.saved, self.loss = self.trainer.step, self.trainer.loss
+
+    def holds(self) -> str:
+        """Says what the file holds, for an error."""
+        if self.saved is None:
+            return "nothing was saved"
+        return f"{str(self.out)!r} holds step {self.saved}, whose loss was {self.loss:.4g}"
+
+
+def _run(
+    trainer: Trainer,
+    out: pathlib.Path,
+    stop: Stop,
+    save_every: int,
+    sample_every: int,
+    progress: bool,
+    keep_state: bool,
+) -> None:
     """Steps until ``options.steps`` or ``stop``; saves at the end either way."""
+    saver, resumed = _Saver(trainer, out), trainer.step
+    try:
+        _steps(trainer, saver, stop, save_every, sample_every, progress)
+        stays = keep_state or stop.signal is not None
+        if trainer.step != saver.saved or not stays:
+            saver.save(with_state=stays)
+        if stop.signal is None and (trainer.step > resumed or not grid_path(out).exists()):
+            draw_grid(trainer, out, stop)
+    except TrainingDivergedError as error:
+        raise TrainingDivergedError(f"{error}: try a smaller lr or a longer warmup; {saver.holds()}") from error
+
+
+def _steps(trainer: Trainer, saver: _Saver, stop: Stop, save_every: int, sample_every: int, progress: bool) -> None:
     losses, steps = _Losses(trainer), trainer.options.steps
-    saved = trainer.step
     images_in_step = trainer.options.batch_size
     with tqdm(total=steps, initial=trainer.step, desc="training", unit="step", disable=not progress) as bar:
         while trainer.step < steps and stop.signal is None:
@@ -215,13 +293,8 @@ def _run(trainer: Trainer, out: pathlib.Path, stop: Stop, save_every: int, sampl
                 bar.set_postfix_str(f"loss {trainer.loss:.4f}, {rate:.0f} images/s", refresh=False)
             if save_every and trainer.step % save_every == 0:
                 losses.read()
-                trainer.save(out)
-                saved = trainer.step
+                saver.save()
             if sample_every and trainer.step % sample_every == 0 and trainer.step < steps:
                 losses.read()
-                draw_grid(trainer, out)
+                draw_grid(trainer, saver.out, stop)
         losses.read()
-    if trainer.step > saved or not out.exists():
-        trainer.save(out)
-    if stop.signal is None:
-        draw_grid(trainer, out)

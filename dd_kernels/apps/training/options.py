@@ -1,42 +1,60 @@
-"""How to train: the options, their checks, and the defaults for a kind of data."""
+"""The options of a training run, their checks, and the defaults for digits."""
 
 from __future__ import annotations
 
 import math
+import operator
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ...samplers.rows import PREDICTIONS
+from ...schedules import SCHEDULES
+from ..checkpoint import check_timesteps
+from ..data import parse_colour
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_INTEGERS = ("steps", "batch_size", "num_timesteps", "warmup", "seed")
+_FLOATS = ("lr", "weight_decay", "beta1", "beta2", "clip_grad", "ema", "label_drop")
+_SWITCHES = ("grey", "flip", "strict", "unconditional")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. The defaults are DDPM's for CIFAR-10 (Ho et al., 2020, appendix B); ``DIGITS`` is for digits.
+    """The options of a training run. The defaults are DDPM's for CIFAR-10 (Ho et al., 2020, appendix B).
 
     Args:
-        data: "digits", a folder of images or a .npz file.
-        image_size, grey, flip: side that a folder's images are resized to; grey instead of RGB;
-            mirror half of the images (not for digits, whose mirror images mean nothing).
-        config: a name in ``dd_kernels.nn.CONFIGS``; model: U-Net options that replace the configuration's.
+        data: "digits", a folder of images, a folder of a Hugging Face dataset, or a .npz file.
+        image_size, grey: side that a folder's images are resized to; grey instead of RGB.
+        background: colour behind transparent pixels, as CSS spells it ("grey", "#ff0000").
+        strict: refuse a folder with images that cannot be read, instead of skipping them.
+        flip: mirror half of the images (not for digits, whose mirror images mean nothing).
+        config: a name in ``dd_kernels.nn.CONFIGS``; None: a U-Net that fits the images' size, CIFAR-10's at 32.
+        model: U-Net options that replace the configuration's.
         schedule, num_timesteps, prediction: the forward process, and what the model predicts.
-        label_drop: share of the labels replaced by "no class", for classifier-free guidance;
-            unconditional: ignore the labels altogether.
+        label_drop: share of the labels replaced by "no class", for classifier-free guidance.
+        unconditional: ignore the labels altogether.
         steps, batch_size: optimizer steps in all, images in each.
         lr, weight_decay, beta1, beta2, warmup: AdamW; the learning rate grows linearly over ``warmup`` steps.
-        clip_grad: greatest norm of the gradient. ema: decay of the averaged weights, which are the ones shipped.
+        clip_grad: greatest norm of the gradient.
+        ema: decay of the averaged weights, which are those that a model file holds.
         precision: "fp32", or "bf16" / "fp16" for the forward pass (autocast; fp16 with a loss scale).
         seed: of everything random.
+
+    Raises:
+        ValueError: an option is of a wrong type or out of range.
     """
 
     data: str = "digits"
     image_size: int | None = None
     grey: bool = False
+    background: str = "grey"
+    strict: bool = False
     flip: bool = False
-    config: str = "cifar10"
+    config: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     schedule: str = "linear"
     num_timesteps: int = 1000
@@ -56,27 +74,49 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._make_plain()
         self._check("steps", self.steps >= 1, "at least 1")
         self._check("batch_size", self.batch_size >= 1, "at least 1")
-        self._check("num_timesteps", self.num_timesteps >= 1, "at least 1")
+        check_timesteps(self.num_timesteps)
         self._check("warmup", self.warmup >= 0, "at least 0")
         self._check("seed", 0 <= self.seed < 1 << 64, "in [0, 2^64)")
+        self._check("image_size", self.image_size is None or self.image_size >= 1, "at least 1")
         self._check("lr", 0 < self.lr < math.inf, "a positive number")
         self._check("clip_grad", self.clip_grad > 0, "a positive number (inf: no clipping)")
         self._check("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0")
         for name in ("ema", "beta1", "beta2", "label_drop"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._check("prediction", self.prediction in PREDICTIONS, f"one of {', '.join(PREDICTIONS)}")
+        self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+        parse_colour(self.background)
         if self.model.get("learn_variance"):
             raise ValueError("model: learn_variance must be false, since L_simple teaches no variance; got true")
+
+    def _make_plain(self) -> None:
+        """Turns numpy numbers and paths into values that JSON takes."""
+        kinds: dict[str, tuple[Callable[[Any], Any], str]] = {
+            **dict.fromkeys(_INTEGERS, (operator.index, "an integer")),
+            **dict.fromkeys(_FLOATS, (float, "a number")),
+            **dict.fromkeys(_SWITCHES, (bool, "true or false")),
+            "data": (os.fspath, "a string or a path"),
+            "model": (dict, "a mapping"),
+        }
+        if self.image_size is not None:
+            kinds["image_size"] = (operator.index, "an integer")
+        for name, (convert, wanted) in kinds.items():
+            try:
+                value = convert(getattr(self, name))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name} must be {wanted}; got {getattr(self, name)!r}") from error
+            object.__setattr__(self, name, value)
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {wanted}; got {getattr(self, name)!r}")
 
 
-# 8 x 8 images of ten classes: a small model, soon trained. models/README.md says what they give.
+# 8 x 8 images of ten classes need a small model, which trains in minutes. models/README.md has the result.
 DIGITS: dict[str, Any] = {
     "config": "digits",
     "steps": 4000,

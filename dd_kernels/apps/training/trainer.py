@@ -1,7 +1,7 @@
-"""One training step, and a state that continues to the same bits.
+"""One training step, and a state that a resumed run continues from to the same bits.
 
-Nothing random has a state: the images of a step, their timesteps, noise, dropped labels and flips, and
-the seed of dropout are functions of (seed, step). A training state is weights, moments and a number.
+No random generator has a state: the images of a step, their timesteps, noise, dropped labels and flips, and the seed of
+dropout are functions of (seed, step). So a training state is weights, moments and a number of steps.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...nn import UNet, UNetConfig
+from ...nn import CONFIGS, UNet, UNetConfig, fitting_config
 from ...ops import q_sample
-from ...ops.randn import STREAM_TIMESTEPS
+from ...ops.randn import Stream
 from ...schedules import Schedule, named_schedule
 from .. import checkpoint, data
 from ..checkpoint import ModelInfo
 from ..data import ImageData
 from ..files import PathLike
+from ..memory import check_memory
 from .options import PRECISIONS, TrainOptions
 
 
-def state_path(out: PathLike) -> pathlib.Path:
-    """Where the training state lies that belongs to the model file ``out``."""
-    out = pathlib.Path(out)
-    return out.with_name(f"{out.stem}.training.safetensors")
+class TrainingDivergedError(RuntimeError):
+    """The loss, its gradient or the weights are not numbers, or the loss is far above that of predicting nothing."""
 
 
 def build_model(options: TrainOptions, dataset: ImageData) -> tuple[UNet, ModelInfo]:
-    """A fresh U-Net that fits the data, its weights a function of ``options.seed``."""
+    """Returns a fresh U-Net that fits the data; its weights are a function of ``options.seed``.
+
+    Raises:
+        ValueError: no U-Net can be built with the options.
+    """
     labelled = dataset.labels is not None and not options.unconditional
     fitting = {
         "image_size": dataset.images.shape[-1],
@@ -49,11 +52,22 @@ def build_model(options: TrainOptions, dataset: ImageData) -> tuple[UNet, ModelI
     unknown = sorted(options.model.keys() - UNetConfig.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(f"model: {unknown[0]} must be one of {', '.join(UNetConfig.__dataclass_fields__)}")
+    named = {} if options.config is None or options.config not in CONFIGS else CONFIGS[options.config]
+    levels = options.model.get("channels")
+    levels = len(levels) if isinstance(levels, list) else None
+    base = fitting_config(dataset.images.shape[-1], levels) if options.config is None else named
+    if options.config is not None and not named:
+        raise ValueError(f"config must be one of {', '.join(CONFIGS)}; got {options.config!r}")
     torch.manual_seed(options.seed)
     try:
-        model = UNet.from_config(options.config, **{**fitting, **options.model})
-    except TypeError as error:
-        raise ValueError(f"model: no U-Net can be built with {options.model}: {error}") from error
+        config = {**base, **fitting, **options.model}
+        with torch.device("meta"):  # the size is known before memory is asked for
+            size = sum(parameter.numel() for parameter in UNet(**config).parameters())
+        check_memory("training the model (weights, average, gradients and moments)", 5 * 4 * size)
+        model = UNet(**config)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model: no U-Net can be built with {options.model}: {reason}") from error
     classes = dataset.classes if labelled else ()
     info = ModelInfo(model.config, options.schedule, options.num_timesteps, options.prediction, classes, {})
     return model, info
@@ -61,7 +75,7 @@ def build_model(options: TrainOptions, dataset: ImageData) -> tuple[UNet, ModelI
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on: x_0 [N, C, H, W] in [-1, 1], t [N], labels [N] or None."""
+    """The data of one step: x_0 [N, C, H, W] in [-1, 1], t [N], labels [N] or None."""
 
     x_start: Tensor
     t: Tensor
@@ -69,7 +83,7 @@ class Batch:
 
 
 def make_batch(dataset: ImageData, options: TrainOptions, null_label: int | None, step: int) -> Batch:
-    """The batch of step ``step``: a function of (data, options, step), on the CPU."""
+    """Returns the batch of step ``step``, on the CPU: a function of (data, options, step)."""
     size, seed = options.batch_size, options.seed
 
     def words(stream: int) -> Tensor:
@@ -77,20 +91,20 @@ def make_batch(dataset: ImageData, options: TrainOptions, null_label: int | None
 
     x_start, labels = dataset.batch(data.positions(dataset, step * size, size, seed=seed))
     if options.flip:
-        mirrored = (words(data.STREAM_FLIP) & 1).bool()[:, None, None, None]
+        mirrored = (words(Stream.FLIP) & 1).bool()[:, None, None, None]
         x_start = torch.where(mirrored, x_start.flip(-1), x_start)
     if options.unconditional:
         labels = None
     if labels is not None and null_label is not None:
-        dropped = words(data.STREAM_LABEL_DROP) < options.label_drop * 2**32
+        dropped = words(Stream.LABEL_DROP) < options.label_drop * 2**32
         labels = torch.where(dropped, null_label, labels)
-    # Of 32 random bits the high ones choose: word * T / 2^32, uniform on [0, T).
-    t = words(STREAM_TIMESTEPS) * options.num_timesteps >> 32
+    # word * T / 2^32 is uniform on [0, T) for a uniform word of 32 bits.
+    t = words(Stream.TIMESTEPS) * options.num_timesteps >> 32
     return Batch(x_start, t, labels)
 
 
 def target_of(prediction: str, x_start: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    r"""What the model is to predict: noise, x_0, or v = \sqrt{\bar\alpha} noise - \sqrt{1 - \bar\alpha} x_0.
+    r"""Returns the target of the prediction: noise, x_0, or v = \sqrt{\bar\alpha} noise - \sqrt{1 - \bar\alpha} x_0.
 
     v is from Salimans & Ho (2022), appendix D.
     """
@@ -107,7 +121,8 @@ class Trainer:
 
     Attributes:
         model, ema: the weights in training and their average; ``info`` describes both.
-        step: steps done. loss: running mean over about 100 steps, NaN before the first.
+        step: steps done.
+        loss: running mean over about 100 steps, NaN before the first.
         stopped_by: the signal that ended :func:`train` early, or None.
     """
 
@@ -130,9 +145,9 @@ class Trainer:
         self.stopped_by: signal.Signals | None = None
 
     def train_step(self) -> tuple[Tensor, Tensor]:
-        """One step of algorithm 1 of DDPM; (loss, gradient norm), still on the device."""
+        """Makes one step of algorithm 1 of DDPM; returns the loss and the gradient's norm, which stay on the device."""
         options = self.options
-        # Dropout's masks, and whatever else asks torch, are those of this step in every run.
+        # Dropout's masks, and every other draw from torch's generator, depend on the step alone.
         torch.manual_seed((options.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (self.step + 1) / max(options.warmup, 1))
@@ -148,7 +163,7 @@ class Trainer:
         return loss.detach(), norm.detach()
 
     def _loss(self, batch: Batch) -> Tensor:
-        """L_simple, eq. 14 of DDPM: the mean squared error of the prediction."""
+        """Returns L_simple, eq. 14 of DDPM: the mean squared error of the prediction."""
         x_start, t = batch.x_start.to(self.device), batch.t.to(self.device)
         labels = None if batch.labels is None else batch.labels.to(self.device)
         x_t, noise = q_sample(x_start, t, self.schedule, seed=self.options.seed, draw=self.step, return_noise=True)
@@ -160,53 +175,64 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """EMA of the weights; its memory grows with the steps, so that the first ones are soon forgotten."""
+        """Updates the averaged weights; the decay grows with the steps, so that the first weights lose theirs soon."""
         decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     def described(self) -> ModelInfo:
-        """The model's description, with how far it has come."""
+        """Returns the model's description, with the steps done and the loss."""
         training = {**asdict(self.options), "data": pathlib.Path(self.options.data).name}
         return replace(self.info, training={**training, "step": self.step, "loss": self.loss})
 
-    def save(self, out: PathLike) -> None:
-        """Writes the training state, then the model file (the averaged weights), each whole or not at all."""
-        metadata = {
+    def check_finite(self) -> None:
+        """Raises ``TrainingDivergedError`` unless all weights, averages and moments are finite."""
+        for name, value in [*self.ema.state_dict().items(), *self._slots().items()]:
+            if not torch.isfinite(value).all():
+                raise TrainingDivergedError(f"after step {self.step} {name} is not a number")
+
+    def save(self, out: PathLike, with_state: bool = True) -> None:
+        """Writes the model file: the averaged weights and, ``with_state``, the training state; whole or not at all."""
+        weights, info = self.ema.state_dict(), self.described()
+        if not with_state:
+            checkpoint.save_model(out, weights, info)
+            return
+        training = {
             "options": asdict(self.options),
             "step": self.step,
             "loss": self.loss,
             "scaler": self.scaler.state_dict(),
             "fingerprint": self.dataset.fingerprint,
-            **self.described().as_metadata(),
         }
-        checkpoint.save(state_path(out), checkpoint.TRAINING, self._slots(), metadata)
-        checkpoint.save_model(out, self.ema.state_dict(), self.described())
+        checkpoint.save(out, weights, info, self._slots(), training)
 
     def restore(self, out: PathLike) -> None:
-        """Takes up the training state that belongs to ``out``.
+        """Takes up the training state in the model file ``out``.
 
         Raises:
-            ValueError: it is missing, truncated, foreign, or of other data or another model.
+            ValueError: the file is missing, changed, foreign, without a training state, or of other data or model.
         """
-        path = state_path(out)
-        tensors, metadata = checkpoint.load(path, checkpoint.TRAINING)
-        if not {"fingerprint", "scaler", "step", "loss"} <= metadata.keys():
-            raise ValueError(f"{str(path)!r} does not say where it stopped")
-        if metadata["fingerprint"] != self.dataset.fingerprint:
-            raise ValueError(f"data: the images are not those that {str(path)!r} was trained on")
-        wanted = self._slots()
-        if {name: value.shape for name, value in tensors.items()} != {n: v.shape for n, v in wanted.items()}:
-            raise ValueError(f"{str(path)!r} does not hold the weights and moments of this model")
+        file, metadata = checkpoint.open_model(out)
+        with file:
+            training = metadata.get("state")
+            if not isinstance(training, dict) or not {"fingerprint", "scaler", "step", "loss"} <= training.keys():
+                raise ValueError(f"{str(out)!r} does not say where its training stopped")
+            if training["fingerprint"] != self.dataset.fingerprint:
+                raise ValueError(f"data: the images are not those that {str(out)!r} was trained on")
+            slots = {f"{checkpoint.STATE}{name}": slot for name, slot in self._slots().items()}
+            slots.update(self.ema.state_dict())
+            found = {name: entry.shape for name, entry in file.entries.items()}
+            if found != {name: tuple(slot.shape) for name, slot in slots.items()}:
+                raise ValueError(f"{str(out)!r} does not hold the weights and moments of this model")
+            tensors = file.read(checkpoint.KEY)
         with torch.no_grad():
-            for name, slot in wanted.items():
+            for name, slot in slots.items():
                 slot.copy_(tensors[name])
-        self.scaler.load_state_dict(metadata["scaler"])
-        self.step, self.loss = metadata["step"], metadata["loss"]
+        self.scaler.load_state_dict(training["scaler"])
+        self.step, self.loss = training["step"], training["loss"]
 
     def _slots(self) -> dict[str, Tensor]:
-        """Every tensor of a training state by its name; AdamW's moments are made, as 0, where it has none yet."""
+        """Returns every tensor of the training state but the average; AdamW's moments are 0 before the first step."""
         slots = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        slots |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
             if not state:

@@ -28,7 +28,7 @@ def tiny_model(path, **overrides):
 def run(judge, monkeypatch):
     """Runs the command with the classifier that is trained already."""
     monkeypatch.setattr(command, "Judge", lambda train, test: judge)
-    return lambda *arguments: main(["evaluate", "--no-progress", "-n", "12", *arguments])
+    return lambda *arguments: main(["evaluate", "--no-progress", "--overwrite", "-n", "12", *arguments])
 
 
 class TestCommand:
@@ -68,6 +68,19 @@ class TestCommand:
             assert run("--model", model, "--steps", "3", "--etas", "0", "--out", "t.json", *guidance) == 0
             distances.append(json.loads((tmp_path / "t.json").read_text())["cells"][0]["distance"])
         assert distances[0] != distances[1]
+
+    def test_steps_that_do_not_fit_are_found_before_the_classifier_is_trained(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(command, "Judge", None)
+        model = tiny_model(tmp_path / "model.safetensors")
+        assert main(["evaluate", "--model", model, "--steps", "10", "1001"]) == 2
+        assert "steps must be an int in [1, 1000]; got 1001" in capsys.readouterr().err
+
+    def test_nothing_is_replaced_unasked(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(command, "Judge", None)
+        (tmp_path / "t.json").write_text("kept")
+        assert main(["evaluate", "--out", "t.json"]) == 2
+        assert "--out: 't.json' is there already (--overwrite to replace it)" in capsys.readouterr().err
+        assert (tmp_path / "t.json").read_text() == "kept"
 
     @pytest.mark.parametrize("overrides", [{"num_classes": None, "null_class": False}, {"learn_variance": True}])
     def test_other_models(self, run, tmp_path, overrides):

@@ -28,7 +28,7 @@ def test_slerp_is_the_shortest_way_on_the_sphere():
 
 
 def test_interpolate_between_seeds(models):
-    walk = ["interpolate", "--model", models["digits"], "--no-progress", "--steps", 4, "-n", 3]
+    walk = ["interpolate", "--model", models["digits"], "--no-progress", "--overwrite", "--steps", 4, "-n", 3]
     assert run(*walk, "--classes", "4,9", "--out", "walk.npz", "--seeds", 5, 6) == 0
     ends = [pixels("walk.npz")[i] for i in (0, 2, 3, 5)]
     with np.load("walk.npz") as file:
@@ -50,7 +50,18 @@ def test_interpolate_between_seeds(models):
 def test_interpolate_between_images_returns_to_them(models):
     for i, name in enumerate("ab"):
         Image.fromarray(data.digits().images[i, 0].numpy() * 15).save(f"{name}.png")
-    walk = ["interpolate", "--model", models["plain"], "--no-progress", "--images", "a.png", "b.png", "-n", 4]
+    walk = [
+        "interpolate",
+        "--model",
+        models["plain"],
+        "--no-progress",
+        "--overwrite",
+        "--images",
+        "a.png",
+        "b.png",
+        "-n",
+        4,
+    ]
     assert run(*walk, "--steps", 20, "--out", "walk.npz") == 0
     found = pixels("walk.npz").astype(int)
     assert found.shape == (4, 8, 8, 1)
@@ -72,7 +83,7 @@ def test_only_walks_between_seeds_clip_x0(models, monkeypatch):
         return ddim(*arguments, clip=clip, **keywords)
 
     monkeypatch.setattr(interpolate, "ddim", recorded)
-    walk = ["interpolate", "--model", models["digits"], "--no-progress", "--steps", 1, "-n", 2]
+    walk = ["interpolate", "--model", models["digits"], "--no-progress", "--overwrite", "--steps", 1, "-n", 2]
     assert run(*walk) == 0
     assert run(*walk, "--images", "a.png", "a.png") == 0
     assert clips == [1.0, None]
@@ -84,7 +95,7 @@ def test_interpolate_errors(models, capsys):
     for name, flags, message in (
         ("digits", ["-n", 1], "argument -n/--frames: must be an integer of at least 2; got '1'"),
         ("digits", ["--images", "a.png", "bad.png"], "cannot read the image 'bad.png'"),
-        ("digits", ["--images", "a.png", "no.png"], "cannot read the image 'no.png'"),
+        ("digits", ["--images", "a.png", "no.png"], "there is no image 'no.png'"),
         ("digits", ["--images", "a.png", "a.png", "--rows", 2], "--rows must be left out with --images"),
         ("digits", ["--images", "a.png", "a.png", "--seeds", 1, 2], "not allowed with argument"),
         ("undropped", ["--images", "a.png", "a.png"], "--classes none needs a model trained with dropped labels"),

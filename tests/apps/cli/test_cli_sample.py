@@ -100,6 +100,19 @@ def test_sample_into_a_folder_and_columns(models):
         assert picture.size == (37 * 8, 10 * 8)
 
 
+def test_arrays_under_the_names_of_guided_diffusion(models):
+    assert sample(models, "-n", 2, "--steps", 1, "--out", "a.npz", "--npz-names", "arr") == 0
+    with np.load("a.npz") as file:
+        assert file["arr_0"].shape == (2, 8, 8, 1)
+        assert file["arr_1"].tolist() == [0, 1]
+
+
+def test_a_grid_of_a_billion_columns_is_a_row(models):
+    assert sample(models, "-n", 2, "--steps", 1, "--columns", 10**9) == 0
+    with Image.open("samples.png") as picture:
+        assert picture.size == (19 * 8, 10 * 8)
+
+
 def test_classes_by_name_and_backend(models, tmp_path, capsys):
     assert sample(models, "-n", 3, "--steps", 1, "--classes", "7, 2", "--out", "a.npz", "--backend", "reference") == 0
     with np.load("a.npz") as file:
@@ -149,7 +162,12 @@ def test_classes_by_name_and_backend(models, tmp_path, capsys):
         (["--backend", "cuda"], "--backend cuda cannot run on cpu: "),
         (["--backend", "abacus"], "argument --backend: invalid choice: 'abacus'"),
         (["--out", "no/folder.png"], "out: cannot write 'no/folder.png': No such file or directory"),
-        (["--out", "kept"], "out must be a .png, a .npz or a folder; got the file 'kept'"),
+        (["--out", "kept"], "out must be a .png, a .npz or a folder (a name without a suffix); got the file 'kept'"),
+        (["--out", "a.jpg"], "got 'a.jpg', and .jpg is not written"),
+        (["--out", "full/a.png"], "out: 'full/a.png' is there already (--overwrite to replace it)"),
+        (["-n", "4294967295"], "4294967295 images of 8 x 8 x 1 take"),
+        (["-n", "1" + "0" * 30], "argument -n/--num-samples: must be an integer of at least 1"),
+        (["--num", "3"], "unrecognized arguments: --num 3"),
         (["--out", "full"], "out: the folder 'full' holds files already (--overwrite to write into it)"),
         (["--model", "no.safetensors"], "there is no model 'no.safetensors'"),
         (["--model", "kept"], "cannot read 'kept' as a model (safetensors)"),
@@ -171,6 +189,5 @@ def test_errors_that_depend_on_the_model(models, capsys):
     assert "--classes none needs a model trained with dropped labels" in error("undropped", "--classes", "none")
     assert "--classes must be left out: the model has no classes; got '1'" in error("plain", "--classes", "1")
     assert "--guidance needs a model" in error("plain", "--guidance", 2)
-    state = "m.training.safetensors"
-    checkpoint.save(state, checkpoint.TRAINING, {"x": torch.zeros(1)}, {})
-    assert "is a training state; wanted is a model" in fails(capsys, "sample", "--model", state)
+    os.mkfifo("pipe")
+    assert "model must be a regular file; 'pipe' is a pipe or a device" in fails(capsys, "sample", "--model", "pipe")

@@ -22,7 +22,7 @@ def test_train_resume_and_overwrite(capsys):
     train = ["train", "--out", "m.safetensors", *SMALL]
     assert run(*train, "--data", "digits", "--sample-every", 2, "--save-every", 2) == 0
     assert "m.safetensors: step 3, loss" in capsys.readouterr().out
-    assert sorted(os.listdir()) == ["m.safetensors", "m.samples.png", "m.training.safetensors"]
+    assert sorted(os.listdir()) == ["m.safetensors", "m.samples.png"]
     assert "is there already (--resume" in fails(capsys, *train, "--data", "digits")
     assert "lr must be 0.001" in fails(capsys, "train", "--out", "m.safetensors", "--resume", "--lr", 1)
     assert run("train", "--out", "m.safetensors", "--resume", "--steps", 5, "--no-progress") == 0
@@ -40,10 +40,11 @@ def test_every_flag_of_train_reaches_the_options(monkeypatch):
     flags = {
         "data": "digits", "image_size": 16, "config": "cifar10", "schedule": "sigmoid", "num_timesteps": 7,
         "prediction": "v", "label_drop": 0.3, "steps": 9, "batch_size": 3, "lr": 0.5, "weight_decay": 0.1,
+        "background": "#00ff00",
         "beta1": 0.5, "beta2": 0.6, "warmup": 2, "clip_grad": 4.0, "ema": 0.7, "precision": "bf16", "seed": 11,
     }  # fmt: skip
     line = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    switches = ["grey", "flip", "unconditional"]
+    switches = ["grey", "flip", "strict", "unconditional"]
     extra = [
         "--save-every",
         5,
@@ -91,8 +92,43 @@ def test_train_on_a_folder_and_on_npz(capsys):
     assert run("train", "--data", "a.npz", "--out", "n.safetensors", *base) == 0
     assert checkpoint.load_model("n.safetensors")[1].sample_shape == (1, 8, 8)
     pathlib.Path("pictures/bee/broken.png").write_text("no image")
-    error = fails(capsys, "train", "--data", "pictures", "--image-size", 8, "--out", "g.safetensors", *base)
-    assert "broken.png" in error
+    broken = ["train", "--data", "pictures", "--image-size", 8, "--out", "g.safetensors", *base]
+    assert "1 of 4 images in 'pictures' are broken: cannot read the image" in fails(capsys, *broken, "--strict")
+    assert run(*broken) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "warning: skipped 1 of 4 images in 'pictures': cannot read the image 'pictures/bee/broken.png'" in error
+
+
+def test_without_a_configuration_a_model_is_chosen_that_fits(capsys):
+    np.savez("a.npz", images=np.zeros((2, 24, 24), np.uint8))
+    small = ["--set", "channels=[8,8]", "num_groups=4", "num_res_blocks=1", "--num-timesteps", 2, "--batch-size", 1]
+    assert run("train", "--data", "a.npz", "--out", "m.safetensors", *small, "--steps", 1, "--no-progress") == 0
+    config = checkpoint.load_model("m.safetensors")[0].config
+    assert (config["image_size"], config["attention_resolutions"]) == (24, [12])
+
+
+def test_a_preview_is_what_training_sees(capsys):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    np.savez("a.npz", images=images, labels=np.array([0, 1, 0, 1, 0]))
+    preview = ["train", "--data", "a.npz", "--out", "m.safetensors", "--preview", "p.png"]
+    assert run(*preview) == 0
+    assert capsys.readouterr().out == ("p.png: 5 of 5 images, 4 x 4 x 3, values from -1.00 to 1.00, 2 classes: 0, 1\n")
+    assert os.listdir() == ["a.npz", "p.png"] or sorted(os.listdir()) == ["a.npz", "p.png"]
+    with Image.open("p.png") as picture:
+        shown = np.array(picture)[::16, ::16]
+    tiles = {shown[1 + 5 * i : 5 + 5 * i, 1 + 5 * j : 5 + 5 * j].tobytes() for i in range(2) for j in range(3)}
+    assert {image.tobytes() for image in images} <= tiles
+    assert "--preview: 'p.png' is there already" in fails(capsys, *preview)
+    assert "--preview must name a .png" in fails(capsys, *preview[:-1], "p.jpg")
+
+
+def test_a_finished_file_without_its_state(capsys):
+    train = ["train", "--out", "m.safetensors", *SMALL, "--data", "digits", "--sample-every", 0, "--no-state"]
+    assert run(*train) == 0
+    resume = ["train", "--out", "m.safetensors", "--resume", "--no-progress"]
+    assert "resume: 'm.safetensors' is a model without a training state" in fails(capsys, *resume)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +140,7 @@ def test_train_on_a_folder_and_on_npz(capsys):
         (["--data", ".", "--image-size", "8"], "holds no images"),
         (["--data", "text.npz"], "cannot read 'text.npz' as .npz"),
         (["--data", "digits", "--image-size", "16"], "image_size must be that of the data, 8; got 16"),
-        (["--data", "digits", "--resume"], "resume: there is no training state 'm.training.safetensors'"),
+        (["--data", "digits", "--resume"], "resume: there is no model 'm.safetensors'"),
         (["--data", "digits", "--lr", "0"], "lr must be a positive number; got 0.0"),
         (["--data", "digits", "--ema", "1"], "ema must be in [0, 1); got 1.0"),
         (["--data", "digits", "--steps", "0"], "argument --steps: must be an integer of at least 1; got '0'"),
@@ -113,6 +149,13 @@ def test_train_on_a_folder_and_on_npz(capsys):
         (["--data", "digits", "--set", "dropout"], "argument --set: must be NAME=VALUE; got 'dropout'"),
         (["--data", "digits", "--set", "flavour=mint"], "model: flavour must be one of"),
         (["--data", "digits", "--set", "channels=[8,x]"], "channels"),
+        (["--data", "digits", "--set", "channels=[[8,16]]"], "channels must be an integer below 2^31; got [8, 16]"),
+        (["--data", "digits", "--set", 'dropout={"a":[1]}'], "dropout must be a number; got {'a': [1]}"),
+        (["--data", "digits", "--set", "channels=" + "[" * 100000], "channels is nested too deeply"),
+        (["--data", "digits", "--set", "channels=[1048576,1048576]"], "of memory; this machine has"),
+        (["--data", "digits", "--num-timesteps", "1000000000000"], "argument --num-timesteps: must be an integer in"),
+        (["--data", ".", "--image-size", "8", "--background", "mint-ish"], "background must be a colour"),
+        (["--data", "pipe"], "data must be a regular file; 'pipe' is a pipe or a device"),
         (["--data", "digits", "--set", "learn_variance=true"], "learn_variance must be false"),
         (["--data", "digits", "--device", "nowhere"], "--device 'nowhere' cannot be used"),
         (["--data", "digits", "--backend", "cuda"], "--backend cuda cannot run on cpu"),
@@ -122,6 +165,7 @@ def test_train_on_a_folder_and_on_npz(capsys):
 )
 def test_train_errors(capsys, flags, message):
     pathlib.Path("text.npz").write_text("no arrays")
+    os.mkfifo("pipe")
     out = [] if "--out" in flags else ["--out", "m.safetensors"]
     assert message in fails(capsys, "train", *out, "--no-progress", *flags)
 
@@ -131,7 +175,8 @@ def test_train_diverging_is_status_1(monkeypatch, capsys):
     monkeypatch.setattr(Trainer, "train_step", lambda self: tuple(v * torch.nan for v in step(self)))
     assert run("train", "--data", "digits", "--out", "m.safetensors", *SMALL) == 1
     assert capsys.readouterr().err == (
-        "dd_kernels train: error: the loss of step 1 is not a number: try a smaller lr or a longer warmup\n"
+        "dd_kernels train: error: the loss of step 1 is not a number: try a smaller lr or a longer warmup; "
+        "nothing was saved\n"
     )
     assert os.listdir() == []
 
@@ -147,7 +192,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
         patch.setattr(Trainer, "train_step", interrupted)
         assert run("train", "--data", "digits", "--out", "m.safetensors", *SMALL) == 130
     assert "stopped by SIGINT and saved at step 1: loss" in capsys.readouterr().out
-    assert sorted(os.listdir()) == ["m.safetensors", "m.training.safetensors"]
+    assert sorted(os.listdir()) == ["m.safetensors"]
     assert run("train", "--out", "m.safetensors", "--resume", "--no-progress") == 0
     assert "m.safetensors: step 3" in capsys.readouterr().out
 
@@ -171,4 +216,4 @@ def test_a_killed_run_is_saved():
     assert "stopped by SIGTERM and saved at step" in out
     step = int(out.split("saved at step ")[1].split(":")[0])
     assert checkpoint.load_model("m.safetensors")[1].training["step"] == step
-    assert sorted(os.listdir()) == ["m.safetensors", "m.training.safetensors"]  # and no temporary file
+    assert sorted(os.listdir()) == ["m.safetensors"]  # and no temporary file

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from training_runs import options, same, train
+from training_runs import metadata, options, same, train
 
 from dd_kernels.apps import checkpoint, training
-from dd_kernels.apps.training import Trainer, TrainingDivergedError, loop, state_path
+from dd_kernels.apps.training import Trainer, TrainingDivergedError, grid_path, loop
 
 
 @pytest.mark.parametrize("changes", [{}, {"precision": "fp16", "flip": True}, {"precision": "bf16", "prediction": "v"}])
@@ -20,12 +20,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, images
     assert not same(whole, parts)
     torch.manual_seed(99)  # whatever the new process' generator holds
     train(parts, images, resume=True, **changes)
-    assert same(state_path(whole), state_path(parts))
     assert same(whole, parts)
-    assert (
-        checkpoint.load(state_path(whole), "training state")[1]
-        == checkpoint.load(state_path(parts), "training state")[1]
-    )
+    assert metadata(whole) == metadata(parts)
 
 
 def test_training_leaves_the_callers_generator_alone(tmp_path, images):
@@ -53,7 +49,7 @@ def test_the_model_file_is_the_average_and_says_how_it_was_made(tmp_path, images
 def test_not_a_number_stops_and_keeps_the_last_good_state(tmp_path, images, monkeypatch, where):
     out = tmp_path / "a.safetensors"
     train(out, images, steps=4)
-    kept = [p.read_bytes() for p in (out, state_path(out))]
+    kept = out.read_bytes()
     step = Trainer.train_step
 
     def spoiled(self):
@@ -63,9 +59,11 @@ def test_not_a_number_stops_and_keeps_the_last_good_state(tmp_path, images, monk
         return loss, norm
 
     monkeypatch.setattr(Trainer, "train_step", spoiled)
-    with pytest.raises(TrainingDivergedError, match=f"the {where} of step 6 is not a number"):
+    with pytest.raises(
+        TrainingDivergedError, match=rf"the {where} of step 6 is not a number.*holds step 4, whose loss"
+    ):
         train(out, images, resume=True, steps=20)
-    assert [p.read_bytes() for p in (out, state_path(out))] == kept
+    assert out.read_bytes() == kept
 
 
 def test_a_state_is_never_saved_from_a_step_that_was_not_checked(tmp_path, images, monkeypatch):
@@ -77,7 +75,32 @@ def test_a_state_is_never_saved_from_a_step_that_was_not_checked(tmp_path, image
     )
     with pytest.raises(TrainingDivergedError, match="step 7"):
         train(out, images, steps=20)
-    assert checkpoint.load(state_path(out), "training state")[1]["step"] == 4
+    assert metadata(out)["step"] == 4
+
+
+def test_weights_that_are_not_numbers_are_never_saved(tmp_path, images, monkeypatch):
+    # The loss of step 8 is fine, and its update is what breaks the weights.
+    out = tmp_path / "a.safetensors"
+    step = Trainer.train_step
+
+    def spoiled(self):
+        result = step(self)
+        if self.step == 8:
+            next(self.model.parameters()).data.fill_(math.inf)
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", spoiled)
+    with pytest.raises(TrainingDivergedError, match=r"after step 8 model\..* is not a number.*holds step 4"):
+        train(out, images, steps=20)
+    assert metadata(out)["step"] == 4
+
+
+def test_a_loss_that_grows_without_end_is_divergence(tmp_path, images, monkeypatch):
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: (step(self)[0] * 0 + 3.0**self.step, torch.ones(())))
+    with pytest.raises(TrainingDivergedError, match=r"the loss is .* at step 4.*nothing was saved"):
+        train(tmp_path / "a.safetensors", images, steps=20)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fp16_overflow_is_left_out_by_the_scaler(tmp_path, images, monkeypatch):
@@ -86,7 +109,7 @@ def test_fp16_overflow_is_left_out_by_the_scaler(tmp_path, images, monkeypatch):
     assert train(tmp_path / "a.safetensors", images, steps=1, precision="fp16").step == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_after_the_step_it_came_in(tmp_path, images, monkeypatch, number):
     out, whole = tmp_path / "a.safetensors", tmp_path / "whole.safetensors"
     step = Trainer.train_step
@@ -150,16 +173,99 @@ def test_a_run_that_was_stopped_before_its_first_step_resumes(tmp_path, images, 
     assert same(out, whole)
 
 
+def test_nohup_keeps_its_meaning(tmp_path, images, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    step = Trainer.train_step
+
+    def interrupted(self):
+        signal.raise_signal(signal.SIGHUP)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    try:
+        assert train(tmp_path / "a.safetensors", images).stopped_by is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_the_drawing_of_a_grid(tmp_path, images, monkeypatch):
+    out, calls = tmp_path / "a.safetensors", []
+
+    def sample(model, *arguments, **options):
+        calls.append(len(calls))
+        signal.raise_signal(signal.SIGTERM)
+        return model(torch.zeros(1, 1, 8, 8), torch.zeros(1))
+
+    monkeypatch.setattr(loop, "sample", sample)
+    assert train(out, images, steps=2).stopped_by == signal.SIGTERM
+    assert len(calls) == 1
+    assert metadata(out)["step"] == 2
+    assert not grid_path(out).exists()
+
+
 def test_grids_and_saves_come_when_asked_for(tmp_path, images, monkeypatch):
     events = []
-    monkeypatch.setattr(Trainer, "save", lambda self, out: events.append(("save", self.step)))
-    monkeypatch.setattr(loop, "draw_grid", lambda run, out: events.append(("grid", run.step)))
+    monkeypatch.setattr(Trainer, "save", lambda self, out, with_state: events.append(("save", self.step)))
+    monkeypatch.setattr(loop, "draw_grid", lambda run, out, stop: events.append(("grid", run.step)))
     training.train(options(steps=6), tmp_path / "a.safetensors", dataset=images, save_every=3, sample_every=2)
-    assert events == [("grid", 2), ("save", 3), ("grid", 4), ("save", 6), ("save", 6), ("grid", 6)]
+    assert events == [("grid", 2), ("save", 3), ("grid", 4), ("save", 6), ("grid", 6)]
 
 
 def test_drawing_a_grid_changes_nothing(tmp_path, images):
     a, b = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     training.train(options(), a, dataset=images, sample_every=2)
     training.train(options(), b, dataset=images, sample_every=0)
-    assert same(state_path(a), state_path(b))
+    assert same(a, b)
+
+
+def test_a_second_trainer_of_one_file_is_refused(tmp_path, images, monkeypatch):
+    out, refused = tmp_path / "a.safetensors", []
+    step = Trainer.train_step
+
+    def beside(self):
+        if self.step == 1:
+            with pytest.raises(ValueError, match="another process is writing"):
+                training.train(options(), out, dataset=images, overwrite=True)
+            refused.append(True)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", beside)
+    train(out, images, steps=2)
+    assert refused == [True]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "a.samples.png"]
+
+
+def test_a_finished_run_resumes_to_the_same_file_and_a_changed_one_is_refused(tmp_path, images):
+    out = tmp_path / "a.safetensors"
+    train(out, images)
+    before = out.read_bytes()
+    assert train(out, images, resume=True).step == 6
+    assert out.read_bytes() == before
+    changed = bytearray(before)
+    changed[-1] ^= 1
+    out.write_bytes(changed)
+    with pytest.raises(ValueError, match="the checksum differs"):
+        train(out, images, resume=True)
+
+
+def test_a_file_without_its_state_is_small_and_says_so(tmp_path, images):
+    out = tmp_path / "a.safetensors"
+    train(out, images)
+    weights, size = checkpoint.load_model(out)[0].state_dict(), out.stat().st_size
+    training.train(options(), out, dataset=images, resume=True, keep_state=False)
+    assert out.stat().st_size < 0.3 * size
+    assert all(torch.equal(value, weights[name]) for name, value in checkpoint.load_model(out)[0].state_dict().items())
+    with pytest.raises(ValueError, match="is a model without a training state"):
+        train(out, images, resume=True)
+
+
+def test_leftovers_of_dead_runs_go_and_the_grid_is_not_lost(tmp_path, images):
+    out = tmp_path / "a.safetensors"
+    (tmp_path / ".a.safetensors.0123.part").write_bytes(b"half")
+    (tmp_path / ".a.samples.png.0123.part").write_bytes(b"half")
+    grid_path(out).write_bytes(b"the user's")
+    with pytest.raises(ValueError, match=r"a\.samples\.png.* is there already"):
+        train(out, images)
+    assert grid_path(out).read_bytes() == b"the user's"
+    training.train(options(steps=1), out, dataset=images, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "a.samples.png"]

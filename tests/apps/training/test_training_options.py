@@ -3,12 +3,16 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
-from training_runs import TINY, options, train
+import torch
+from training_runs import TINY, metadata, options, train
 
 from dd_kernels.apps import checkpoint, training
-from dd_kernels.apps.training import TrainOptions, state_path, trainer
+from dd_kernels.apps.data import ImageData
+from dd_kernels.apps.training import TrainOptions, trainer
 from dd_kernels.apps.training.options import DIGITS
+from dd_kernels.nn import CONFIGS, UNet, fitting_config
 
 
 @pytest.mark.parametrize(
@@ -31,6 +35,13 @@ from dd_kernels.apps.training.options import DIGITS
         ("label_drop", 1.5),
         ("prediction", "future"),
         ("precision", "fp8"),
+        ("schedule", "wavy"),
+        ("num_timesteps", 10**12),
+        ("background", "mint-ish"),
+        ("steps", "many"),
+        ("lr", None),
+        ("image_size", 0),
+        ("model", 3),
     ],
 )
 def test_options_are_checked(name, value):
@@ -43,7 +54,12 @@ def test_options_are_checked(name, value):
     [
         ({"flavour": 1}, "flavour must be one of"),
         ({"num_classes": 3}, "num_classes follows from the data"),
-        ({"channels": "x"}, "no U-Net can be built with"),
+        ({"channels": "x"}, "channels must be a list of integers; got 'x'"),
+        ({"channels": [[8, 16]]}, r"channels must be an integer below 2\^31; got \[8, 16\]"),
+        ({"channels": [8, 2**40]}, "channels must be an integer"),
+        ({"dropout": {"nested": 1}}, "dropout must be a number"),
+        ({"scale_shift": "yes"}, "scale_shift must be true or false"),
+        ({"channels": [1 << 20, 1 << 20]}, "takes .* GiB of memory"),
         ({"num_groups": 7}, "num_groups"),
     ],
 )
@@ -59,19 +75,35 @@ def test_other_errors(tmp_path, images):
         training.train(options(), tmp_path / "a.safetensors", dataset=images, save_every=-1)
 
 
+@pytest.mark.parametrize("size", [7, 8, 24, 28, 32, 60, 256])
+def test_without_a_configuration_the_model_fits_the_images(size):
+    config = fitting_config(size)
+    with torch.device("meta"):
+        UNet(in_channels=3, **{name: value for name, value in config.items() if name != "in_channels"})
+    assert config == CONFIGS["cifar10"] or size != 32
+    assert {**config, "dropout": 0.0} == {"dropout": 0.0, **CONFIGS["lsun256"]} or size != 256
+    dataset = ImageData(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    model, _ = trainer.build_model(options(config=None, model={"channels": [8], "num_groups": 4}), dataset)
+    assert model.config["image_size"] == size
+
+
+def test_numpy_numbers_and_paths_are_options(tmp_path, images):
+    numbers = {"steps": np.int64(1), "lr": np.float32(0.01), "seed": np.uint8(3), "data": tmp_path}
+    run = options(**numbers, model={**TINY, "channels": np.array([8, 16]), "num_groups": np.int64(4)})
+    training.train(run, tmp_path / "a.safetensors", dataset=images, save_every=np.int64(1), sample_every=0)
+    assert metadata(tmp_path / "a.safetensors")["options"]["steps"] == 1
+
+
 def test_the_digits_defaults_are_options():
     assert TrainOptions(**DIGITS).precision == "fp32"
 
 
 def test_out_is_never_lost(tmp_path, images):
     out = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match="resume: there is no training state"):
+    with pytest.raises(ValueError, match="resume: there is no model"):
         train(out, images, resume=True)
     train(out, images, steps=1)
     with pytest.raises(ValueError, match=r"a\.safetensors.* is there already"):
-        train(out, images)
-    out.unlink()
-    with pytest.raises(ValueError, match=r"a\.training\.safetensors.* is there already"):
         train(out, images)
     training.train(options(steps=1), out, dataset=images, overwrite=True)
     for path, message in (
@@ -93,22 +125,25 @@ def test_resuming_another_run_is_refused(tmp_path, images):
     changed = dataclasses.replace(images, images=images.images.flip(0))
     with pytest.raises(ValueError, match="data: the images are not those"):
         train(out, changed, resume=True)
-    state = state_path(out)
-    tensors, metadata = checkpoint.load(state, checkpoint.TRAINING)
-    tensors.pop("ema.conv_out.bias")
-    body = {k: v for k, v in metadata.items() if k not in ("format", "kind")}
-    checkpoint.save(state, checkpoint.TRAINING, tensors, body)
+    file, found = checkpoint.open_model(out)
+    with file:
+        tensors, info, body = file.read(checkpoint.KEY), checkpoint.ModelInfo.from_metadata(out, found), found["state"]
+    tensors.pop("training.model.conv_out.bias")
+
+    def write(training_state):
+        checkpoint.save(out, tensors, info, {}, training_state)
+
+    write(body)
     with pytest.raises(ValueError, match="does not hold the weights and moments"):
         train(out, images, resume=True)
-    body.pop("scaler")
-    checkpoint.save(state, checkpoint.TRAINING, tensors, body)
-    with pytest.raises(ValueError, match="does not say where it stopped"):
+    write({name: value for name, value in body.items() if name != "scaler"})
+    with pytest.raises(ValueError, match="does not say where its training stopped"):
         train(out, images, resume=True)
-    for wrong in ({}, {"options": {"flavour": "mint"}}, {"options": 3}):
-        checkpoint.save(state, checkpoint.TRAINING, tensors, wrong)
+    for wrong in ({}, {"options": {"flavour": "mint"}}, {"options": 3}, {"options": {"lr": "fast"}}):
+        write(wrong)
         with pytest.raises(ValueError, match="does not say how it was trained"):
             train(out, images, resume=True)
-    whole = state.read_bytes()
-    state.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"cannot read .* as a training state"):
+    whole = out.read_bytes()
+    out.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot read .* as a model"):
         train(out, images, resume=True)

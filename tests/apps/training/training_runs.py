@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import load_file
 
-from dd_kernels.apps import training
+from dd_kernels.apps import checkpoint, training
 from dd_kernels.apps.training import TrainOptions
 
 TINY = {"channels": [8, 16], "num_heads": 2, "num_groups": 4, "attention_resolutions": [4]}
@@ -29,7 +29,15 @@ def train(out, images, resume=False, **changes):
     return training.train(options(**changes), out, dataset=images, resume=resume, save_every=4, sample_every=0)
 
 
+def metadata(path):
+    """The training state's metadata in a model file."""
+    file, found = checkpoint.open_model(path)
+    file.close()
+    return found["state"]
+
+
 def same(a, b):
+    """Whether two files hold equal tensors: the model's and the training state's."""
     first, second = load_file(a), load_file(b)
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)

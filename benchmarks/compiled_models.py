@@ -1,8 +1,8 @@
 """Whole models by one line, ``torch.compile(model, backend="dd_kernels")``, beside eager PyTorch.
 
-    python -m benchmarks.bench_models                   the table, at widths that a small machine runs
-    python -m benchmarks.bench_models --full cifar10    one model at its public width
-    python -m benchmarks.bench_models --inductor --batch 1 8
+    python -m benchmarks.compiled_models                   the table, at widths that a small machine runs
+    python -m benchmarks.compiled_models --full cifar10    one model at its public width
+    python -m benchmarks.compiled_models --inductor --batch 1 8
 
 Of each model: its norms and how many the fused kernel computes, the graphs that Dynamo captured and the seconds that it
 took, the largest difference to float64 beside eager's, and the speed as the median of the ratios of paired calls. The

@@ -1,0 +1,55 @@
+"""Training images by the name of their source."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from ..files import PathLike, check_readable
+from .arrays import npz_file
+from .dataset import ImageData
+from .digits import digits
+from .folder import image_folder
+from .pictures import parse_colour
+from .tables import huggingface_folder, table_files
+
+
+def load(
+    source: PathLike,
+    image_size: int | None = None,
+    grey: bool = False,
+    progress: bool = False,
+    background: str = "grey",
+    strict: bool = False,
+) -> ImageData:
+    """Returns the images of ``source``: "digits", a .npz file, a folder of images or of a Hugging Face dataset.
+
+    Args:
+        source: the name or the path.
+        image_size, grey, background, strict: how a folder's images are read, see :func:`image_folder`.
+        progress: show a tqdm bar.
+
+    Raises:
+        ValueError: none of these, or not readable; a folder without ``image_size``; ``grey`` without a folder.
+    """
+    source = os.fspath(source)
+    path = pathlib.Path(source)
+    if path.is_dir():
+        if image_size is None:
+            raise ValueError(f"image_size must be given for the folder of images {source!r}")
+        read = huggingface_folder if table_files(path) else image_folder
+        return read(path, int(image_size), 1 if grey else 3, progress, parse_colour(background), strict)
+    if source == "digits":
+        data = digits("train")
+    elif path.exists():
+        data = npz_file(check_readable("data", path))
+    else:
+        raise ValueError(
+            f"data must be 'digits', a folder of images or a .npz file; got {source!r}, which is not there"
+        )
+    if grey:
+        raise ValueError(f"grey may be given only for a folder of images; got it for {source!r}")
+    side = data.images.shape[-1]
+    if image_size not in (None, side):
+        raise ValueError(f"image_size must be that of the data, {side}; got {image_size}")
+    return data
