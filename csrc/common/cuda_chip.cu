@@ -12,11 +12,11 @@ namespace dd::cuda {
 namespace {
 
 constexpr int kFirstWithClusters = 9;          // compute capability
-constexpr size_t kMostSharedBytes = 48 << 10;  // of a block that has not asked for more
+constexpr size_t kMostSharedBytes = 48 << 10;  // per block, without opting in to more
 
 void check(cudaError_t error) {
     if (error != cudaSuccess) {
-        throw std::runtime_error(std::string("dd_kernels: the CUDA device cannot be asked: ") +
+        throw std::runtime_error(std::string("dd_kernels: a query of the CUDA device failed: ") +
                                  cudaGetErrorString(error));
     }
 }
@@ -33,16 +33,16 @@ int current_device() {
     return device;
 }
 
-// Whether the kernel that runs here was compiled for clusters: one for an older chip, which the driver has compiled
-// again from its PTX, has no instruction to reach another block.
-bool knows_clusters(const void* kernel) {
+// Whether the kernel was compiled for an architecture with clusters. The driver compiles the PTX of an older one for
+// this chip too, but that code has no instruction to reach another block's shared memory.
+bool has_cluster_code(const void* kernel) {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.ptxVersion >= 10 * kFirstWithClusters;
 }
 
-// Whether any cluster of this size finds its multiprocessors: parts of a chip (MIG) may be too small for it.
-bool runs_in(int cluster, const void* kernel, int threads) {
+// Whether a cluster of this size can be resident at all: a part of a chip (MIG) may have too few multiprocessors.
+bool can_be_resident(int cluster, const void* kernel, int threads) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -55,7 +55,7 @@ bool runs_in(int cluster, const void* kernel, int threads) {
     config.numAttrs = 1;
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters > 0;
-    (void)cudaGetLastError();  // or the next launch would report it
+    (void)cudaGetLastError();  // clears the error, which the next launch would report
     return false;
 }
 
@@ -68,8 +68,8 @@ int largest_cluster(const void* kernel, int threads) {
     std::lock_guard<std::mutex> lock(mutex);
     auto [entry, is_new] = found.emplace(std::make_pair(current_device(), kernel), most);
     int& cluster = entry->second;
-    if (is_new && !knows_clusters(kernel)) cluster = 1;
-    while (is_new && cluster > 1 && !runs_in(cluster, kernel, threads)) cluster /= 2;
+    if (is_new && !has_cluster_code(kernel)) cluster = 1;
+    while (is_new && cluster > 1 && !can_be_resident(cluster, kernel, threads)) cluster /= 2;
     return cluster;
 }
 

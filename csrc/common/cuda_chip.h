@@ -1,22 +1,22 @@
-// What a plan needs to know of the GPU.
+// The properties of the GPU that kernels are planned by.
 #pragma once
 
 #include <cstdint>
 
 namespace dd::cuda {
 
-constexpr int kPortableCluster = 8;  // blocks that every chip with clusters lets share their memory
+constexpr int kPortableCluster = 8;  // the cluster size that every chip with clusters supports
 
 struct Chip {
-    int sm_count, max_cluster;  // max_cluster: blocks that can share their memory; 1 before Hopper
+    int sm_count, max_cluster;  // max_cluster is 1 before Hopper
     int64_t l2_bytes;
 };
 
-// The current device; asked once.
+// Returns the properties of the current device, which are queried once per device.
 const Chip& current_chip();
 
-// The largest cluster that a kernel with blocks of so many threads runs in on the current device, whatever
-// shared memory it is launched with; asked once for every kernel.
+// Returns the largest cluster size at which `kernel`, in blocks of `threads`, can be resident on the current device
+// with 48 KiB of shared memory per block. Queried once per kernel and device.
 int largest_cluster(const void* kernel, int threads);
 
 }  // namespace dd::cuda

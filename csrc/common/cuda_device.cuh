@@ -1,5 +1,5 @@
-// What a kernel reads and writes with: 16 bytes at a time, as floats whatever the dtype in memory; and
-// the few instructions that CUDA C++ has no cheap name for.
+// Loads, stores and conversions of CUDA kernels: 16 bytes at a time, as floats whatever the dtype in memory. Also wraps
+// the PTX instructions that CUDA C++ has no cheap function for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,10 +12,10 @@
 
 namespace dd::cuda {
 
-// __CUDACC__: a host compiler that builds the kernels for a test brings these along.
+// Where a host compiler builds the kernels for a test, tests/csrc/host defines these functions.
 #ifdef __CUDACC__
 
-// Two floats, rounded to nearest even, in the low and high half of a word.
+// Returns two floats, rounded to nearest even, in the low and the high half of a word.
 DD_DEVICE uint32_t pack_bfloat16(float low, float high) {
     uint32_t word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
@@ -34,14 +34,14 @@ DD_DEVICE float float16_to_float(uint16_t bits) {
     return value;
 }
 
-// In one access: an assignment of what a condition chose, the compiler splits into four.
+// Stores in one access. The compiler splits an assignment of values that a condition selected into four.
 DD_DEVICE void store_16_bytes(void* p, uint4 words) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words.x), "r"(words.y), "r"(words.z),
                  "r"(words.w)
                  : "memory");
 }
 
-// 2^v and 1 / v to 2 ulp, one instruction of the special function unit each.
+// 2^v and 1 / v within 2 ulp (PTX ISA), by one instruction of the special function unit each; subnormals become 0.
 DD_DEVICE float fast_exp2(float v) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
@@ -62,25 +62,25 @@ DD_DEVICE unsigned opaque(unsigned v) {
     return same;
 }
 
-// The block's shared memory, as long as its launch asked for.
+// Returns the block's dynamic shared memory.
 DD_DEVICE float* shared_memory() {
     extern __shared__ float4 memory[];
     return reinterpret_cast<float*>(memory);
 }
 
-// A thread-block cluster; outside one, a cluster is a single block.
+// Functions of a thread-block cluster. Before Hopper every cluster is a single block.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
 DD_DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// A barrier in two halves that orders no memory: none passes the second before all have passed the first. A block
-// that others have read may end then; a release would wait for whatever it has stored.
+// A barrier in two halves that orders no memory: no block passes the second before all have passed the first. After it
+// a block that others have read from may end. A barrier with release semantics would also wait for the block's stores.
 DD_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DD_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
-// The value at the same place in the shared memory of the cluster's block `rank`.
+// Returns the value at the same address in the shared memory of the cluster's block `rank`.
 DD_DEVICE float load_from_rank(const float* here, unsigned rank) {
     uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
     float value;
@@ -107,14 +107,14 @@ DD_DEVICE float bfloat16_to_float(uint32_t bits) { return __uint_as_float(bits <
 
 constexpr int kWarp = 32;
 
-// The sum over a warp, the same bits in every lane.
+// Returns the sum over a warp, with the same bits in every lane.
 DD_DEVICE float warp_sum(float v) {
 #pragma unroll
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
     return v;
 }
 
-// How many elements 16 bytes hold.
+// Returns how many elements 16 bytes hold.
 DD_HOST_DEVICE constexpr int vector_length(DType dtype) { return dtype == DType::float32 ? 4 : 8; }
 
 DD_HOST_DEVICE constexpr int element_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
@@ -152,7 +152,7 @@ DD_DEVICE uint4 pack(const float* v) {
     return {word[0], word[1], word[2], word[3]};
 }
 
-// As a tensor of the dtype would hold it.
+// Rounds a float to the dtype, as storing it in a tensor would.
 template <DType dtype>
 DD_DEVICE float round_to(float v) {
     if constexpr (dtype == DType::bfloat16) return bfloat16_to_float(pack_bfloat16(v, 0.0f));

@@ -1,4 +1,4 @@
-// Starts a kernel; what it takes is one struct.
+// Launches a kernel that takes one struct of arguments.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,12 +17,12 @@ struct Grid {
     int64_t blocks = 0, rows = 1;  // x and y
     int threads = 0;
     int64_t shared_bytes = 0;
-    int cluster = 1;  // blocks that share their memory
+    int cluster = 1;  // blocks that can read each other's shared memory
 };
 
 constexpr int64_t kMaxGridBlocks = 0x7fffffff, kMaxGridRows = 65535;
 
-// Throws std::runtime_error with the kernel's name where it cannot start. An empty grid is no launch.
+// Throws std::runtime_error with the kernel's name if the launch fails. Does nothing for an empty grid.
 template <class Arguments>
 void launch(const char* name, void (*kernel)(Arguments), const Grid& grid, cudaStream_t stream,
             const Arguments& arguments) {
@@ -48,7 +48,7 @@ void launch(const char* name, void (*kernel)(Arguments), const Grid& grid, cudaS
     }
 }
 
-// start(dtype), the dtype a std::integral_constant that templates can take.
+// Calls start(std::integral_constant<DType, dtype>), which makes the dtype a template argument.
 template <class Start>
 auto for_dtype(DType dtype, const Start& start) {
     switch (dtype) {

@@ -1,4 +1,4 @@
-// The functions that every formula.h is written with, for one float on a GPU; vec.h has those for a vector.
+// Defines for one float on a GPU the functions that every formula.h calls; vec.h defines them for a vector on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ typedef float Vec;
 typedef int32_t VecI;
 typedef uint32_t VecU;
 
-// The same bits as another type.
+// Returns the same bits as another type.
 template <class To, class From>
 DD_HOST_DEVICE To bits_as(From from) {
     static_assert(sizeof(To) == sizeof(From), "bits_as keeps every bit");
@@ -32,7 +32,7 @@ DD_HOST_DEVICE Vec to_float(VecI v) { return static_cast<float>(v); }
 
 DD_HOST_DEVICE Vec select(bool condition, Vec yes, Vec no) { return condition ? yes : no; }
 
-// As torch.clamp: NaN stays NaN.
+// Clamps as torch.clamp does: NaN stays NaN.
 DD_HOST_DEVICE Vec clamp(Vec v, Vec low, Vec high) {
 #ifdef __CUDA_ARCH__
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(v), "f"(low));
@@ -46,7 +46,7 @@ DD_HOST_DEVICE Vec clamp(Vec v, Vec low, Vec high) {
 
 DD_HOST_DEVICE Vec fma(Vec a, Vec b, Vec c) { return ::fmaf(a, b, c); }
 
-// On the device to an ulp (PTX ISA): exactly rounded it takes three times the instructions.
+// Within 1 ulp on the device (PTX ISA, sqrt.approx); the correctly rounded form takes three times the instructions.
 DD_HOST_DEVICE Vec sqrt(Vec v) {
 #ifdef __CUDA_ARCH__
     float result;
@@ -59,7 +59,7 @@ DD_HOST_DEVICE Vec sqrt(Vec v) {
 
 DD_HOST_DEVICE Vec abs(Vec v) { return ::fabsf(v); }
 
-// -2 (w + 1) 2^-32, after w is rounded to float: the product is exact.
+// Returns -2 (w + 1) 2^-32, in which only the conversion of w to float and the sum are rounded.
 DD_HOST_DEVICE Vec minus_two_uniform(VecU w) { return fma(static_cast<float>(w), -0x1p-31f, -0x1p-31f); }
 
 }  // namespace dd::cuda

@@ -1,4 +1,4 @@
-// Where torch wants a CUDA op to run, and the op's registration.
+// Takes the device and the stream of a CUDA op from torch, and registers the op.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,8 +11,8 @@ namespace dd::cuda {
 
 using CurrentStreamFunction = AOTITorchError (*)(int32_t device_index, void** stream);
 
-// A build against a torch without CUDA has no libtorch_cuda to link with. Where this library is loaded
-// torch has brought its own, which is found by its name.
+// Finds the function by name in the libtorch_cuda that is loaded: a build against a torch without CUDA has none to
+// link.
 inline CurrentStreamFunction current_stream_function() {
     void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     void* function = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
@@ -20,15 +20,15 @@ inline CurrentStreamFunction current_stream_function() {
     return reinterpret_cast<CurrentStreamFunction>(function);
 }
 
-// The device of x is the current one for as long as this lives; stream is torch's current stream there.
+// Makes the device of x the current one during its lifetime; `stream` is torch's current stream on that device.
 class OnDevice {
 public:
     explicit OnDevice(const torch::stable::Tensor& x) : guard_(x.get_device_index()) {
         static const auto current_stream = current_stream_function();
         void* handle = nullptr;
-        // torch 2.13 has a macro for this; 2.10 and 2.11 have not.
+        // Spelled out, because the macro for this is missing in torch 2.10 and 2.11.
         STD_TORCH_CHECK(current_stream(x.get_device_index(), &handle) == AOTI_TORCH_SUCCESS,
-                        "dd_kernels: torch does not tell its current CUDA stream");
+                        "dd_kernels: torch could not return its current CUDA stream");
         stream = static_cast<cudaStream_t>(handle);
     }
 

@@ -1,10 +1,10 @@
-// A unit: the elements of one sample that one thread of an elementwise kernel handles.
+// Partitions the elements of a sample into units: the elements that one thread of an elementwise kernel handles.
 //
-// Noise counts elements in [channels][pixels] order, four to a Philox call, whatever the order in
-// memory. A unit therefore covers whole calls in both orders: rows of eight consecutive elements
-// (16 bytes of a 16-bit dtype, twice that of float32), drawn by as many calls as they hold quads. Where there is
-// float32, two threads take every other quad of their sixteen elements: L2 takes sectors of 32 bytes, which they
-// then fill together, and what they have in 16 bits they read and write by 16 bytes and exchange.
+// Noise counts elements in [channels][pixels] order, four (a quad) per call of Philox, whatever the order in memory. A
+// unit therefore holds whole quads in both orders. It consists of rows of eight consecutive elements: 16 bytes of a
+// 16-bit dtype, 32 bytes of float32. In the order `paired`, which serves float32, two threads share sixteen elements
+// and each takes every other quad, so that together they fill L2's sectors of 32 bytes with each access; 16-bit
+// tensors are still accessed by 16 bytes per thread, and the pair exchanges half of them.
 #pragma once
 
 #include <initializer_list>
@@ -21,8 +21,8 @@ enum class Order {
     channels_3,  // channels last, three of them: eight pixels
     channels_4,  // channels last, four of them: eight pixels
     channels_8,  // channels last, a multiple of eight: eight channels of four pixels
-    any,         // one element, for every other shape and for addresses that are no multiple of 16
-    paired,      // contiguous: every other quad of the sixteen elements of two threads
+    any,         // one element: for all other shapes and for addresses that are not multiples of 16
+    paired,      // contiguous: two threads share sixteen elements, each has every other quad
 };
 
 constexpr int kUnitThreads = 128;
@@ -31,10 +31,10 @@ DD_HOST_DEVICE constexpr int unit_rows(Order order) {
     return order == Order::channels_3 ? 3 : order == Order::channels_4 || order == Order::channels_8 ? 4 : 1;
 }
 
-// Elements from the first to the second quad of a row.
+// Distance in elements between the two quads of a row.
 DD_HOST_DEVICE constexpr int quad_gap(Order order) { return order == Order::paired ? 8 : 4; }
 
-// Blocks to a multiprocessor that the registers are planned for: 64 a thread, or 168.
+// Blocks per multiprocessor that the compiler plans registers for: 64 per thread, or 168.
 DD_HOST_DEVICE constexpr int unit_blocks(Order order) { return unit_rows(order) == 1 ? 8 : 3; }
 
 DD_HOST_DEVICE constexpr int unit_width(Order order) { return order == Order::any ? 1 : 8; }
@@ -66,7 +66,7 @@ inline Order order_of(const Layout& layout, std::initializer_list<Operand> opera
     auto is_float32 = [](const Operand& operand) { return operand && operand.dtype == DType::float32; };
     if (layout.channels == 1) {
         if (layout.pixels % 8 != 0) return Order::any;
-        const bool whole_warps = layout.pixels % (8 * kWarp) == 0;  // so that no thread waits for one without a unit
+        const bool whole_warps = layout.pixels % (8 * kWarp) == 0;  // so that both threads of a pair have a unit
         return whole_warps && std::any_of(operands.begin(), operands.end(), is_float32) ? Order::paired
                                                                                         : Order::contiguous;
     }
@@ -75,8 +75,8 @@ inline Order order_of(const Layout& layout, std::initializer_list<Operand> opera
     return layout.channels == 3 ? Order::channels_3 : layout.channels == 4 ? Order::channels_4 : Order::any;
 }
 
-// Blocks that cover so many units of every sample, each thread up to four units one after another where there are more
-// blocks than a chip holds several times over: they share what is worked out per thread and sample.
+// Returns the number of blocks that cover `units` per sample. Where there are many more blocks than a chip holds, each
+// thread handles up to four units, which share what it computes once per sample.
 inline int64_t unit_grid_blocks(int64_t units, int64_t samples) {
     constexpr int64_t plenty = 4096, most = 4;
     const int64_t blocks = (units + kUnitThreads - 1) / kUnitThreads;
@@ -133,7 +133,7 @@ struct Unit {
         return index < pixels / 8;
     }
 
-    // Where a row starts, within the sample.
+    // The offset of a row's first element in the sample.
     DD_DEVICE int64_t offset(int row) const {
         if constexpr (order == Order::channels_8) {
             return (index / (channels / 8) * 4 + row) * channels + index % (channels / 8) * 8;
@@ -175,8 +175,8 @@ struct Unit {
     }
 };
 
-// From the eight 16-bit elements that a thread has in memory to those of its row, and back: of a pair, the first
-// thread's later quad changes places with the second's earlier one.
+// Converts between the eight consecutive 16-bit elements that a thread accesses and the two quads of its row: within a
+// pair, the first thread's second quad swaps places with the second thread's first quad.
 template <Order order>
 DD_DEVICE uint4 exchanged(uint4 words) {
     if constexpr (order != Order::paired) return words;
@@ -186,16 +186,16 @@ DD_DEVICE uint4 exchanged(uint4 words) {
     return uint4{second ? x : words.x, second ? y : words.y, second ? words.z : x, second ? words.w : y};
 }
 
-// Where a thread's 16 bytes start in a 16-bit tensor, for the row that starts at `offset`.
+// Returns the offset in a 16-bit tensor of the 16 bytes that the thread with the row at `offset` accesses.
 template <Order order>
 DD_DEVICE int64_t offset_of_16_bytes(int64_t offset) {
     return order == Order::paired ? offset + threadIdx.x % 2 * 4 : offset;
 }
 
-// A row as it lies in memory, loaded before it is needed.
+// A row in the tensor's dtype; constructing it loads it, ahead of its use.
 template <Order order>
 struct Row {
-    uint4 low, high;  // high only of float32
+    uint4 low, high;  // high is only used for float32
 
     DD_DEVICE Row(const Operand& x, int64_t sample, int64_t offset) {
         const int64_t first = sample * x.sample_stride;

@@ -1,8 +1,8 @@
-// What formula.h of every op is written with, so that one text serves C++ and CUDA.
+// Lets the formula.h of every op compile as C++ and as CUDA.
 //
-// A formula is a template over its value type: a Vec of some instruction set, or a float on a GPU. It
-// stands in namespace dd::DD_ISA and is read once for each, after the functions it calls (fma, clamp,
-// sqrt ...), which vec.h, vec_math.h and their CUDA counterpart define under the same names.
+// A formula is a template over its value type: a Vec of some instruction set, or a float on a GPU. It is in namespace
+// dd::DD_ISA and is included once for each instruction set, after the functions that it calls (fma, clamp, sqrt ...).
+// vec.h and vec_math.h define these for the CPU, cuda_math.cuh for CUDA, under the same names.
 #pragma once
 
 #include <cstdint>

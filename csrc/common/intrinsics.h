@@ -38,5 +38,6 @@
 #endif
 
 #define DD_INLINE inline __attribute__((always_inline))
-// After a lambda's parameters: a loop's body, which is called for whole vectors and again for the last part of one.
+// Inlines a lambda: written after its parameters. The compiler would not, as a loop calls its body in two places: for
+// whole vectors and for the last part of one.
 #define DD_INLINE_LAMBDA __attribute__((always_inline))

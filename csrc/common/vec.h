@@ -1,9 +1,10 @@
-// A vector of DD_LANES floats, on the vector extensions of GCC and Clang: + - * / < and ?: are the
-// compiler's own, a scalar operand is broadcast, and a cast between types of one size keeps the bits.
-// Intrinsics appear only for what these extensions lack.
+// Defines Vec, a vector of DD_LANES floats, by the vector extensions of GCC and Clang: the compiler provides + - * / <
+// and
+// ?:, broadcasts scalar operands, and keeps the bits in a cast between types of one size. Intrinsics are used only for
+// what these extensions lack. Included once per instruction set.
 //
-// Nothing here is contracted behind one's back (the build says -ffp-contract=off): what is meant as
-// one rounding is written fma(), so that two loops over the same formula give the same bits.
+// The build disables FMA contraction (-ffp-contract=off); fma() is called where one rounding is wanted, so that two
+// loops over the same formula give the same bits.
 
 namespace dd::DD_ISA {
 
@@ -15,7 +16,7 @@ typedef uint32_t VecU __attribute__((vector_size(4 * DD_LANES)));
 typedef uint64_t VecU64 __attribute__((vector_size(4 * DD_LANES)));  // half as many lanes
 typedef uint16_t VecU16 __attribute__((vector_size(2 * DD_LANES)));
 
-// The same bits as another type.
+// Returns the same bits as another type.
 DD_INLINE VecI as_int(Vec v) { return (VecI)v; }
 DD_INLINE VecU as_uint(Vec v) { return (VecU)v; }
 DD_INLINE Vec as_float(VecI v) { return (Vec)v; }
@@ -32,7 +33,7 @@ DD_INLINE Vec load(const float* p) {
 
 DD_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// Of the first n < kLanes floats; the other lanes are 0 when they are loaded or kept.
+// Loads, stores or keeps the first n < kLanes floats; load_first and keep_first set the other lanes to 0.
 #if DD_LANES == 16
 DD_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
 DD_INLINE Vec load_first(const float* p, int64_t n) { return (Vec)_mm512_maskz_loadu_ps(first_lanes(n), p); }
@@ -61,7 +62,7 @@ DD_INLINE Vec keep_first(Vec v, int64_t n) {
 }
 #endif
 
-// In a loop over an array of which `left` floats remain: a whole vector until the last.
+// Loads or stores in a loop over an array of which `left` floats remain: a whole vector, or the last part of one.
 DD_INLINE Vec load(const float* p, int64_t left) {
     return __builtin_expect(left >= kLanes, 1) ? load(p) : load_first(p, left);
 }
@@ -71,7 +72,7 @@ DD_INLINE void store(float* p, int64_t left, Vec v) {
     store_first(p, left, v);
 }
 
-// body(i, left) for every vector of an array of n floats; left is a constant but for the last.
+// Calls body(i, left) for every vector of an array of n floats; `left` is the constant kLanes except in the last call.
 template <class Body>
 DD_INLINE void for_vectors(int64_t n, Body body) {
     int64_t i = 0;
@@ -81,7 +82,7 @@ DD_INLINE void for_vectors(int64_t n, Body body) {
 
 DD_INLINE Vec select(VecI condition, Vec yes, Vec no) { return condition ? yes : no; }
 
-// As torch.clamp: NaN stays NaN. (x86's min and max give their second operand where one is NaN.)
+// Clamps as torch.clamp does: NaN stays NaN. (x86's min and max return their second operand if one is NaN.)
 template <class B>
 DD_INLINE Vec clamp(Vec v, B low, B high) {
 #if DD_LANES == 16
@@ -96,7 +97,7 @@ DD_INLINE Vec clamp(Vec v, B low, B high) {
 #endif
 }
 
-// a * b + c, rounded once where the instruction set can.
+// Returns a * b + c, rounded once where the instruction set can (all but x86's baseline), else twice.
 DD_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if DD_LANES == 16
     return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -132,8 +133,8 @@ DD_INLINE Vec abs(Vec v) { return (Vec)((VecU)v & 0x7fffffffu); }
 
 DD_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }
 
-// -2 (w + 1) 2^-32, after w is rounded to float. The halves of w become the last bits of two floats,
-// -2^8 - high 2^-15 and -2^-8 - low 2^-31, and only their sum rounds.
+// Returns -2 (w + 1) 2^-32, in which w is rounded to float, and then the sum. The halves of w become the last bits of
+// two floats, -2^8 - high 2^-15 and -2^-8 - low 2^-31, of which only the sum is rounded. Largest error: 1 ulp.
 DD_INLINE Vec minus_two_uniform(VecU w) {
     Vec high = as_float((w >> 16) | 0xc3800000u);
     Vec low = as_float((w & 0xffffu) | 0xbb800000u);
@@ -146,7 +147,7 @@ DD_INLINE Vec minus_two_uniform(VecU w) {
 #define DD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
 #endif
 
-// Sum of the lanes, always in the same order: halves onto each other.
+// Returns the sum of the lanes in a fixed order: the upper half is added to the lower half until one lane is left.
 DD_INLINE float sum(Vec v) {
 #if DD_LANES == 16
     v += DD_SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -161,8 +162,8 @@ DD_INLINE float sum(Vec v) {
     return v[0] + v[1];
 }
 
-// For Philox: a word is the low half of a 64-bit lane, which is where the processor's widening multiply
-// reads it; the upper halves hold anything.
+// The words of Philox are the low halves of 64-bit lanes, where the processor's widening multiplication reads them. The
+// high halves may hold anything.
 DD_INLINE VecU64 wide_product(VecU64 a, uint32_t b) {
 #if DD_LANES == 16
     return (VecU64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -179,7 +180,7 @@ DD_INLINE VecU64 wide_product(VecU64 a, uint32_t b) {
 DD_INLINE VecU64 high_word(VecU64 product) { return product >> 32; }
 DD_INLINE VecU64 low_word(VecU64 product) { return product; }
 
-// The words of a in the even lanes, those of b in the odd ones.
+// Returns the words of a in the even lanes and those of b in the odd ones.
 DD_INLINE VecU interleave(VecU64 a, VecU64 b) {
 #if DD_LANES == 16
     return (VecU)_mm512_mask_blend_epi32(0xaaaa, (__m512i)a, (__m512i)(b << 32));
@@ -190,7 +191,8 @@ DD_INLINE VecU interleave(VecU64 a, VecU64 b) {
 #endif
 }
 
-// Within each 128 bits, the lanes of a and b in turn: those of the lower halves, then those of the upper ones.
+// Interleaves the lanes of a and b within each 128 bits: `lower` has those of the low 64 bits, `upper` those of the
+// high.
 DD_INLINE void zip(Vec a, Vec b, Vec& lower, Vec& upper) {
 #if DD_LANES == 16
     lower = DD_SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);

@@ -1,4 +1,4 @@
-// Loads and stores of the three dtypes; arithmetic is float32 throughout.
+// Loads and stores of the three dtypes, as float32, in which all kernels compute. Included once per instruction set.
 
 #include "common/layout.h"
 
@@ -41,7 +41,7 @@ DD_INLINE void store(uint16_t* p, int64_t left, VecU16 v) {
     store_first(p, left, v);
 }
 
-// GCC 12 takes three instructions for the one that widens, and twice what it takes to narrow.
+// Intrinsics, because GCC 12 compiles __builtin_convertvector to three instructions instead of one, or twice as many.
 #if DD_LANES == 16
 DD_INLINE VecU widened(VecU16 v) { return (VecU)_mm512_cvtepu16_epi32((__m256i)v); }
 DD_INLINE VecU16 narrowed(VecU v) { return (VecU16)_mm512_cvtepi32_epi16((__m512i)v); }
@@ -58,7 +58,7 @@ DD_INLINE VecU16 narrowed(VecU v) { return __builtin_convertvector(v, VecU16); }
 
 DD_INLINE Vec from_bfloat16(VecU16 v) { return (Vec)(widened(v) << 16); }
 
-// Rounds to nearest even; NaN becomes the quiet NaN, which the carry of rounding could turn into inf.
+// Rounds to nearest even. NaN is replaced by the quiet NaN, since the carry of the rounding could turn it into inf.
 DD_INLINE VecU16 to_bfloat16(Vec v) {
     VecU bits = (VecU)v;
     VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -77,7 +77,7 @@ DD_INLINE Vec from_float16(VecU16 half) {
     VecU exponent = h & 0x7c00u;
     VecU bits = ((h & 0x7fffu) << 13) + (112u << 23);
     bits = (exponent == 0x7c00u) ? bits + (112u << 23) : bits;
-    // A subnormal half is m 2^-24: 2^-14 (1 + m 2^-10) - 2^-14.
+    // A subnormal half is m 2^-24 = 2^-14 (1 + m 2^-10) - 2^-14.
     VecU subnormal = (VecU)((Vec)(bits + (1u << 23)) - 0x1p-14f);
     bits = (exponent == 0u) ? subnormal : bits;
     return (Vec)(bits | (h & 0x8000u) << 16);
@@ -88,7 +88,7 @@ DD_INLINE VecU16 to_float16(Vec v) {
     VecU sign = (VecU)v & 0x80000000u;
     VecU bits = (VecU)v ^ sign;
     VecU normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
-    // Adding 1/2 leaves a subnormal's multiple of 2^-24, rounded, in the low bits.
+    // Adding 1/2 leaves m of a subnormal m 2^-24, rounded, in the low bits.
     VecU subnormal = (VecU)((Vec)bits + 0.5f) - 0x3f000000u;
     VecU half = (bits < (113u << 23)) ? subnormal : normal;
     VecU too_large = (bits > 0x7f800000u) ? splat_u(0x7e00) : splat_u(0x7c00);
@@ -118,7 +118,7 @@ DD_INLINE void* address(const Operand& operand, const Run& tile) {
     return static_cast<char*>(operand.data) + (tile.sample * operand.sample_stride + tile.offset) * size;
 }
 
-// The tile of an operand as floats: where they are, if they are floats, else widened into `buffer`.
+// Returns the tile of an operand as floats: in place if the operand is float32, else widened into `buffer`.
 DD_INLINE const float* read_tile(const Operand& operand, const Run& tile, float* buffer) {
     void* data = address(operand, tile);
     switch (operand.dtype) {
@@ -134,7 +134,7 @@ DD_INLINE const float* read_tile(const Operand& operand, const Run& tile, float*
     return buffer;
 }
 
-// Where a kernel writes the tile of an output as floats; write_tile() then brings it home.
+// Returns where a kernel writes the tile of an output as floats: in place, or `buffer`. write_tile() stores it then.
 DD_INLINE float* output_tile(const Operand& operand, const Run& tile, float* buffer) {
     return operand.dtype == DType::float32 ? static_cast<float*>(address(operand, tile)) : buffer;
 }

@@ -1,10 +1,11 @@
-// Eq. 4 of DDPM (Ho, Jain, Abbeel, 2020). Read once per instruction set.
+// x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) z: eq. 4 of DDPM (Ho, Jain and Abbeel, 2020). Included once per
+// instruction set.
 
 #include "common/host_device.h"
 
 namespace dd::DD_ISA {
 
-// One row of Schedule.marginal.
+// One row of Schedule.marginal: the coefficients of a timestep.
 struct Marginal {
     float sqrt_alpha_bar, sqrt_one_minus_alpha_bar;
 };

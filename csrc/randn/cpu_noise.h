@@ -1,11 +1,12 @@
-// The normals of a stretch of elements, for every kernel that draws noise. Read once per instruction set.
+// Draws the normals of consecutive elements, for every kernel that needs noise. Included once per instruction set.
 
 #include "common/philox.h"
 #include "randn/formula.h"
 
 namespace dd::DD_ISA {
 
-// Philox's words of several counters. A chain of its rounds is all latency: four side by side fill the processor.
+// One word of Philox's counter for several vectors of counters. The rounds of one vector depend on each other; four
+// vectors side by side hide their latency.
 constexpr int kChains = 4;
 struct Words {
     VecU64 chain[kChains];
@@ -34,13 +35,13 @@ DD_INLINE Words operator^(const Words& a, uint32_t b) {
 
 constexpr int kNoiseBlock = 2 * kChains * kLanes;
 
-// The words of kNoiseBlock elements, the first of them 4 * quad. Each chain gives a vector of radii and one of angles,
-// of two elements for every quad.
+// Computes the random words of kNoiseBlock elements from the element 4 * quad on. Each chain gives a vector of words
+// for radii and one for angles, which has two for every quad.
 DD_INLINE void random_words(int64_t quad, const NoiseCounter& at, VecU radius[kChains], VecU angle[kChains]) {
     Words words[4];
     words[0] = each_chain([&](int i) {
         uint64_t first = static_cast<uint64_t>(quad) + static_cast<uint64_t>(i * kLanes / 2);
-        // The order which zip() brings into that of the elements.
+        // The quads are in the order from which zip() puts the elements in theirs.
 #if DD_LANES == 16
         return VecU64{0, 4, 1, 5, 2, 6, 3, 7} + first;
 #elif DD_LANES == 8
@@ -59,7 +60,7 @@ DD_INLINE void random_words(int64_t quad, const NoiseCounter& at, VecU radius[kC
     }
 }
 
-// Stores those of v[0..3] that fall on z[0], ..., z[n - 1], if the first is z[i].
+// Stores v[0..3] to z[i], ..., z[i + 4 kLanes - 1], as far as these lie within z[0], ..., z[n - 1].
 DD_INLINE void store_part(float* z, int64_t i, int64_t n, const Vec v[4]) {
     if (i >= 0 && i + 4 * kLanes <= n) {
         for (int j = 0; j < 4; ++j) store(z + i + j * kLanes, v[j]);
@@ -70,12 +71,12 @@ DD_INLINE void store_part(float* z, int64_t i, int64_t n, const Vec v[4]) {
     for (int64_t j = i < 0 ? -i : 0; j < 4 * kLanes && i + j < n; ++j) z[i + j] = values[j];
 }
 
-// z[i] = the normal of element first + i, for i < n.
+// Sets z[i] to the normal of the element first + i, for 0 <= i < n.
 DD_INLINE void fill_normals(float* z, int64_t first, int64_t n, const NoiseCounter& at) {
     for (int64_t i = -(first % 4); i < n; i += kNoiseBlock) {
         VecU radius[kChains], angle[kChains];
         random_words((first + i) / 4, at, radius, angle);
-        // Logarithms before square roots: each loop is short enough for the processor to overlap its passes.
+        // All logarithms come before the square roots: the processor overlaps the iterations of a short loop.
         Vec squared_radius[kChains];
         for (int j = 0; j < kChains; ++j) squared_radius[j] = minus_two_log_uniform(radius[j]);
 #pragma GCC unroll 2
@@ -90,32 +91,34 @@ DD_INLINE void fill_normals(float* z, int64_t first, int64_t n, const NoiseCount
     }
 }
 
-// z[p][c] = rows[c][p], a channel at a time: of many, so few rows are read at once.
-DD_INLINE void weave(const float* rows, int64_t channels, int64_t pixels, float* z) {
+// Transposes rows [channels][pixels] to z [pixels][channels], one channel at a time so that few rows compete for the
+// cache.
+DD_INLINE void transpose(const float* rows, int64_t channels, int64_t pixels, float* z) {
     for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 8
         for (int64_t p = 0; p < pixels; ++p) z[p * channels + c] = rows[c * pixels + p];
     }
 }
 
-// The same of a number of channels that the compiler knows, and makes shuffles of whole vectors.
+// As above, for a number of channels that the compiler knows: it then shuffles whole vectors.
 template <int channels>
-DD_INLINE void weave(const float* rows, int64_t pixels, float* z) {
+DD_INLINE void transpose(const float* rows, int64_t pixels, float* z) {
     for (int64_t p = 0; p < pixels; ++p) {
         for (int64_t c = 0; c < channels; ++c) z[p * channels + c] = rows[c * pixels + p];
     }
 }
 
-// The noise of a tile, in the order of memory ([pixels][channels]); elements count as [channels][pixels].
+// Sets z to the noise of a tile in the order of memory, [pixels][channels]; the noise counts elements as
+// [channels][pixels].
 DD_INLINE void fill_noise(float* z, const Layout& layout, const Tile& tile, const NoiseCounter& at, float* scratch) {
     const int64_t channels = layout.channels, pixels = tile.pixels;
     if (channels == 1) return fill_normals(z, tile.first_pixel, pixels, at);
     for (int64_t c = 0; c < channels; ++c) {
         fill_normals(scratch + c * pixels, c * layout.pixels + tile.first_pixel, pixels, at);
     }
-    if (channels == 3) return weave<3>(scratch, pixels, z);
-    if (channels == 4) return weave<4>(scratch, pixels, z);
-    weave(scratch, channels, pixels, z);
+    if (channels == 3) return transpose<3>(scratch, pixels, z);
+    if (channels == 4) return transpose<4>(scratch, pixels, z);
+    transpose(scratch, channels, pixels, z);
 }
 
 }  // namespace dd::DD_ISA

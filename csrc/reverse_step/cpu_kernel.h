@@ -3,7 +3,7 @@
 
 namespace dd::DD_ISA {
 
-// out of a tile, guided; in `buffer` where it is not in place already.
+// Returns the model's output for a tile, after guidance: in place, or in `buffer`.
 DD_INLINE const float* model_output(const ReverseStepArguments& a, const Tile& tile, float* buffer, float* scratch) {
     const float* out = read_tile(a.out, tile, buffer);
     if (!a.uncond) return out;
@@ -14,7 +14,7 @@ DD_INLINE const float* model_output(const ReverseStepArguments& a, const Tile& t
     return buffer;
 }
 
-// What a step adds, z scale; z is null where it adds nothing.
+// The noise that a step adds, scale * z; z is null where it adds none.
 struct StepNoise {
     const float* z;
     float scale;
@@ -37,8 +37,9 @@ DD_INLINE StepNoise step_noise(const ReverseStepArguments& a, const Tile& tile, 
     return {buffer, 1.0f};
 }
 
-// What a loop may lack is the template's, so that the usual one has no choice left in it. The row comes by
-// value: behind a reference, x_prev could overwrite it, and the compiler would divide for every vector.
+// Steps a tile. Template arguments say what a call leaves out, so that the loop has no branch. The row is taken by
+// value: the compiler would assume that a store to x_prev could change one behind a reference, and divide for every
+// vector.
 template <bool adds_noise, bool returns_x0>
 void step_tile(const float* x, const float* out, const StepNoise noise, int64_t n, const StepRow row, const Clip clip,
                float* x_prev, float* x0) {

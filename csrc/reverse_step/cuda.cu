@@ -6,14 +6,14 @@
 namespace dd::cuda {
 namespace {
 
-// What one sample's step is made of.
+// The coefficients of one sample's step.
 struct Step {
     StepRow row;
     Clip clip;
     int64_t draw;
 };
 
-// A step outside the table makes everything NaN: nothing may be read from the device to raise an error.
+// Makes the coefficients NaN for a step outside the table: raising an error would mean to wait for the device.
 DD_DEVICE Step load_step(const ReverseStepArguments& a, int64_t sample) {
     int64_t index = a.step[sample];
     Step step{{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}, {NAN, false}, 0};
@@ -26,7 +26,7 @@ DD_DEVICE Step load_step(const ReverseStepArguments& a, int64_t sample) {
     return step;
 }
 
-// out of a row, guided.
+// Sets `out` to the model's output for a row, after guidance.
 template <Order order>
 DD_DEVICE void model_output(const ReverseStepArguments& a, int64_t sample, int64_t offset,
                             float out[unit_width(order)]) {
@@ -41,7 +41,7 @@ DD_DEVICE void model_output(const ReverseStepArguments& a, int64_t sample, int64
     for (int i = 0; i < width; ++i) out[i] = guide(out[i], uncond[i], a.guidance_scale);
 }
 
-// z becomes sigma z.
+// Multiplies z by the standard deviation, after loading it if the noise is given.
 template <Order order>
 DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_t offset, const StepRow& row,
                            float z[unit_width(order)]) {
@@ -83,7 +83,7 @@ DD_DEVICE void step_unit(const ReverseStepArguments& a, int64_t sample, const Un
     }
 }
 
-// Blocks to a multiprocessor that the registers are planned for: 80 a thread where 64 would spill.
+// Blocks per multiprocessor that the compiler plans registers for: 80 per thread, where 64 would spill.
 DD_HOST_DEVICE constexpr int blocks_for(Order order) {
     return order == Order::contiguous || order == Order::paired ? 6 : unit_blocks(order);
 }

@@ -1,30 +1,30 @@
-// The one update that every DDPM and DDIM step is. Read once per instruction set.
+// The one update that every step of DDPM and DDIM is, with other coefficients. Included once per instruction set.
 
 #include "common/host_device.h"
 
 namespace dd::DD_ISA {
 
-// One row of a StepTable: the columns of dd_kernels/ops/reverse_step/reference.py, in their order.
+// One row of a StepTable: its columns, in the order of dd_kernels/ops/reverse_step/table.py.
 struct StepRow {
     float x0_num_x, x0_num_out, x0_den, x0_clip;
     float prev_from_x0, prev_from_x, prev_from_out, sigma;
     float log_var_min, log_var_max;
 };
 
-// Classifier-free guidance (Ho and Salimans, 2022).
+// Classifier-free guidance (Ho and Salimans, 2022, eq. 6), with scale = w + 1.
 template <class Value>
 DD_HOST_DEVICE Value guide(Value out, Value uncond, float scale) {
     return fma(out - uncond, scale, uncond);
 }
 
-// The range of x0: [-limit, limit], after which dynamic thresholding (Saharia et al., 2022) divides by limit.
+// x0 is clipped to [-limit, limit]; dynamic thresholding (Saharia et al., 2022, section 2.3) then divides it by limit.
 struct Clip {
     float limit;
     bool divide;
 };
 
-// Numerator and denominator stay apart: with no signal left the denominator is 0, and +-inf can be clipped.
-// The quotients are of one number per sample, so that a loop divides once.
+// The row keeps numerator and denominator apart: where no signal is left the denominator is 0, and +-inf can be
+// clipped. Both divisions are of a number per sample, which the compiler moves out of the loop over elements.
 template <class Value>
 DD_HOST_DEVICE Value predict_x0(Value x, Value out, const StepRow& row, const Clip& clip) {
     Value x0 = fma(x, row.x0_num_x, out * row.x0_num_out) * (1.0f / row.x0_den);
@@ -42,8 +42,9 @@ DD_HOST_DEVICE Value step_mean(Value x0, Value x, Value out, const StepRow& row)
     return mean;
 }
 
-// The standard deviation of a model that interpolates between two log-variances
-// (Nichol and Dhariwal, 2021, eq. 15), `variance` in [-1, 1]; for any other model it is row.sigma.
+// The standard deviation by a model that interpolates between two log-variances (Nichol and Dhariwal, 2021, eq. 15),
+// with `variance` in [-1, 1]. row.sigma is then 1, or 0 in a step that adds no noise; for other models it is the
+// deviation.
 template <class Value>
 DD_HOST_DEVICE Value learned_sigma(Value variance, const StepRow& row) {
     Value log_variance = fma((variance + 1.0f) * 0.5f, row.log_var_max - row.log_var_min, row.log_var_min);
