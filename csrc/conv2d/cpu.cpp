@@ -53,7 +53,9 @@ void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
     check_floats("scale", scale, {a.shape.samples, a.shape.channels});
     check_floats("shift", shift, {a.shape.samples, a.shape.channels});
     STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "conv2d: scale and shift go together");
-    STD_TORCH_CHECK(activation == 0 || activation == 1, "conv2d: activation must be 0 (none) or 1 (SiLU)");
+    constexpr int64_t count = baseline::Activations::kCount;
+    STD_TORCH_CHECK(activation >= 0 && activation < count, "conv2d: activation must be in [0, ", count, "); got ",
+                    activation);
     if (residual.has_value()) check_image("residual", *residual, y);
     check_apart("x", x, "y", y);
     check_apart("weight", weight, "y", y);

@@ -33,7 +33,7 @@ DD_INLINE void pack_gradient_input(const WeightGradient& a, const Block& block, 
     Strip<m> strip(plan, scratch);
     for_strips(plan, block.first + first, block.first + last, [&](TilePlace place, int64_t tile, int64_t tiles) {
         strip.move_to(a.shape, place, tiles, [&](int64_t y, int64_t x, int64_t columns, float* to) {
-            const Prologue none{nullptr, nullptr, false};
+            const Prologue none{nullptr, nullptr, 0};
             read_row(a.x, a.shape, place.sample, y, x, columns, channel, count, none, to, kChunk);
         });
         for (int64_t t = 0; t < tiles; ++t) {
@@ -57,7 +57,7 @@ DD_INLINE void pack_output_gradient(const WeightGradient& a, const Block& block,
     int64_t channel = chunk * kChunk, left = image.channels - channel, count = left < kChunk ? left : kChunk;
     int64_t plane = a.output_plane(kPanel), row_size = plan.tile_columns * m * kChunk;
     for_strips(plan, block.first + first, block.first + last, [&](TilePlace place, int64_t tile, int64_t tiles) {
-        const Prologue none{nullptr, nullptr, false};
+        const Prologue none{nullptr, nullptr, 0};
         for (int64_t i = 0; i < m; ++i) {
             read_row(a.dy, image, place.sample, place.row * m + i, place.column * m, tiles * m, channel, count, none,
                      scratch + i * row_size, kChunk);

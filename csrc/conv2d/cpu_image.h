@@ -1,5 +1,6 @@
 // Reads and writes pixels of an image of any of the three dtypes; the input passes its affine map and activation.
 
+#include "common/activation.h"
 #include "conv2d/arguments.h"
 
 namespace dd::DD_ISA {
@@ -22,26 +23,28 @@ DD_INLINE void write(const Operand& to, int64_t offset, int64_t left, Vec v) {
 // What the input passes before it is convolved: z -> act(scale z + shift), per sample and channel.
 struct Prologue {
     const float *scale, *shift;  // of the sample, or null
-    bool silu;
-
-    DD_INLINE Vec apply(Vec z, int64_t channel, int64_t left) const {
-        if (scale != nullptr) z = fma(z, load(scale + channel, left), load(shift + channel, left));
-        return silu ? z / one_plus_exp_minus(z) : z;
-    }
+    int activation;
 };
 
 DD_INLINE Prologue prologue_of(const conv2d::Forward& a, int64_t sample) {
     int64_t at = sample * a.shape.channels;
     bool affine = a.scale != nullptr;
-    return {affine ? a.scale + at : nullptr, affine ? a.shift + at : nullptr, a.activation == 1};
+    return {affine ? a.scale + at : nullptr, affine ? a.shift + at : nullptr, static_cast<int>(a.activation)};
 }
 
-// to [kLanes multiples] = `count` channels from `channel` on of the pixel at `offset`, and zeros up to a whole vector.
+// to [kLanes multiples] = `count` channels from `channel` on of the pixel at `offset`, and zeros up to a whole vector:
+// every activation of 0 is 0.
 DD_INLINE void read_pixel(const Operand& x, int64_t offset, int64_t channel, int64_t count, const Prologue& prologue,
                           float* to) {
-    for_vectors(count, [&](int64_t i, int64_t left) {
-        Vec z = read(x, offset + channel + i, left);
-        store(to + i, prologue.apply(z, channel + i, left));
+    Activations::visit(prologue.activation, [&](auto activation) {
+        for_vectors(count, [&](int64_t i, int64_t left) {
+            Vec z[1] = {read(x, offset + channel + i, left)};
+            if (prologue.scale != nullptr) {
+                z[0] = fma(z[0], load(prologue.scale + channel + i, left), load(prologue.shift + channel + i, left));
+            }
+            activate<decltype(activation)>(z);
+            store(to + i, z[0]);
+        });
     });
 }
 

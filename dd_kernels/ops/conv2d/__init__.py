@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from ... import backend as backends
 from .. import checks
-from ..activation import Activation, activation_of
+from ..activation import activation_of
 from . import op, reference
 from .reference import Padding
 
@@ -162,13 +162,10 @@ def conv2d(
     bfloat16 = products == "bfloat16"
     if accuracy == "default" and bfloat16:
         method = op.Method.ACCURATE
-    graph = checks.needs_grad(x, weight, *options)
-    if graph or activation not in (Activation.NONE, Activation.SILU):
+    if checks.needs_grad(x, weight, *options):
         x = reference.prologue(x, input_scale, input_shift, activation)
-        input_scale, input_shift, activation = None, None, Activation.NONE
-    if graph:
-        y = op.Conv2d.apply(x, weight, bias, residual, stride, sides, method, bfloat16)
+        y: Tensor = op.Conv2d.apply(x, weight, bias, residual, stride, sides, method, bfloat16)
     else:
-        options = (input_scale, input_shift, activation, residual, stride, sides)
-        y = op.forward(x, weight, bias, *options, method, bfloat16)
+        before = input_scale, input_shift, activation
+        y = op.forward(x, weight, bias, *before, residual, stride, sides, method, bfloat16)
     return y.contiguous(memory_format=checks.memory_format(x))
