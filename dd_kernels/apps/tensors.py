@@ -9,6 +9,7 @@ checked the header against the file's size.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -115,7 +116,7 @@ class TensorFile:
     def __init__(self, path: PathLike, what: str) -> None:
         self.path, self.what = check_readable(what, path), what
         try:
-            self._file = open(path, "rb", buffering=_CHUNK)  # noqa: SIM115 (closed by __exit__)
+            self._file = io.BufferedReader(io.FileIO(path), _CHUNK)
         except OSError as error:
             raise self._broken(error.strerror or "it cannot be opened") from error
         try:

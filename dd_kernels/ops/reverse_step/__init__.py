@@ -68,6 +68,24 @@ def reverse_step(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def reverse_step(
+    x: Tensor,
+    out: Tensor,
+    table: StepTable,
+    step: Any,
+    *,
+    uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    first_sample: int = 0,
+    x_prev: Tensor | None = None,
+    return_x0: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def reverse_step(
     x: Tensor,
     out: Tensor,
