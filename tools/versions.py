@@ -44,7 +44,9 @@ CHECKED = {
     "diffusers": ("diffusers", "capture"),
 }
 # What a version needs beside it: Triton 3.6's interpreter makes scalars of one-element arrays, which NumPy 2.4 refuses.
-BESIDE = {("triton", "3.6"): ["numpy<2.4"]}
+# torch 2.10 comes with Triton 3.6.
+BESIDE = {("triton", "3.6"): ["numpy<2.4"], ("torch", "2.10"): ["numpy<2.4"]}
+BUILDS = ("setuptools", "ninja")  # what the tests of csrc build with
 SUMMARY = re.compile(r"^(FAILED|ERROR|SKIPPED) (?:\[(\d+)\] )?(.*)$")
 SHOWN = 20  # failures that are printed of one check
 Version = tuple[int, ...]
@@ -121,16 +123,17 @@ def make(environment: Environment, folder: Path) -> Path:
     venv.create(folder, with_pip=False)  # with pip it would also get an old setuptools
     python = folder / "bin" / "python"
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--disable-pip-version-check"]
-    pinned = f"{environment.name}=={environment.version}"
+    minor = ".".join(environment.version.split(".")[:2])
+    pinned = [f"{environment.name}=={environment.version}", *BESIDE.get((environment.name, minor), [])]
     if environment.name == "torch":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         others = [one for one in project["test"] if not one.startswith("dd_kernels")]
-        install += [pinned, "numpy", "safetensors", "pillow", "tqdm", "scikit-learn", "diffusers", "triton", *others]
+        install += [*pinned, "safetensors", "pillow", "tqdm", "scikit-learn", "diffusers", "triton", *BUILDS, *others]
     else:
         behind = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
         # addsitedir also follows the .pth files of the running environment.
         (behind / "running.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
-        install += [pinned, *BESIDE.get((environment.name, ".".join(environment.version.split(".")[:2])), [])]
+        install += pinned
     subprocess.run(install, check=True)
     return python
 
