@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -54,12 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-state", action="store_true", help="leave the training state out of the finished file (no --resume)"
     )
     common.add_run_arguments(parser)
-
-    options = parser.add_argument_group("options of the run (with --resume as before, but for --steps)")
+    group = parser.add_argument_group("options of the run (with --resume as before, but for --steps)")
 
     def add(flag: str, **keywords: Any) -> None:
-        options.add_argument(flag, default=argparse.SUPPRESS, **keywords)
+        group.add_argument(flag, default=argparse.SUPPRESS, **keywords)
 
+    _add_data_and_model(add)
+    _add_optimizer(add)
+
+
+def _add_data_and_model(add: Callable[..., None]) -> None:
     add(
         "--data", help="digits, a folder of images (subfolders are classes) or of a dataset, or a .npz (images, labels)"
     )
@@ -82,6 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prediction", choices=PREDICTIONS, help="what the model predicts")
     add("--label-drop", type=common.number, help="share of labels dropped, for guidance")
     add("--unconditional", action="store_true", help="ignore the labels")
+
+
+def _add_optimizer(add: Callable[..., None]) -> None:
     add("--steps", type=common.count, help="optimizer steps in all")
     add("--batch-size", type=common.count, help="images per step")
     add("--lr", type=common.number, help="learning rate")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -151,6 +152,7 @@ def evaluate(
     Raises:
         ValueError, TypeError: an argument out of range; samples that are not finite.
     """
+    n = operator.index(n)
     if n < 2:
         raise ValueError(f"n must be at least 2, for a covariance; got {n}")
 
@@ -159,7 +161,7 @@ def evaluate(
         return sampler_table(schedule, row, steps, learned_variance=learned_variance, **kind)
 
     # Builds all tables first, so that a sampler that does not fit the schedule raises before the first model call.
-    plan = [(row, count, table_of(row, count)) for row in rows for count in steps]
+    plan = [(row, count, table_of(row, count)) for row in rows for count in map(operator.index, steps)]
 
     def draw(table: StepTable) -> Tensor:
         return sample(model, (n, *judge.shape), table, seed=seed, **options).cpu()  # waits for the device
@@ -178,6 +180,13 @@ def evaluate(
             if not torch.isfinite(images).all():
                 raise ValueError(f"model must draw finite samples; got NaN or inf, {row_name(row)}, {count} steps")
             cells.append(Cell(row, count, judge.distance(images), judge.sure(images), speed))
+    settings = {"seed": operator.index(seed), "timesteps": len(schedule), "spacing": spacing}
+    settings |= {"prediction": prediction, "learned_variance": learned_variance}
+    return _with_references(judge, cells, n, settings)
+
+
+def _with_references(judge: Judge, cells: list[Cell], n: int, settings: dict[str, Any]) -> Evaluation:
+    """Returns the cells with the same measures of as many real training images, and of the held-out ones."""
     real, test = judge.real(judge.labels(n)), judge.test_images
     return Evaluation(
         cells=cells,
@@ -190,12 +199,5 @@ def evaluate(
         accuracy=judge.accuracy,
         features=FEATURES,
         sure_probability=SURE,
-        settings={
-            "seed": seed,
-            "classifier_seed": judge.seed,
-            "timesteps": len(schedule),
-            "spacing": spacing,
-            "prediction": prediction,
-            "learned_variance": learned_variance,
-        },
+        settings={**settings, "classifier_seed": judge.seed},
     )

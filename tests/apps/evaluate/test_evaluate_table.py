@@ -1,12 +1,15 @@
 """The table of samplers against a model that knows the answer."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import dd_kernels as dd
 from dd_kernels.apps import data
-from dd_kernels.apps.evaluate import evaluate, markdown, sampler_table
+from dd_kernels.apps.evaluate import as_json, evaluate, markdown, sampler_table
 
 SCHEDULE = dd.linear_schedule(1000)
 
@@ -121,3 +124,9 @@ def test_markdown_without_the_larger_variance(judge):
     facts = {"seconds": 1.0, "device": "cpu", "threads": 1, "backend": "cpu", "torch": "2", "model": "m"}
     text = markdown(result, {**facts, "dtype": "fp32", "guidance": 1.0, "batch_size": 4})
     assert "larger variance" not in text
+
+
+def test_numpy_numbers_become_json(judge):
+    model = Timeless(nn.Conv2d(1, 1, 1))
+    result = evaluate(model, SCHEDULE, judge, n=np.int64(4), steps=np.array([1]), rows=[0.0], seed=np.int64(3))
+    assert json.loads(as_json(result, {}))["cells"][0]["steps"] == 1
