@@ -24,6 +24,7 @@ from .schedules import (
     named_schedule,
     rescale_zero_terminal_snr,
     scaled_linear_schedule,
+    sigmoid_alpha_bar_schedule,
     sigmoid_schedule,
     squaredcos_cap_v2_schedule,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "sample",
     "sample_progressive",
     "scaled_linear_schedule",
+    "sigmoid_alpha_bar_schedule",
     "sigmoid_schedule",
     "space_timesteps",
     "squaredcos_cap_v2_schedule",

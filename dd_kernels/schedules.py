@@ -213,6 +213,26 @@ def from_alpha_bar_function(
     return Schedule([min(1 - after / before, max_beta) for before, after in pairwise(values)])
 
 
+def sigmoid_alpha_bar_schedule(
+    num_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+) -> Schedule:
+    r"""\bar\alpha along a sigmoid (Jabri et al., 2022, arXiv 2212.11972, algorithm 1), lucidrains' "sigmoid".
+
+    .. math:: \bar\alpha(u) = \frac{\sigma(end / \tau) - \sigma((start + u (end - start)) / \tau)}
+        {\sigma(end / \tau) - \sigma(start / \tau)}
+    """
+    if not (start < end and tau > 0):
+        raise ValueError(f"start, end and tau must satisfy start < end and tau > 0; got {start}, {end} and {tau}")
+
+    def sigmoid(x: float) -> float:
+        return 1.0 / (1.0 + math.exp(-x / tau))
+
+    span = sigmoid(end) - sigmoid(start)
+    return from_alpha_bar_function(
+        num_timesteps, lambda u: (sigmoid(end) - sigmoid(start + u * (end - start))) / span, max_beta
+    )
+
+
 def _squared_cosine(s: float) -> Callable[[float], float]:
     return lambda u: math.cos((u + s) / (1 + s) * math.pi / 2) ** 2
 
@@ -258,6 +278,7 @@ SCHEDULES: dict[str, Callable[[int], Schedule]] = {
     "cosine": cosine_schedule,
     "squaredcos_cap_v2": squaredcos_cap_v2_schedule,
     "sigmoid": sigmoid_schedule,
+    "sigmoid_alpha_bar": sigmoid_alpha_bar_schedule,
 }
 
 

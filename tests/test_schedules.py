@@ -167,3 +167,21 @@ def test_tables_first_met_in_a_compiled_function():
         assert compiled(*arguments).equal(body(*arguments))
     assert compiles.frame_count == 1
     assert len(schedule.on(torch.device("cpu")).steps) == 20
+
+
+@pytest.mark.parametrize(("start", "end", "tau"), [(-3.0, 3.0, 1.0), (0.0, 3.0, 0.3), (-3.0, 3.0, 0.1)])
+def test_sigmoid_alpha_bar_is_algorithm_1_of_jabri(start, end, tau):
+    schedule = dd.sigmoid_alpha_bar_schedule(50, start, end, tau)
+    u = np.arange(51) / 50
+    level = 1 / (1 + np.exp(-(start + u * (end - start)) / tau))
+    alpha_bar = (level[-1] - level) / (level[-1] - level[0])
+    beta = np.clip(1 - alpha_bar[1:] / alpha_bar[:-1], 0, 0.999)
+    np.testing.assert_allclose(schedule.beta, beta, rtol=1e-9)
+    assert schedule.beta[-1] == 0.999
+    assert np.array_equal(dd.named_schedule("sigmoid_alpha_bar", 50).beta, dd.sigmoid_alpha_bar_schedule(50).beta)
+
+
+def test_sigmoid_alpha_bar_refuses_a_range_that_is_none():
+    for options in ({"start": 3.0}, {"tau": 0.0}):
+        with pytest.raises(ValueError, match="start, end and tau must satisfy start < end and tau > 0"):
+            dd.sigmoid_alpha_bar_schedule(10, **options)

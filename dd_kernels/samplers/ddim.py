@@ -36,7 +36,8 @@ def ddim(
         schedule: the forward process.
         steps: how many timesteps to visit (ignored when ``timesteps`` is given).
         eta: in [0, 1].
-        prediction, clip, spacing, timesteps: as in :func:`ddpm`.
+        prediction, clip, spacing, timesteps: as in :func:`ddpm`; a timestep that comes twice, as in the quadratic
+            sequences of DDIM's own code, is a step that leaves x on its line.
         learned_variance: the model's output is [N, 2 C, ...]; its second half plays no part, since the
             log-variance columns are 0 and leave sigma as it is.
     """

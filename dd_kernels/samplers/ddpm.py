@@ -40,6 +40,8 @@ def ddpm(
     rows.check_choice("prediction", prediction, rows.PREDICTIONS)
     sequence = timestep_sequence(len(schedule), steps, spacing, timesteps)
     rows.check_signal(prediction, schedule.alpha_bar[sequence], clip)
+    if (sequence[1:] == sequence[:-1]).any():
+        raise ValueError(f"timesteps must differ from one another for DDPM; got {sequence.tolist()}")
     # The subsequence is a diffusion process of its own; rows go from its noisiest step to its first.
     process = from_alpha_bars(schedule.alpha_bar[sequence])
     step = rows.Transition(*(values[::-1] for values in rows.Transition.of(process)))

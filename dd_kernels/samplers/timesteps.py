@@ -21,10 +21,10 @@ def timestep_sequence(
 
     ``linspace`` is round(i (T-1) / (S-1)), ``leading`` i floor(T/S), ``trailing``
     round((i+1) T/S) - 1, ``quadratic`` floor((i \sqrt{0.8 T} / (S-1))^2) (DDIM, appendix D.2).
-    ``timesteps`` names them explicitly instead, in any order.
+    ``timesteps`` names them explicitly instead, in any order; some may come twice.
 
     Raises:
-        ValueError: steps out of [1, T]; two steps on one timestep; an unknown spacing; both or neither.
+        ValueError: steps out of [1, T]; a spacing that is unknown or puts two steps on one timestep; both.
     """
     if timesteps is not None:
         if steps is not None:
@@ -40,11 +40,11 @@ def timestep_sequence(
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= num_timesteps:
             raise ValueError(f"steps must be an int in [1, {num_timesteps}]; got {steps!r}")
         sequence = _spaced(num_timesteps, steps, spacing)
-    if np.any(np.diff(sequence) == 0):
-        raise ValueError(
-            f"timesteps must differ from one another; got some twice ({len(sequence)} of {num_timesteps}, "
-            f"spacing {spacing!r}): take fewer steps or another spacing"
-        )
+        if np.any(np.diff(sequence) == 0):
+            raise ValueError(
+                f"timesteps must differ from one another; got some twice ({len(sequence)} of {num_timesteps}, "
+                f"spacing {spacing!r}): take fewer steps or another spacing"
+            )
     return sequence.astype(np.int64)
 
 

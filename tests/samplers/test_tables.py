@@ -96,6 +96,20 @@ def test_predictions_are_one_sampler(table):
         assert results == pytest.approx([results[0]] * 3, rel=1e-9, abs=1e-10)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_timestep_that_comes_twice_changes_nothing(eta):
+    once = dd.ddim(SCHEDULE, timesteps=[0, 3, 500], eta=eta, clip=None)
+    twice = dd.ddim(SCHEDULE, timesteps=[0, 0, 3, 500, 500], eta=eta, clip=None)
+    x0, epsilon = 0.4, -1.1
+    x = y = np.sqrt(SCHEDULE.alpha_bar[500]) * x0 + np.sqrt(1 - SCHEDULE.alpha_bar[500]) * epsilon
+    for i in range(3):
+        x = update(once, i, x, epsilon)
+    for i in range(5):
+        y = update(twice, i, y, epsilon)
+    assert y == pytest.approx(x, rel=1e-12)
+    assert twice.column("sigma")[0] == 0  # from 500 to 500
+
+
 def test_subsequence_has_the_betas_of_its_own_process():
     # Nichol & Dhariwal (2021), eq. 19: fixed_large on 20 steps has the variance 1 - alpha_bar / alpha_bar_prev.
     table = dd.ddpm(SCHEDULE, 20, variance="fixed_large")
@@ -181,7 +195,7 @@ def test_a_table_is_uploaded_once():
         (lambda: dd.ddim(SCHEDULE, 2.5), r"steps must be an int in \[1, 1000\]; got 2.5"),
         (lambda: dd.ddim(SCHEDULE, spacing="cubic"), "spacing must be one of linspace.*got 'cubic'"),
         (lambda: dd.ddim(SCHEDULE, 900, spacing="quadratic"), "timesteps must differ.*take fewer steps"),
-        (lambda: dd.ddim(SCHEDULE, timesteps=[3, 3]), "timesteps must differ"),
+        (lambda: dd.ddpm(SCHEDULE, timesteps=[3, 3]), "timesteps must differ.* for DDPM; got"),
         (lambda: dd.ddim(SCHEDULE, timesteps=[]), "timesteps must be a sequence of at least one int"),
         (lambda: dd.ddim(SCHEDULE, timesteps=[0.5]), "timesteps must be a sequence of at least one int"),
         (lambda: dd.ddim(SCHEDULE, timesteps=[5, 1000]), r"timesteps must be in \[0, 1000\); got 5 to 1000"),

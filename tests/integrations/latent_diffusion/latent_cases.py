@@ -2,8 +2,7 @@
 
 ``results(sampler_class)`` makes the calls on any class with that interface. Recorded with torch 2.13.0
 on a CPU from Stability-AI/stablediffusion at cf1d67a6fd5ea1aa600c4df58e5b47da45f6bdbf, which has CompVis'
-sampler with ``encode`` and ``decode``, by ``python tests/integrations/latent_diffusion/latent_cases.py CHECKOUT``
-(its ``register_buffer``, which wants a GPU, replaced by ``setattr``).
+sampler with ``encode`` and ``decode``, by ``python tests/integrations/latent_diffusion/latent_cases.py CHECKOUT``.
 """
 
 from __future__ import annotations
@@ -114,16 +113,20 @@ def results(sampler_class: Any) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in flat.items()}
 
 
-def _record(checkout: str) -> None:
+def sampler_on_cpu(checkout: str) -> Any:
+    """DDIMSampler of a checkout, its ``register_buffer``, which wants a GPU, replaced by ``setattr``."""
     sys.path.insert(0, checkout)
+    # Imported by their module of helpers, and not used by the sampler.
+    sys.modules.setdefault("einops", SimpleNamespace(repeat=None, rearrange=None))
+    sys.modules.setdefault("ldm.util", SimpleNamespace(instantiate_from_config=None))
     from ldm.models.diffusion.ddim import DDIMSampler
 
     class OnCpu(DDIMSampler):
         def register_buffer(self, name: str, value: Any) -> None:
             setattr(self, name, value)
 
-    np.savez_compressed(DATA, **results(OnCpu))
+    return OnCpu
 
 
 if __name__ == "__main__":
-    _record(sys.argv[1])
+    np.savez_compressed(DATA, **results(sampler_on_cpu(sys.argv[1])))

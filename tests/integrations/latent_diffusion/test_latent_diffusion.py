@@ -73,3 +73,102 @@ def _ready(parameterization: str = "eps") -> DDIMSampler:
 def test_errors_name_the_argument(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_make_schedule_leaves_what_callers_read() -> None:
+    sampler = DDIMSampler(Model(), device="cpu")
+    sampler.make_schedule(10, ddim_eta=0.5, verbose=False)
+    model, steps = sampler.model, sampler.ddim_timesteps
+    assert torch.equal(sampler.ddim_alphas, model.alphas_cumprod[steps])
+    assert torch.equal(sampler.ddim_sqrt_one_minus_alphas, (1 - sampler.ddim_alphas).sqrt())
+    assert sampler.ddim_alphas_prev.tolist() == [float(model.alphas_cumprod[t]) for t in [0, *steps[:-1]]]
+    a, b = sampler.ddim_alphas.double().numpy(), sampler.ddim_alphas_prev
+    np.testing.assert_allclose(sampler.ddim_sigmas, 0.5 * np.sqrt((1 - b) / (1 - a) * (1 - a / b)), rtol=1e-12)
+    alpha_bar = model.alphas_cumprod
+    expected = {
+        "betas": model.betas,
+        "alphas_cumprod": alpha_bar,
+        "alphas_cumprod_prev": model.alphas_cumprod_prev,
+        "sqrt_alphas_cumprod": alpha_bar.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - alpha_bar).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - alpha_bar).log(),
+        "sqrt_recip_alphas_cumprod": (1 / alpha_bar).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / alpha_bar - 1).sqrt(),
+    }
+    for name, value in expected.items():
+        assert torch.equal(getattr(sampler, name), value), name
+        assert getattr(sampler, name) is not getattr(model, name, None), "a copy"
+    assert sampler.ddim_sigmas_for_original_num_steps.shape == (100,)
+    sampler.register_buffer("mine", torch.ones(2))
+    assert torch.equal(sampler.mine, torch.ones(2))
+    sampler.register_buffer("text", "as it is")
+    assert sampler.text == "as it is"
+
+
+def _sample(**options: Any) -> torch.Tensor:
+    torch.manual_seed(0)
+    return DDIMSampler(Model()).sample(5, 3, SHAPE, verbose=False, **options)[0]
+
+
+def test_the_arguments_after_callback_stand_where_theirs_do() -> None:
+    seen: list[int] = []
+    torch.manual_seed(0)
+    got = DDIMSampler(Model()).sample(5, 3, SHAPE, None, None, ["unused"], lambda x0, i: seen.append(i), True)[0]
+    assert seen == [0, 1, 2, 3, 4]
+    assert torch.equal(got, _sample(quantize_x0=True))
+    # log_images passes it, and theirs takes no notice.
+    assert torch.equal(_sample(quantize_denoised=True, ddim=True), _sample())
+
+
+def test_a_scale_for_each_step() -> None:
+    c, uncond = torch.tensor([0.1, -0.2, 0.3]), torch.tensor([0.0, 0.1, -0.1])
+    guided = {"conditioning": c, "unconditional_conditioning": uncond}
+    assert torch.equal(_sample(**guided, ucg_schedule=[3.0] * 5), _sample(**guided, unconditional_guidance_scale=3.0))
+    changing = _sample(**guided, ucg_schedule=[3.0, 3.0, 3.0, 3.0, 1.0])
+    assert not torch.equal(changing, _sample(**guided, unconditional_guidance_scale=3.0))
+    with pytest.raises(ValueError, match="ucg_schedule must hold a scale for each of 5 steps; got 2"):
+        _sample(ucg_schedule=[1.0, 2.0])
+    with pytest.raises(NotImplementedError, match=r"dynamic_threshold must be None.*got 0.9"):
+        _sample(dynamic_threshold=0.9)
+
+
+def test_without_a_scale_there_is_no_guidance() -> None:
+    """The model is called once, with one batch: of sample, ddim_sampling, p_sample_ddim, decode and encode."""
+    sampler, calls = _ready(), []
+    apply_model = sampler.model.apply_model
+    sampler.model.apply_model = lambda x, t, c: calls.append(len(x)) or apply_model(x, t, c)
+    c, x = torch.tensor([0.1, -0.2, 0.3]), images()
+    uncond = {"unconditional_conditioning": c + 1}
+    sampler.p_sample_ddim(x, c, torch.full((3,), 11), 1, **uncond)
+    sampler.decode(x, c, 2, **uncond)
+    sampler.encode(x, c, 2, **uncond)
+    sampler.ddim_sampling(c, x.shape, timesteps=3, verbose=False, **uncond)
+    sampler.sample(2, 3, SHAPE, c, verbose=False, **uncond)
+    assert calls == [3] * (1 + 2 + 2 + 2 + 2)
+
+
+def test_ddim_sampling_takes_a_part_of_the_steps() -> None:
+    sampler, seen = _ready(), []
+    apply_model = sampler.model.apply_model
+    sampler.model.apply_model = lambda x, t, c: seen.append(int(t[0])) or apply_model(x, t, c)
+    shape = (3, *SHAPE)
+    for options, wanted in (
+        ({}, sampler.ddim_timesteps),
+        ({"timesteps": 4}, sampler.ddim_timesteps[:3]),
+        ({"timesteps": 4, "ddim_use_original_steps": True}, np.arange(4)),
+        ({"ddim_use_original_steps": True}, np.arange(100)),
+    ):
+        seen.clear()
+        sampler.ddim_sampling(None, shape, verbose=False, **options)
+        assert seen == wanted[::-1].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_latents_give_float32(dtype: torch.dtype) -> None:
+    assert _sample(x_T=images().to(dtype)).dtype == torch.float32
+    assert _ready().stochastic_encode(images().to(dtype), torch.tensor([0, 4, 9])).dtype == torch.float32
+
+
+def test_a_last_timestep_that_does_not_exist_is_an_index_error_too() -> None:
+    with pytest.raises(IndexError, match="ddim_num_steps must leave the last timestep below 100; got 100"):
+        _ready().make_schedule(100)
