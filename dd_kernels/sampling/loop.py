@@ -97,6 +97,7 @@ class _Loop:
         uncond_kwargs = None if self.uncond_kwargs is None else _of_batch(self.uncond_kwargs, total, batch)
         timesteps = self.table.on(x.device).timesteps
         sigmas = self.table.column("sigma").tolist()
+        options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
         for index, timestep in enumerate(self.table.timesteps.tolist()):
             t = timesteps[index].expand(x.shape[0])
             out, uncond = predict(self.model, x.to(model_dtype), t, kwargs, uncond_kwargs)
@@ -111,8 +112,7 @@ class _Loop:
                 noise=noise,
                 seed=self.source.seed if noise is None else None,
                 first_sample=self.first_sample + batch.start,
-                return_x0=return_x0,
-                backend=self.backend,
+                **options,
             )
             x, x0 = result if isinstance(result, tuple) else (result, None)
             bar.update()

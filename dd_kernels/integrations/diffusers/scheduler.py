@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ops.q_sample import q_sample
 from ...ops.reverse_step import reverse_step
+from ...ops.upload import real
 from . import rows
 from .arguments import (
     ShapeError,
@@ -152,7 +153,7 @@ class FusedScheduler:
             self._forget_tables()
         if key not in self._tables:
             kind, *options = key
-            self._tables[key] = getattr(self, f"_{kind}")(*options)
+            self._tables[key] = real(lambda: getattr(self, f"_{kind}")(*options))
         self._tables[key].on(device)
         return self._tables[key]
 

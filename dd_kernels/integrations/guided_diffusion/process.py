@@ -13,6 +13,7 @@ from ...losses import learned_log_variance
 from ...ops.q_sample import q_sample
 from ...ops.reverse_step import reverse_step
 from ...ops.reverse_step.table import StepTable, from_columns
+from ...ops.upload import real
 from ...samplers import rows
 from ...sampling.guidance import Model, model_output
 from ...schedules import Schedule, check_timesteps
@@ -82,7 +83,7 @@ class Process:
         check_timesteps("t", t, self.num_timesteps, like.shape[0])
         key = (name, like.device, torch.promote_types(like.dtype, torch.float32))
         if key not in self._uploads:
-            self._uploads[key] = torch.from_numpy(np.array(getattr(self, name))).to(*key[1:])
+            self._uploads[key] = real(lambda: torch.from_numpy(np.array(getattr(self, name))).to(*key[1:]))
         return self._uploads[key][t].reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
     def _wrap_model(self, model: Model) -> Model:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...ops.upload import real
 from ...sampling.guidance import Model
 from ...schedules import Schedule, from_alpha_bars
 from .gaussian_diffusion import GaussianDiffusion
@@ -72,7 +73,7 @@ class _WrappedModel:
         """Calls the model with the original process's timesteps."""
         key = ("timestep_map", ts.device, ts.dtype)
         if key not in self._uploads:
-            self._uploads[key] = torch.tensor(self.timestep_map, device=ts.device, dtype=ts.dtype)
+            self._uploads[key] = real(lambda: torch.tensor(self.timestep_map, dtype=ts.dtype).to(ts.device))
         original = self._uploads[key][ts]
         if self.rescale_timesteps:
             original = original.float() * (1000.0 / self.original_num_steps)
