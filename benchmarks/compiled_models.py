@@ -143,8 +143,9 @@ def _ltx(full: bool) -> Built:
 
 def _style(name: str) -> Callable[[bool], Built]:
     def build(full: bool) -> Built:
-        model, _, _ = make(name, blocks=8 if full else 4)
-        return model, lambda n: make(name, batch=n)[1:]
+        channels = 128 if full else 64
+        model, _, _ = make(name, blocks=4, channels=channels)
+        return model, lambda n: make(name, blocks=0, batch=n, channels=channels, side=32)[1:]
 
     return build
 

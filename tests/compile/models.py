@@ -177,9 +177,11 @@ def to_bfloat16(model: nn.Module) -> nn.Module:
     return model
 
 
-def make(style: str, blocks: int = 2, batch: int = 2, **options: object) -> tuple[nn.Module, Tensor, Tensor]:
-    """Returns a model of a style in evaluation, and its inputs."""
+def make(
+    style: str, blocks: int = 2, batch: int = 2, channels: int = CHANNELS, side: int = SIDE, **options: object
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """Returns a model of a style in evaluation, and its inputs; a video has half the side."""
     block, dimensions, _ = STYLES[style]
-    model = Stack(*(block(CHANNELS, EMBEDDING, **options) for _ in range(blocks))).eval()
-    x = torch.randn(batch, CHANNELS, *[SIDE if dimensions < 3 else 6] * dimensions)
+    model = Stack(*(block(channels, EMBEDDING, **options) for _ in range(blocks))).eval()
+    x = torch.randn(batch, channels, *[side if dimensions < 3 else side // 2] * dimensions)
     return model, x, torch.randn(batch, EMBEDDING)
