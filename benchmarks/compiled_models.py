@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from dd_kernels.compile import Report, dd_kernels
 from tests.compile.models import STYLES, make
 
+from .models import randomized
+
 Inputs = tuple[Any, ...]
 Built = tuple[nn.Module, Callable[[int], Inputs]]
 
@@ -191,7 +193,7 @@ def row(name: str, batches: Iterable[int], full: bool, inductor: bool, at_least:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, inputs_of = MODELS[name](full)
-    model.eval()
+    randomized(model).eval()
     report = Report()
     fast = torch.compile(model, backend=dd_kernels, options={"report": report}, dynamic=False)
     compiled = [torch.compile(model, dynamic=False)] if inductor else []
