@@ -3,13 +3,15 @@
 import importlib
 
 import torch
-from budget import assert_within_budget
+from bounds import assert_within
+from group_norm_bounds import Errors
 
 import dd_kernels as dd
-from dd_kernels.ops.activation import Activation
+from dd_kernels.ops.activation import Activation, activation_of
 from dd_kernels.ops.group_norm_silu.arguments import Arguments
 
 op = importlib.import_module("dd_kernels.ops.group_norm_silu.op")
+ACTIVATIONS = tuple(activation.name.lower() for activation in Activation)
 NAMES = ("weight", "bias", "pre_shift", "scale", "shift")
 # Presence of weight, bias, pre_shift, scale and shift, SiLU, channels_last: every pair of choices is in some row.
 ROWS = (
@@ -61,29 +63,22 @@ def results(x, dy, groups, options, activation, backend, eps=1e-5):
     return {"y": y.detach(), **{f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}}
 
 
+def errors(kernel, x, dy, groups, options, activation):
+    """Bounds of a kernel's errors, by name of the result, before results are rounded to their dtype."""
+    wide = {name: v.double() for name, v in options.items()}
+    fast = kernel.name == "cuda" and x.dtype != torch.float32
+    return Errors(x.double(), dy.double(), groups, wide, activation_of(activation), fast).by_name()
+
+
 def check(kernel, x, dy, groups, options, activation):
     """Everything against float64; y and dx keep the layout."""
     x, dy = x.to(kernel.device), dy.to(kernel.device)
     options = {name: v.to(kernel.device) for name, v in options.items()}
     wide = {name: v.double() for name, v in options.items()}
     exact = results(x.double(), dy.double(), groups, wide, activation, "reference")
-    plain = results(x, dy, groups, options, activation, "reference")
     actual = results(x, dy, groups, options, activation, kernel.name)
-    # The interpreter has no fma: it rounds each product that the compiled kernel, and plain PyTorch, add unrounded.
-    rounds_more = kernel.truncates(x.dtype) or kernel.interpreted
-    for name in ("y", "dx"):
-        assert_within_budget(actual[name], exact[name], plain[name], truncated=rounds_more)
-        if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-            assert actual[name].stride() == x.stride()
-    assert_sums_within_budget(actual, exact, plain, [f"d{name}" for name in options])
-
-
-def assert_sums_within_budget(actual, exact, plain, names):
-    """The same budget for gradients that are sums, as one set: each alone has too few elements for a fair maximum."""
-    if not names or actual["y"].numel() == 0:
-        return
-    scale = {name: exact[name].abs().max() for name in names}
-    error, plain_error = (
-        max((r[n].double() - exact[n]).abs().max() / scale[n] for n in names) for r in (actual, plain)
-    )
-    assert error <= 2 * plain_error + 2 * torch.finfo(torch.float32).eps
+    allowed = errors(kernel, x, dy, groups, options, activation)
+    for name, v in actual.items():
+        assert_within(v, exact[name], allowed[name], kernel.truncates(v.dtype))
+        if name in ("y", "dx") and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            assert v.stride() == x.stride()
