@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +48,13 @@ class First(nn.Module):
         return result
 
 
+def _diffusers() -> Any:
+    """Returns the module, whose types do not say that its models are modules of torch."""
+    return importlib.import_module("diffusers")
+
+
 def _cifar10(full: bool) -> Built:
-    import diffusers
+    diffusers = _diffusers()
 
     width = 128 if full else 64
     model = diffusers.UNet2DModel(
@@ -65,12 +72,13 @@ def _cifar10(full: bool) -> Built:
 
 
 def _conditional(full: bool, **options: Any) -> nn.Module:
-    import diffusers
+    diffusers = _diffusers()
 
     width = 320 if full else 64
     widths = (width, 2 * width, 4 * width, 4 * width)
     sizes = {"block_out_channels": widths, "cross_attention_dim": 768 if full else 64, "attention_head_dim": 8}
-    return diffusers.UNet2DConditionModel(**{**sizes, **options})
+    model: nn.Module = diffusers.UNet2DConditionModel(**{**sizes, **options})
+    return model
 
 
 def _sd(full: bool) -> Built:
@@ -81,7 +89,7 @@ def _sd(full: bool) -> Built:
 
 
 def _controlnet(full: bool) -> Built:
-    import diffusers
+    diffusers = _diffusers()
 
     unet: Any = _conditional(full)
     model = diffusers.ControlNetModel.from_unet(unet)
@@ -95,7 +103,7 @@ def _controlnet(full: bool) -> Built:
 
 
 def _motion(full: bool) -> Built:
-    import diffusers
+    diffusers = _diffusers()
 
     unet: Any = _conditional(full)
     model = diffusers.UNetMotionModel.from_unet2d(unet)
@@ -106,7 +114,7 @@ def _motion(full: bool) -> Built:
 
 
 def _decoder(full: bool) -> Built:
-    import diffusers
+    diffusers = _diffusers()
 
     width = 128 if full else 32
     names = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -118,7 +126,7 @@ def _decoder(full: bool) -> Built:
 
 
 def _temporal(full: bool) -> Built:
-    import diffusers
+    diffusers = _diffusers()
 
     width = 128 if full else 32
     names = {"down_block_types": ("DownEncoderBlock2D",) * 4}
@@ -127,7 +135,7 @@ def _temporal(full: bool) -> Built:
 
 
 def _hunyuan(full: bool) -> Built:
-    import diffusers
+    diffusers = _diffusers()
 
     width = 128 if full else 32
     model = diffusers.AutoencoderKLHunyuanVideo(block_out_channels=(width, 2 * width, 4 * width, 4 * width))
@@ -135,7 +143,7 @@ def _hunyuan(full: bool) -> Built:
 
 
 def _ltx(full: bool) -> Built:
-    import diffusers
+    diffusers = _diffusers()
 
     model = diffusers.AutoencoderKLLTXVideo() if full else diffusers.AutoencoderKLLTXVideo(
         block_out_channels=(32, 64, 64, 64), decoder_block_out_channels=(32, 64, 64, 64)
@@ -172,7 +180,7 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def speedups(calls: list[Callable[[], object]], at_least: float) -> list[float]:
+def speedups(calls: Sequence[Callable[[], object]], at_least: float) -> list[float]:
     """Returns how much faster each call is than the first: medians of the ratios of calls made one after another."""
     for call in calls:
         call()
@@ -195,19 +203,21 @@ def row(name: str, batches: Iterable[int], full: bool, inductor: bool, at_least:
     model, inputs_of = MODELS[name](full)
     randomized(model).eval()
     report = Report()
-    fast = torch.compile(model, backend=dd_kernels, options={"report": report}, dynamic=False)
+    options: dict[str, Any] = {"report": report}
+    fast = torch.compile(model, backend=dd_kernels, options=options, dynamic=False)
     compiled = [torch.compile(model, dynamic=False)] if inductor else []
     cells, errors, capture = [], "", 0.0
     with torch.no_grad():
         for batch in batches:
             inputs = inputs_of(batch)
-            first = seconds(lambda x=inputs: fast(*x))  # type: ignore[misc]
+            first = seconds(partial(fast, *inputs))
             if not errors:
                 capture = first
                 exact = copy.deepcopy(model).double()(*map(to_float64, inputs))
                 largest = [(f(*inputs) - exact).abs().max().item() for f in (fast, model)]
                 errors = " / ".join(f"{error:.1e}" for error in largest)
-            calls = [lambda f=f, x=inputs: f(*x) for f in (model, fast, *compiled)]  # type: ignore[misc]
+            functions: list[Callable[..., Any]] = [model, fast, *compiled]
+            calls = [partial(f, *inputs) for f in functions]
             cells.append(" / ".join(f"{ratio:.2f}" for ratio in speedups(calls, at_least)))
     graphs = len(report.graphs) // len(cells)
     norms = report.norms
