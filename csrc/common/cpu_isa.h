@@ -14,13 +14,15 @@ Isa cpu_isa(Isa widest = Isa::avx512);
 
 }  // namespace dd
 
-// The function of this name that was compiled for the instruction set in force.
+// DD_CHOOSE is the function of this name for the instruction set in force, up to DD_WIDEST; DD_CHOOSE_UP_TO takes
+// another bound, and DD_CHOOSE_FOR the set itself.
+#define DD_CHOOSE(function) DD_CHOOSE_UP_TO(::dd::Isa::DD_WIDEST, function)
+#define DD_CHOOSE_UP_TO(widest, function) DD_CHOOSE_FOR(::dd::cpu_isa(widest), function)
 #ifdef DD_X86
-#define DD_CHOOSE(function) DD_CHOOSE_FOR(::dd::cpu_isa(::dd::Isa::DD_WIDEST), function)
 #define DD_CHOOSE_FOR(isa, function)                     \
     ((isa) == ::dd::Isa::avx512 ? ::dd::avx512::function \
      : (isa) == ::dd::Isa::avx2 ? ::dd::avx2::function   \
                                 : ::dd::baseline::function)
 #else
-#define DD_CHOOSE(function) (::dd::cpu_isa(), ::dd::baseline::function)
+#define DD_CHOOSE_FOR(isa, function) ((void)(isa), ::dd::baseline::function)
 #endif

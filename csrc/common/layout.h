@@ -16,6 +16,7 @@ struct Operand {
     DType dtype = DType::float32;
 
     DD_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+    bool has_16_bits() const { return data != nullptr && dtype != DType::float32; }
 };
 
 // How the samples of a call lie in memory: [pixels][channels], which kernels visit in tiles of whole pixels. A

@@ -2,6 +2,7 @@
 #include "randn/binding.h"
 
 #define DD_KERNEL "randn/cpu_kernel.h"
+#define DD_WIDEST avx512
 #include "common/each_isa.h"
 
 namespace dd {
