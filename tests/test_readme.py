@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-ROWS = re.findall(r"^\| [^|`]+ \| `([^`]+)` \|", README, re.MULTILINE)
+FIRST_SCREEN = README.split("\n## ")[0]
+ROWS = re.findall(r"^\| [^|`]+ \| `([^`]+)` \|", FIRST_SCREEN, re.MULTILINE)
 BLOCKS = [*ROWS, *re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
 COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("&&")]
 OURS = [c for c in COMMANDS if c.startswith(("python -m dd_kernels", "dd-kernels"))]
