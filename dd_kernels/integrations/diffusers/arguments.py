@@ -54,8 +54,9 @@ def as_step_count(num_inference_steps: Any, least: int = 1) -> Any:
 def as_timestep(timestep: Any) -> Timestep:
     """Returns a timestep as an int or an integer tensor: of numpy's integers and arrays, and of lists, too."""
     if isinstance(timestep, Tensor):
-        if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype is torch.bool:
-            raise TimestepTypeError(f"timestep must be an integer tensor; got {timestep.dtype}")
+        dtype = timestep.dtype
+        if dtype is not torch.int64 and (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
+            raise TimestepTypeError(f"timestep must be an integer tensor; got {dtype}")
         return timestep
     if type(timestep) is int or torch.compiler.is_compiling():
         return timestep
@@ -77,11 +78,12 @@ def broadcast(
     sample: Tensor, model_output: Tensor, noise: Tensor | None, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns (sample, model_output, noise) of one shape, but for the output's channels with a learned variance."""
+    shape = sample.shape
+    if not learned and model_output.shape == shape and (noise is None or noise.shape == shape):
+        return sample, model_output, noise
     predicted = list(model_output.shape)
     if learned:
         predicted[1] //= 2
-    if sample.shape == torch.Size(predicted) and (noise is None or noise.shape == sample.shape):
-        return sample, model_output, noise
     others = [predicted] if noise is None else [predicted, noise.shape]
     try:
         shape = torch.broadcast_shapes(sample.shape, *others)

@@ -65,12 +65,14 @@ class DDPMScheduler(FusedSchedulerWithVelocity, _DDPMScheduler):
         """Raises where a timestep, if it is known without asking the device, is not in the list."""
         if torch.compiler.is_compiling() or not self._has_list():
             return
-        values = [value]
-        if value is None:
-            values = timestep.tolist() if isinstance(timestep, Tensor) and timestep.is_cpu else []
-        for one in values:
-            if one not in self._values:
-                raise TimestepValueError(f"timestep must be one of scheduler.timesteps; got {one}")
+        if value is not None:
+            wrong = [] if value in self._values else [value]
+        elif isinstance(timestep, Tensor) and timestep.is_cpu:
+            wrong = [one for one in timestep.tolist() if one not in self._values]
+        else:
+            return
+        if wrong:
+            raise TimestepValueError(f"timestep must be one of scheduler.timesteps; got {wrong[0]}")
 
     def _ddpm(self, *key: Any) -> rows.StepTable:
         """Row t steps to the timestep after t in ``timesteps``, or to t - 1 where none are set."""

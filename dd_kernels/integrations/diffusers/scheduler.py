@@ -71,7 +71,8 @@ class FusedScheduler:
     variance_type: str
 
     _values: tuple[int, ...] = ()  # the values of ``timesteps``
-    _versions: tuple[int, ...] = (0, 0, 0, 0)
+    _known_version = 0
+    _counts_writes = False
     _seed: int | None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -79,6 +80,7 @@ class FusedScheduler:
         super().__setattr__(name, value)
         if name == "alphas_cumprod":
             self._given_alphas_cumprod = value  # stays on its device when add_noise moves alphas_cumprod
+            self._watch(value)
         if name == "timesteps":
             before, self._values = self._values, tuple(value.tolist())
             if self._values == before:
@@ -131,10 +133,10 @@ class FusedScheduler:
             raise TimestepValueError(f"timestep must be in [{-below}, {steps}); got {value}")
         return value % (steps + 1)
 
-    def _source_versions(self) -> tuple[int, ...]:
-        """Returns how often the tensors that tables are made of were written to in place, as far as torch counts."""
-        sources = (self.alphas_cumprod, self._before_first(), self.betas, self.alphas)
-        return tuple([0 if tensor.is_inference() else tensor._version for tensor in sources])
+    def _watch(self, alphas_cumprod: Tensor) -> None:
+        """Notes how often it was written to in place; torch does not count for inference tensors."""
+        self._counts_writes = not alphas_cumprod.is_inference()
+        self._known_version = alphas_cumprod._version if self._counts_writes else 0
 
     def _forget_tables(self) -> None:
         self._tables: dict[tuple, Any] = {}
@@ -142,13 +144,11 @@ class FusedScheduler:
 
     def _built(self, key: tuple, device: torch.device) -> Any:
         """Returns the table of ``key``, uploaded to the device; ``key`` is (method without "_", its arguments)."""
-        versions = self._source_versions()
-        if versions != self._versions:
-            # A tensor that tables are made of was written to since.
-            if versions[0] != self._versions[0]:
-                self._given_alphas_cumprod = self.alphas_cumprod
+        if self._counts_writes and self.alphas_cumprod._version != self._known_version:
+            # It was written to in place.
+            self._watch(self.alphas_cumprod)
+            self._given_alphas_cumprod = self.alphas_cumprod
             self._forget_tables()
-            self._versions = versions
         if len(self._tables) >= MOST_TABLES and key not in self._tables:
             self._forget_tables()
         if key not in self._tables:
@@ -281,7 +281,7 @@ class FusedScheduler:
         """Moves alphas_cumprod as diffusers does, whose users index it there afterwards; the tables stay."""
         if self.alphas_cumprod.device != device:
             object.__setattr__(self, "alphas_cumprod", self.alphas_cumprod.to(device))
-            self._versions = self._source_versions()
+            self._watch(self.alphas_cumprod)
 
     def _marginal(self, sign: int) -> rows.Marginal:
         return rows.Marginal(self._given_alphas_cumprod.cpu(), sign)
