@@ -105,6 +105,6 @@ def group_norm_silu(
     """
     act = activation_of(activation)
     a = Arguments(x, num_groups, weight, bias, eps, pre_shift, scale, shift, act, residual, skip)
-    checked = check(a)
-    chosen = backends.choose("group_norm_silu", backend, x.device, checked.unsupported_reason)
-    return reference.group_norm_silu(a) if chosen == "reference" else op.group_norm_silu(chosen, a, checked)
+    reason, ready, needs_grad = check(a)
+    chosen = backends.choose("group_norm_silu", backend, x.device, reason)
+    return reference.group_norm_silu(a) if chosen == "reference" else op.group_norm_silu(chosen, a, ready, needs_grad)

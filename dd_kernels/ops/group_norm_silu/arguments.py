@@ -30,16 +30,12 @@ class Arguments(NamedTuple):
     skip: Tensor | None  # [N, C2, ...]; C = C1 + C2
 
 
-class Checked(NamedTuple):
-    """What the visit of the arguments has found."""
+def check(a: Arguments) -> tuple[str | None, bool, bool]:
+    """Raises unless the arguments are a call.
 
-    unsupported_reason: str | None  # why only the reference serves the call
-    ready: bool  # whether the small tensors are contiguous float32, as kernels read them
-    needs_grad: bool
-
-
-def check(a: Arguments) -> Checked:
-    """Raises unless the arguments are a call; returns what a backend has to know of them.
+    Returns:
+        Why only the reference serves the call, or None; whether the small tensors are contiguous float32, as kernels
+        read them; and whether a gradient is needed. (A plain tuple: a named one costs 0.3 us.)
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or option.
@@ -74,7 +70,7 @@ def check(a: Arguments) -> Checked:
         needs_grad = needs_grad or v.requires_grad
     if reason is None:
         reason = checks.transform_reason()
-    return Checked(reason, ready, needs_grad and torch.is_grad_enabled())
+    return reason, ready, needs_grad and torch.is_grad_enabled()
 
 
 def _channels_of_skip(x: Tensor, skip: Tensor) -> int:

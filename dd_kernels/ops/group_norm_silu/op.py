@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from . import reference
-from .arguments import Arguments, Checked
+from .arguments import Arguments
 
 _OPTIONS = (
     "int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? pre_shift, Tensor? scale, Tensor? shift, "
@@ -236,22 +236,22 @@ def _prepared(chosen: str, a: Arguments) -> Arguments:
     return Arguments(x, a.num_groups, weight, bias, a.eps, pre_shift, scale, shift, a.activation, residual, skip)
 
 
-def _joined(chosen: str, a: Arguments, checked: Checked) -> Tensor | tuple[Tensor, Tensor]:
+def _joined(chosen: str, a: Arguments, ready: bool, needs_grad: bool) -> Tensor | tuple[Tensor, Tensor]:
     """Adds the residual and concatenates the skip first, for a backend whose kernels do not."""
     total = a.x if a.residual is None else a.x + a.residual
     joined = total if a.skip is None else torch.cat([total, a.skip], 1)
-    y = group_norm_silu(chosen, a._replace(x=joined, residual=None, skip=None), checked)
+    y = group_norm_silu(chosen, a._replace(x=joined, residual=None, skip=None), ready, needs_grad)
     return y if a.residual is None else (y, total)  # type: ignore[return-value]
 
 
-def group_norm_silu(chosen: str, a: Arguments, checked: Checked) -> Tensor | tuple[Tensor, Tensor]:
-    """Returns y, or (y, x + residual), of the kernels of a backend; differentiable."""
+def group_norm_silu(chosen: str, a: Arguments, ready: bool, needs_grad: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns y, or (y, x + residual), of the kernels of a backend; ``ready`` and ``needs_grad`` are from check()."""
     is_single = a.residual is None and a.skip is None
     if not is_single and chosen not in READ_TWO:
-        return _joined(chosen, a, checked)
-    if not (checked.ready and is_single and checks.dense(a.x) is a.x):
+        return _joined(chosen, a, ready, needs_grad)
+    if not (ready and is_single and checks.dense(a.x) is a.x):
         a = _prepared(chosen, a)
-    if checked.needs_grad:
+    if needs_grad:
         return _GroupNormSiLU.apply(chosen, *a)
     if chosen == "cpu":  # nobody will read the statistics
         y = torch.empty_like(a.x)
