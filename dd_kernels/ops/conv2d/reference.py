@@ -32,13 +32,14 @@ def padded(x: Tensor, padding: Padding) -> Tensor:
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Padding, residual: Tensor | None
 ) -> Tensor:
-    """Returns torch's conv2d in the dtype of x, plus the residual."""
+    """Returns torch's conv2d in the dtype of x, under autocast too as the kernels do, plus the residual."""
     left, right, top, bottom = padding
     bias = None if bias is None else bias.to(x.dtype)
-    if left == right and top == bottom:
-        y = F.conv2d(x, weight.to(x.dtype), bias, stride, (top, left))
-    else:
-        y = F.conv2d(padded(x, padding), weight.to(x.dtype), bias, stride)
+    with torch.autocast(x.device.type, enabled=False):
+        if left == right and top == bottom:
+            y = F.conv2d(x, weight.to(x.dtype), bias, stride, (top, left))
+        else:
+            y = F.conv2d(padded(x, padding), weight.to(x.dtype), bias, stride)
     return y if residual is None else y + residual
 
 
