@@ -1,6 +1,7 @@
 """Set before anything imports Triton or torch."""
 
 import os
+import signal
 
 # The suite's tensors are tiny: a second thread costs more than it gives. Tests of threads ask for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,9 @@ settings.register_profile("deterministic", derandomize=True, deadline=None, max_
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=500)
 settings.register_profile("thousands", derandomize=False, deadline=None, max_examples=20_000, database=None)
 settings.load_profile("deterministic")
+
+# A suite started under nohup inherits an ignored SIGHUP, which the tests of signals and their children must not.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors

@@ -35,7 +35,8 @@ def conv2d(
     """Returns torch's conv2d in the dtype of x, under autocast too as the kernels do, plus the residual."""
     left, right, top, bottom = padding
     bias = None if bias is None else bias.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+    with torch.autocast(device, enabled=False):
         if left == right and top == bottom:
             y = F.conv2d(x, weight.to(x.dtype), bias, stride, (top, left))
         else:

@@ -73,8 +73,9 @@ def group_norm_silu(
     mu_g and sigma_g^2 are the mean and (biased) variance over the elements of a group: C / G channels
     of one sample. ``pre_shift`` is where DDPM adds the time embedding (and a convolution its bias),
     ``scale`` and ``shift`` are adaptive GroupNorm (Dhariwal & Nichol, 2021, eq. 7).
-    Differentiable once in every tensor argument; the backward pass is a kernel too. (Where ``pre_shift`` takes
-    means of many deviations away, the gradients of the CUDA and Triton kernels are off by 1e-8 of those deviations.)
+    Differentiable in every tensor argument: first gradients are a kernel's, further ones, forward mode and
+    ``torch.func`` run the reference. (Where ``pre_shift`` takes means of many deviations away, the gradients of the
+    CUDA and Triton kernels are off by 1e-8 of those deviations.) ``activation`` takes SiLU's place in the equation.
 
     ``residual`` is added first, ``sum = x + residual`` rounded to x's dtype, and ``sum`` takes x's place
     above. It is the second result: what a residual stream carries on, without ``pre_shift``, which is
