@@ -108,11 +108,10 @@ def _by_our_compiler(net: Network) -> Forward:
     return _compiled(net, backend)
 
 
-def _accelerated(net: Network, **options: str) -> Forward:
+def _accelerated(net: Network, **options: Any) -> Forward:
     """Returns diffusers' model accelerated by ``dd_kernels.accelerate``."""
-    accelerate: Any = vars(dd)["accelerate"]
     model = net.copy()
-    model.model = accelerate(model.model, **options)
+    model.model = dd.accelerate(model.model, **options)[0]
     return lambda x: model(x, net.t)
 
 
@@ -141,11 +140,9 @@ def _makers() -> dict[str, Callable[[Network], Forward]]:
         "dd_kernels, accelerate, high accuracy": partial(_accelerated, accuracy="high"),
         "diffusers bfloat16": _bfloat16,
         "OpenVINO bfloat16": partial(_openvino, precision="bf16"),
-        "dd_kernels, accelerate bfloat16": partial(_accelerated, dtype="bfloat16"),
     }
-    absent = [] if importlib.util.find_spec("openvino") else ["OpenVINO"]
-    absent += [] if "accelerate" in vars(dd) else ["dd_kernels, accelerate"]
-    return {name: make for name, make in found.items() if not name.startswith(tuple(absent))}
+    installed = importlib.util.find_spec("openvino") is not None
+    return {name: make for name, make in found.items() if installed or not name.startswith("OpenVINO")}
 
 
 def _made(net: Network) -> tuple[dict[str, Forward | str], dict[str, float]]:

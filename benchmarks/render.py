@@ -14,7 +14,7 @@ from .results import Results
 from .text import markdown
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+SECTIONS = ("headline", "benchmarks")  # of the README, each between two marks
 
 
 def _machine(found: Results) -> str:
@@ -85,10 +85,25 @@ def device_section(found: Results) -> str:
     return "\n\n".join(part for part in texts if part)
 
 
-def readme_section() -> str:
-    """Returns the text between the README's two marks."""
-    files = sorted(results.FOLDER.glob("*.json"))
-    return "\n\n".join(device_section(results.load(file)) for file in files)
+def _marks(section: str) -> tuple[str, str]:
+    return f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
+
+
+def readme_section(section: str) -> str:
+    """Returns the text between the README's two marks of a section."""
+    every = [results.load(file) for file in sorted(results.FOLDER.glob("*.json"))]
+    if section == "headline":
+        return "\n".join(f"{tables.first_numbers(results.rows(found))}\n\n*{_machine(found)}.*" for found in every)
+    return "\n\n".join(device_section(found) for found in every)
+
+
+def with_sections(readme: str) -> str:
+    """Returns the README with its sections written anew."""
+    for section in SECTIONS:
+        begin, end = _marks(section)
+        before, rest = readme.split(begin)
+        readme = f"{before}{begin}\n{readme_section(section)}\n{end}{rest.split(end)[1]}"
+    return readme
 
 
 def everything(folder: Path) -> list[str]:
@@ -107,7 +122,5 @@ def everything(folder: Path) -> list[str]:
             problems.append(f"{file.name}: {reason(error)}")
     if folder.resolve() == results.FOLDER.resolve():
         readme = ROOT / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        readme.write_text(f"{before}{BEGIN}\n{readme_section()}\n{END}{after}")
+        readme.write_text(with_sections(readme.read_text()))
     return problems

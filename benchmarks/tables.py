@@ -58,6 +58,33 @@ def ops_table(rows: Sequence[Row]) -> str:
     return f"{note}:\n\n{markdown(cells)}"
 
 
+def first_numbers(rows: Sequence[Row]) -> str:
+    """Returns the README's first numbers: a sampler's step, GroupNorm+SiLU, and each whole model that was measured."""
+    lines = []
+    for what, op, cases, peer in (
+        ("A sampler's step", "reverse_step", ("ddpm", "ddim"), "diffusers'"),
+        ("GroupNorm+SiLU forward", "group_norm_silu", ("forward",), "eager PyTorch's"),
+    ):
+        found = [
+            line["median"]
+            for line in results.digest_of_peers(rows)
+            if (line["op"], line["peer"]) == (op, peer.split("'")[0].split()[0])
+            and (line["case"] in cases and (line["dtype"], line["layout"]) == ("float32", "contiguous"))
+        ]
+        if found:
+            lines.append(
+                f"- {what}: **{min(found):.1f} to {max(found):.1f} times** as fast as {peer}, float32 on a CPU."
+            )
+    for row in rows:
+        line = row["peers"].get("dd_kernels, accelerate", {}) if row["op"] == "model" else {}
+        if "ratio" in line:
+            times = f"**{1 / line['ratio']:.1f} times** as fast as diffusers'"
+            lines.append(
+                f"- The {row['case']} U-Net by the one line, batch {row['shape'][0]}: {times} in eager PyTorch."
+            )
+    return "\n".join(lines)
+
+
 def implementations(rows: Iterable[Row]) -> list[str]:
     """Returns the implementations that were measured in any of the rows, ours first."""
     names: dict[str, None] = {"dd_kernels": None}

@@ -268,13 +268,13 @@ def _run(
     keep_state: bool,
 ) -> None:
     """Steps until ``options.steps`` or ``stop``; saves at the end either way."""
-    saver, resumed = _Saver(trainer, out), trainer.step
+    saver = _Saver(trainer, out)
     try:
         _steps(trainer, saver, stop, save_every, sample_every, progress)
         stays = keep_state or stop.signal is not None
         if trainer.step != saver.saved or not stays:
             saver.save(with_state=stays)
-        if stop.signal is None and (trainer.step > resumed or not grid_path(out).exists()):
+        if stop.signal is None:  # a run that died before its grid was drawn draws it when it is resumed
             draw_grid(trainer, out, stop)
     except TrainingDivergedError as error:
         raise TrainingDivergedError(f"{error}: try a smaller lr or a longer warmup; {saver.holds()}") from error
