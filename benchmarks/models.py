@@ -174,16 +174,16 @@ def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtyp
     with torch.device(device):
         theirs: Any = UNet2DConditionModel(**SD_UNET)
     theirs = channels_last(theirs.to(dtype)).eval()
-    fused = sharing(theirs)
-    dd.accelerate(fused)
+    accelerated = sharing(theirs)
+    dd.accelerate(accelerated)
     tokens = torch.randn(batch, *SD_TOKENS, device=device).to(dtype)
     scheduler, table = scheduler_of(sampler, device), TABLES[sampler]
     t, index = scheduler.timesteps[len(scheduler.timesteps) // 2], len(table) // 2
     return {
         "dd_kernels": Denoiser(
-            lambda x: fused(x.to(dtype), t, tokens).sample,
+            lambda x: accelerated(x.to(dtype), t, tokens).sample,
             lambda x, out: dd.reverse_step(x, out, table, index, seed=SEEDS[sampler]),
-            fused,
+            accelerated,
         ),
         "diffusers": Denoiser(
             lambda x: theirs(x.to(dtype), t, tokens).sample,
