@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..activation import activate
 from .arguments import Arguments
 
@@ -50,4 +51,6 @@ def _group_norm(h: Tensor, num_groups: int, eps: float) -> Tensor:
 
 
 def _is_channels_last(h: Tensor) -> bool:
+    if checks.transforms_active():  # vmap does not tell a layout
+        return False
     return h.ndim == 4 and not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
