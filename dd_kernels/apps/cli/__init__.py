@@ -107,11 +107,12 @@ def _short_warnings(command: str) -> Iterator[None]:
             warnings.showwarning = before
 
 
-def _closed_output() -> int:
-    """Ends as other tools do when their reader has gone: quietly, with the status of SIGPIPE."""
-    # Python flushes stdout once more at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
+def _discard_unwritable_output() -> None:
+    """Points stdout at nothing where it cannot be written, since Python flushes it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -126,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
     except TrainingDivergedError as error:
         return _failed(args.command, 1, error)
     except BrokenPipeError:
-        return _closed_output()
+        return 141  # as other tools end when their reader has gone: quietly, with the status of SIGPIPE
     except torch.OutOfMemoryError as error:
         return _failed(args.command, 2, f"--batch-size is too large for the device's memory: {error}")
     except MemoryError:
@@ -151,4 +152,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
     args = build_parser().parse_args(argv)
     with _signals(), _short_warnings(args.command):
-        return _run(args)
+        status = _run(args)
+    _discard_unwritable_output()
+    return status
