@@ -87,14 +87,14 @@ def test_an_environment_sees_the_running_one_behind_its_own(tmp_path, monkeypatc
 
 def test_a_check_is_run_and_one_that_fails_is_the_outcome(tmp_path, monkeypatch, capsys):
     (tmp_path / "test_one.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    checks = {"good": (f"{tmp_path}/test_one.py", "-k", "test_a"), "bad": (str(tmp_path / "test_one.py"),)}
+    checks = {"good": (f"{tmp_path}/test_one.py::test_a",), "bad": (str(tmp_path / "test_one.py"),)}
     monkeypatch.setattr(versions, "CHECKS", checks)
     monkeypatch.setattr(versions, "CHECKED", {"triton": ("good",), "diffusers": ("bad",)})
     monkeypatch.setattr(versions, "make", lambda environment, home: home.mkdir() or Path(sys.executable))
     assert versions.run([Environment("triton", "3.6.0")], tmp_path, 60.0)
     assert not versions.run([Environment("diffusers", "0.40.0")], tmp_path, 60.0)
     good, bad = capsys.readouterr().out.split("== diffusers 0.40.0")
-    assert "good: 1 passed, 1 deselected" in good
+    assert "good: 1 passed" in good
     assert "bad: 1 failed, 1 passed" in bad
     assert "failed: " in bad
     assert "test_one.py::test_b" in bad
