@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as _transforms_active
-from torch.autograd import forward_ad
 
 from ... import backend as backends
 from .. import checks
@@ -80,11 +78,7 @@ def _unsupported_reason(x: Tensor, *others: Tensor | None) -> str | None:
         return f"conv2d's kernels take CPU tensors, and x is on {x.device}"
     if any(v is not None and v.dtype == torch.float64 for v in (x, *others)):
         return "the kernels take float32, bfloat16 and float16, and an input is float64"
-    if not torch.compiler.is_compiling() and _transforms_active():
-        return "a torch.func transform is active, and only the reference is made of PyTorch's own operations"
-    if forward_ad._current_level >= 0:
-        return "forward-mode derivatives are on, which only the reference gives"
-    return None
+    return checks.transform_reason()
 
 
 def conv2d(

@@ -47,10 +47,6 @@ def _group_norm(h: Tensor, num_groups: int, eps: float) -> Tensor:
         return h
     # Where channels are last, torch sums squares in float32 unshifted, and its float64 gradients crash.
     y = torch.group_norm(h.contiguous(), num_groups, None, None, eps)  # F.group_norm refuses groups of one element
-    return y.contiguous(memory_format=torch.channels_last) if _is_channels_last(h) else y
-
-
-def _is_channels_last(h: Tensor) -> bool:
     if checks.transforms_active():  # vmap does not tell a layout
-        return False
-    return h.ndim == 4 and not h.is_contiguous() and h.is_contiguous(memory_format=torch.channels_last)
+        return y
+    return y.contiguous(memory_format=checks.memory_format(h))
