@@ -1,0 +1,162 @@
+"""Holds what a call of ``sample`` asks for, and takes its steps: the model, then the kernel, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.randn import randn
+from ..ops.reverse_step import reverse_step
+from ..ops.reverse_step.table import StepTable
+from .guidance import Model, device_of, float_parameter, predict
+
+Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
+
+
+class Step(NamedTuple):
+    """What one step of a sampler gives: its row, its timestep, x_{t-1}, and x_0 where it was asked for.
+
+    Nobody writes to ``x`` or ``x0`` afterwards.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    timestep: int
+    x: Tensor
+    x0: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where x_T and the noise of the steps come from: the caller's tensors, a generator, or a seed."""
+
+    noise: Noise | None
+    generator: torch.Generator | None
+    seed: int  # 0 where nothing is drawn from it
+
+    @staticmethod
+    def checked(table: StepTable, noise: Noise | None, generator: object, seed: int | None, draws_x_T: bool) -> _Source:
+        """Returns the source, or raises where the arguments clash; draws a seed only where one is needed."""
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
+        for name, other in (("seed", seed), ("noise", noise)):
+            if other is not None and generator is not None:
+                raise ValueError(f"only one of {name} and generator may be given; got both")
+        if noise is not None and not callable(noise) and len(noise) != len(table):
+            raise ValueError(f"noise must hold one tensor per step, {len(table)}; got {len(noise)}")
+        if seed is None:
+            needed = generator is None and (draws_x_T or (table.stochastic and noise is None))
+            # The seed comes from torch's global generator, so torch.manual_seed decides it.
+            seed = int(torch.randint(2**63 - 1, ())) if needed else 0
+        return _Source(noise, generator, seed)
+
+    def x_T(self, shape: Sequence[int], first_sample: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Draws x_T."""
+        if self.generator is not None:
+            return _drawn(self.generator, shape, device, dtype)
+        return randn(shape, seed=self.seed, first_sample=first_sample, device=device, dtype=dtype)
+
+    def of_step(self, index: int, x: Tensor, batch: slice) -> Tensor | None:
+        """Returns the noise of step ``index``, or None where the kernel draws it from the seed."""
+        if self.generator is not None:
+            return _drawn(self.generator, x.shape, x.device, x.dtype)
+        if self.noise is None:
+            return None
+        return (self.noise(index) if callable(self.noise) else self.noise[index])[batch]
+
+
+def _drawn(generator: torch.Generator, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Draws normal noise from the generator, on its own device, and returns it on ``device``."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The arguments that ``sample`` and ``sample_progressive`` share, checked; see :func:`dd_kernels.sample`."""
+
+    model: Model
+    shape_or_x: Sequence[int] | Tensor
+    table: StepTable
+    seed: int | None
+    first_sample: int
+    noise: Noise | None
+    generator: torch.Generator | None
+    model_kwargs: Mapping[str, Any] | None
+    uncond_kwargs: Mapping[str, Any] | None
+    guidance_scale: float
+    device: torch.device | str | None
+    dtype: torch.dtype
+    backend: str
+    source: _Source = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            raise TypeError(f"model must be callable as model(x, t, **model_kwargs); got {type(self.model).__name__}")
+        if not isinstance(self.table, StepTable):
+            raise TypeError(f"table must be a StepTable, as ddpm() and ddim() make it; got {type(self.table).__name__}")
+        given = isinstance(self.shape_or_x, Tensor)
+        source = _Source.checked(self.table, self.noise, self.generator, self.seed, draws_x_T=not given)
+        object.__setattr__(self, "source", source)
+        shape = tuple(self.shape_or_x.shape if isinstance(self.shape_or_x, Tensor) else self.shape_or_x)
+        if not shape or any(not isinstance(size, int) or size < 0 for size in shape):
+            wanted = "a tensor or the shape [N, C, H, W] of the samples"
+            raise ValueError(f"shape_or_x must be {wanted}; got {self.shape_or_x!r}")
+
+    @property
+    def total(self) -> int:
+        """Returns the number of samples."""
+        return self.shape_or_x.shape[0] if isinstance(self.shape_or_x, Tensor) else self.shape_or_x[0]
+
+    def batches(self, batch_size: int | None) -> list[slice]:
+        """Cuts the samples into batches; returns one empty batch where there are none."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        size = batch_size or max(self.total, 1)
+        return [slice(start, min(start + size, self.total)) for start in range(0, max(self.total, 1), size)]
+
+    def start(self, batch: slice) -> Tensor:
+        """Returns the x that a batch starts from: cut from the tensor given, or drawn."""
+        if isinstance(self.shape_or_x, Tensor):
+            return self.shape_or_x[batch]
+        device = device_of(self.model) if self.device is None else torch.device(self.device)
+        shape = (batch.stop - batch.start, *self.shape_or_x[1:])
+        return self.source.x_T(shape, self.first_sample + batch.start, device, self.dtype)
+
+    def _of_batch(self, kwargs: Mapping[str, Any], batch: slice) -> dict[str, Any]:
+        """Returns the batch's share of the model's arguments: tensors of one row per sample are cut."""
+        cut = {k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and len(v) == self.total}
+        return {k: v[batch] if k in cut else v for k, v in kwargs.items()}
+
+    def steps(self, x: Tensor, batch: slice, return_x0: bool) -> Iterator[Step]:
+        """Runs the rows in order, from ``x``; yields after every step.
+
+        Every x is a new tensor: the model, the callback and the caller may have kept the one before.
+        """
+        parameter = float_parameter(self.model)
+        model_dtype = x.dtype if parameter is None else parameter.dtype
+        kwargs = self._of_batch(self.model_kwargs or {}, batch)
+        uncond_kwargs = None if self.uncond_kwargs is None else self._of_batch(self.uncond_kwargs, batch)
+        timesteps = self.table.on(x.device).timesteps
+        sigmas = self.table.column("sigma").tolist()
+        options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
+        for index, timestep in enumerate(self.table.timesteps.tolist()):
+            t = timesteps[index].expand(x.shape[0])
+            out, uncond = predict(self.model, x.to(model_dtype), t, kwargs, uncond_kwargs)
+            noise = self.source.of_step(index, x, batch) if sigmas[index] != 0 else None
+            result = reverse_step(
+                x,
+                out,
+                self.table,
+                index,
+                uncond=uncond,
+                guidance_scale=self.guidance_scale,
+                noise=noise,
+                seed=self.source.seed if noise is None else None,
+                first_sample=self.first_sample + batch.start,
+                **options,
+            )
+            x, x0 = result if isinstance(result, tuple) else (result, None)
+            yield Step(index, timestep, x, x0)
