@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import dd_kernels as dd
 from dd_kernels.nn import CONFIGS, UNet
 
-from . import inspect_step, machine, models, peak, tables
+from . import machine, models, tables
 from .harness import Case, Plan, Row, Target, measure, reason
 from .timing import clock_of
 
@@ -172,9 +172,9 @@ def _inspect(net: Network, found: dict[str, Forward | str], seconds: dict[str, f
     return {
         "errors": {name: rms_error(f(net.x), exact) for name, f in functions.items()},
         # torch's profiler does not see into OpenVINO.
-        "kinds": {n: inspect_step.kinds(partial(f, net.x)) for n, f in functions.items() if "OpenVINO" not in n},
-        "flops": inspect_step.flops(partial(net.copy(), net.x, net.t)),
-        "peak": peak.measured(),
+        "kinds": {n: machine.kinds(partial(f, net.x)) for n, f in functions.items() if "OpenVINO" not in n},
+        "flops": machine.flops(partial(net.copy(), net.x, net.t)),
+        "peak": machine.peak(),
         "prepared_s": seconds,
     }
 

@@ -1,8 +1,12 @@
-"""Whole sampling steps (model and update) and whole runs of :func:`dd_kernels.sample`.
+"""Whole sampling steps (model and update), whole runs of :func:`dd_kernels.sample`, and how their time grows.
 
 Images/s of a run of S steps follow from the time of one step ("extrapolated" in the tables); a row with ``steps`` is
 a whole run. The bytes counted are those of the weights, and of the image in and out: no step moves fewer. Steps are
 timed as a program calls them; "CUDA graph" is our step captured and replayed.
+
+Growth: the time of a step of a U-Net like cifar10's against batch, resolution and channels, and that of a run against
+its steps. Each time has two lower bounds beside it: moving the weights and images once at the bandwidth of a copy, and
+doing the floating-point operations at the rate of a large matrix product. Both rates are measured in the same run.
 """
 
 from __future__ import annotations
@@ -18,11 +22,10 @@ from torch import Tensor, nn
 import dd_kernels as dd
 from dd_kernels.nn import CONFIGS
 
-from . import inspect_step, machine, models
+from . import machine, models
 from .bench_reverse_step import SCHEDULE
 from .harness import Case, Plan, Row, Target, dtype_name, reason
 from .models import Denoiser
-from .timing import GpuClock, UnusableError, captured
 
 Step = Callable[[Tensor], object]
 Peers = dict[str, Step | str]
@@ -108,36 +111,6 @@ def _implementations(target: Target, run: Run) -> dict[str, Denoiser | str]:
     return found
 
 
-def _compiled(found: dict[str, Denoiser | str], modes: tuple[str, ...]) -> dict[str, Denoiser | str]:
-    """Returns ours, and ours and a peer under torch.compile; the peer is diffusers, or eager where that is missing."""
-    torch._dynamo.reset()
-    peer = "diffusers" if isinstance(found.get("diffusers"), Denoiser) else "eager"
-    result: dict[str, Denoiser | str] = {"dd_kernels": found["dd_kernels"]}
-    for mode in modes:
-        for name in (peer, "dd_kernels"):
-            suffix = "torch.compile" if mode == "default" else f"torch.compile {mode}"
-            step = found[name]
-            assert isinstance(step, Denoiser)
-            result[f"{name}, {suffix}"] = models.compiled(step, mode)
-    return result
-
-
-def _graph(target: Target, step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], object] | str:
-    """Returns our step captured as a CUDA graph, which always reads the tensor it was captured with; or why not."""
-    clock = target.clock
-    if not isinstance(clock, GpuClock) or not clock.graphs:
-        return "no CUDA graphs in this run"
-    try:
-        for _ in range(2):
-            step(x)
-        replay = captured(lambda: step(x), clock.cuda)
-    except Exception as error:
-        if not clock.usable():
-            raise UnusableError(f"not captured: {reason(error)}") from error
-        return f"not captured: {reason(error)}"
-    return lambda _: replay()
-
-
 def _inspect(target: Target, run: Run, found: dict[str, Denoiser | str], x: Tensor) -> Row:
     """Returns launches, shares and peak memory of every implementation that is not compiled."""
     device = torch.device(target.device).type
@@ -146,9 +119,9 @@ def _inspect(target: Target, run: Run, found: dict[str, Denoiser | str], x: Tens
         if isinstance(denoiser, str) or denoiser.backend != "auto":
             continue
         try:
-            one = inspect_step.breakdown(denoiser, x, device) if run.profile else {}
+            one = models.breakdown(denoiser, x, device) if run.profile else {}
             if device == "cuda":
-                one["peak_bytes"] = inspect_step.peak_bytes(partial(denoiser, x))
+                one["peak_bytes"] = machine.peak_bytes(partial(denoiser, x))
         except Exception as error:
             one = {"not_measured": reason(error)}
         result[name] = one
@@ -189,13 +162,13 @@ def _step_case(target: Target, run: Run) -> Case:
     """Returns the case of one step."""
     found = _implementations(target, run)
     if run.compile:
-        found = _compiled(found, run.compile)
+        found = models.compiled_beside(found, run.compile)
     x = _images(target, run)
     ours = found["dd_kernels"]
     assert isinstance(ours, Denoiser)
     peers: Peers = dict(list(found.items())[1:])
     if target.kind == "cuda" and not run.compile:
-        peers["dd_kernels, CUDA graph"] = _graph(target, ours, x)
+        peers["dd_kernels, CUDA graph"] = models.replayed(target, ours, x)
     inspect = None if run.compile else lambda: _inspect(target, run, found, x)
     return _case(target, run, x, ours.module, ours, peers, inspect=inspect)
 
@@ -212,34 +185,97 @@ def _whole_case(target: Target, run: Run) -> Case:
     def ours(x: Tensor) -> Tensor:
         return dd.sample(model, x, table, seed=0, model_kwargs=kwargs)
 
-    peers: Peers = {
-        "diffusers": _pipeline(models.diffusers_unet(model, run.sampler, run.batch, target.device), run, target)
-    }
+    theirs = models.diffusers_unet(model, run.sampler, run.batch, target.device)
+    peers: Peers = {"diffusers": models.pipeline(theirs, run.sampler, steps, run.batch, target.device)}
     return _case(target, run, x_T, model, ours, peers, extra={"steps": steps})
 
 
-def _pipeline(theirs: Denoiser | str, run: Run, target: Target) -> Callable[[Tensor], Tensor] | str:
-    """Returns the loop of diffusers' DDPMPipeline and DDIMPipeline, or why it is missing."""
-    if isinstance(theirs, str):
-        return theirs
-    scheduler = models.scheduler_of(run.sampler, target.device)
-    scheduler.set_timesteps(run.whole, device=target.device)
-    module: Any = theirs.module
-    classes = module.config.num_class_embeds
-    y = {} if classes is None else {"class_labels": torch.arange(run.batch, device=target.device) % classes}
+@dataclass(frozen=True)
+class Point:
+    """A value on one axis; everything else has the device's base value."""
 
-    def sample(x: Tensor) -> Tensor:
-        for t in scheduler.timesteps:
-            x = scheduler.step(module(x.to(module.dtype), t, **y).sample, t, x).prev_sample
+    axis: str
+    value: int
+
+
+BASE = {
+    "cuda": {"steps": 1, "batch": 64, "resolution": 32, "channels": 128},
+    "cpu": {"steps": 1, "batch": 2, "resolution": 32, "channels": 64},
+}
+AXES = {  # measured in this order, since whole runs take longest
+    "cuda": {
+        "batch": (1, 4, 16, 64, 256, 512),
+        "resolution": (16, 32, 64, 128),
+        "channels": (32, 64, 128, 256),
+        "steps": (10, 20, 50, 100),
+    },
+    "cpu": {"batch": (1, 2, 4, 8), "resolution": (16, 32, 64), "channels": (32, 64, 128), "steps": (2, 5, 10, 20)},
+}
+GROWTH_DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
+def _sized_model(target: Target, sizes: dict[str, int]) -> Any:
+    """Returns a U-Net like cifar10's of the given sizes."""
+    channels, side = sizes["channels"], sizes["resolution"]
+    options = {"channels": (channels, *[2 * channels] * 3), "image_size": side, "attention_resolutions": (side // 2,)}
+    return models.unet("cifar10", target, GROWTH_DTYPE[target.kind], **options)
+
+
+def _loop(denoiser: Denoiser, steps: int) -> Callable[[Tensor], Tensor]:
+    """Returns a run of ``steps`` steps."""
+
+    def run(x: Tensor) -> Tensor:
+        for _ in range(steps):
+            x = denoiser(x)
         return x
 
-    return sample
+    return run
+
+
+def _floors(target: Target, denoiser: Denoiser, x: Tensor, moved: int, steps: int) -> Row:
+    """Returns the lower bounds of the time, with the rates they follow from."""
+    limits = machine.limits(target.clock, target.device, GROWTH_DTYPE[target.kind])
+    operations = steps * machine.flops(lambda: denoiser.model(x))
+    return {
+        "flops": operations,
+        **limits,
+        "floor_bytes_us": moved / limits["copy_gb_per_s"] / 1e3,
+        "floor_flops_us": operations / limits["matmul_gflop_per_s"] / 1e3,
+    }
+
+
+def _point_case(target: Target, point: Point) -> Case:
+    """Returns the case of one point: a step, or on the axis of steps a whole run."""
+    sizes = {**BASE[target.kind], point.axis: point.value}
+    model = _sized_model(target, sizes)
+    batch, side, steps = sizes["batch"], sizes["resolution"], sizes["steps"]
+    ours, plain = (of(model, "ddim", batch, target.device) for of in (models.ours, models.eager))
+    x = torch.randn(batch, 3, side, side, device=target.device)
+    moved = steps * (models.parameter_bytes(model) + 2 * x.nbytes)
+    table = dd.ddim(SCHEDULE, steps=steps)
+    return Case(
+        "growth",
+        point.axis,
+        x.shape,
+        (lambda x: dd.sample(model, x, table, seed=0)) if point.axis == "steps" else ours,
+        [(x,)],
+        moved,
+        {"eager": _loop(plain, steps)},
+        dtype_name(GROWTH_DTYPE[target.kind]),
+        "channels_last",
+        target.device,
+        graph=False,
+        extra={"value": point.value, "sizes": sizes},
+        inspect=lambda: _floors(target, ours, x, moved, steps),
+    )
 
 
 def plans(target: Target) -> list[Plan]:
-    """Returns a plan for every run of the device, on a CPU with all its threads."""
+    """Returns a plan for every run and every point of growth, on a CPU with all its threads."""
     threads = machine.THREADS[-1] if target.kind == "cpu" else None
-    return [
+    points = [Point(axis, value) for axis, values in AXES[target.kind].items() for value in values]
+    grown = [Plan(f"growth {p.axis} {p.value}", partial(_point_case, target, p), threads, "growth") for p in points]
+    return grown + [
         Plan(
             f"sample {run}",
             partial(_whole_case if run.whole else _step_case, target, run),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dd_kernels as dd
 from dd_kernels.nn import CONFIGS, UNet
 
-from . import inspect_step, machine, models
+from . import machine, models
 from .bench_reverse_step import SCHEDULE
 from .harness import Case, Plan, Row, Target, dtype_name, reason
 
@@ -85,6 +85,25 @@ def _implementations(target: Target, run: Run) -> dict[str, Trained]:
     return {"dd_kernels": Trained(target, model, model, True, y), "eager": Trained(target, plain, plain, False, y)}
 
 
+def saved_bytes(run: Callable[[], object], parameters: set[int]) -> int:
+    """Returns the bytes that a forward pass keeps for its backward pass.
+
+    Each storage counts once; those at the addresses ``parameters`` do not count.
+    """
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result  # kept until here, because memory that is freed could be counted twice
+    return sum(kept.values())
+
+
 def _inspect(target: Target, found: dict[str, Trained], images: Tensor, t: Tensor) -> Row:
     """Returns the memory that each implementation keeps and needs."""
     parameters = {p.untyped_storage().data_ptr() for p in found["dd_kernels"].optimizer.param_groups[0]["params"]}
@@ -94,10 +113,10 @@ def _inspect(target: Target, found: dict[str, Trained], images: Tensor, t: Tenso
             continue  # only the compiler knows which tensors it saves
         try:
             if "torch.compile" not in name:
-                saved = inspect_step.saved_bytes(partial(trained.loss, images, t), parameters)
+                saved = saved_bytes(partial(trained.loss, images, t), parameters)
                 memory[name] = {"saved_bytes": saved}
             if torch.device(target.device).type == "cuda":
-                peak = inspect_step.peak_bytes(partial(trained, images, t))
+                peak = machine.peak_bytes(partial(trained, images, t))
                 memory[name] = {**memory.get(name, {}), "peak_bytes": peak}
         except Exception as error:
             memory[name] = {"not_measured": reason(error)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from . import harness, machine, text, timing
+from . import harness, machine, results, timing
 
 ROWS = pytest.StashKey[list[harness.Row]]()
 TARGET = pytest.StashKey[harness.Target]()
@@ -51,6 +51,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not rows:
         return
     terminalreporter.section("dd_kernels benchmarks")
-    terminalreporter.write_line(text.title(rows))
-    for line in text.aligned(text.cells(rows)):
+    terminalreporter.write_line(results.title(rows))
+    for line in results.aligned(results.cells(rows)):
         terminalreporter.write_line(line)

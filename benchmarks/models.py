@@ -1,4 +1,6 @@
-"""Builds whole models and sampling steps in every implementation that is compared; all weights are random.
+"""Builds whole models and sampling steps in every implementation that is compared, and profiles them.
+
+All weights are random.
 
 ``dd_kernels`` is the model with our ops and our step. ``eager`` is the same model in plain PyTorch and shares its
 weights. ``reference`` runs our reference. ``diffusers`` is its U-Net with the same weights, and its scheduler.
@@ -18,8 +20,10 @@ from torch import Tensor, nn
 import dd_kernels as dd
 from dd_kernels.nn import GroupNormSiLU, UNet
 
+from . import machine
 from .bench_reverse_step import SEEDS, TABLES, eager_step
-from .harness import Target
+from .harness import Row, Target, reason
+from .timing import GpuClock, UnusableError, captured
 
 SD_UNET: dict[str, Any] = {  # Stable Diffusion 1.5's U-Net
     "sample_size": 64,
@@ -136,6 +140,20 @@ def compiled(denoiser: Denoiser, mode: str) -> Denoiser:
     return Denoiser(step, lambda x, out: out, denoiser.module, denoiser.backend)
 
 
+def compiled_beside(found: dict[str, Denoiser | str], modes: tuple[str, ...]) -> dict[str, Denoiser | str]:
+    """Returns ours, and ours and a peer under torch.compile; the peer is diffusers, or eager where that is missing."""
+    torch._dynamo.reset()
+    peer = "diffusers" if isinstance(found.get("diffusers"), Denoiser) else "eager"
+    result: dict[str, Denoiser | str] = {"dd_kernels": found["dd_kernels"]}
+    for mode in modes:
+        for name in (peer, "dd_kernels"):
+            suffix = "torch.compile" if mode == "default" else f"torch.compile {mode}"
+            step = found[name]
+            assert isinstance(step, Denoiser)
+            result[f"{name}, {suffix}"] = compiled(step, mode)
+    return result
+
+
 def scheduler_of(sampler: str, device: torch.device | str) -> Any:
     """Returns diffusers' scheduler with its timesteps on the device, as pipelines place them."""
     from diffusers import DDIMScheduler, DDPMScheduler
@@ -196,3 +214,66 @@ def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtyp
 def parameter_bytes(module: nn.Module) -> int:
     """Returns the size of the weights in bytes."""
     return sum(p.nbytes for p in module.parameters())
+
+
+def replayed(target: Target, step: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], object] | str:
+    """Returns a step captured as a CUDA graph, which always reads the tensor it was captured with; or why not."""
+    clock = target.clock
+    if not isinstance(clock, GpuClock) or not clock.graphs:
+        return "no CUDA graphs in this run"
+    try:
+        for _ in range(2):
+            step(x)
+        replay = captured(lambda: step(x), clock.cuda)
+    except Exception as error:
+        if not clock.usable():
+            raise UnusableError(f"not captured: {reason(error)}") from error
+        return f"not captured: {reason(error)}"
+    return lambda _: replay()
+
+
+def pipeline(
+    theirs: Denoiser | str, sampler: str, steps: int, batch: int, device: torch.device | str
+) -> Callable[[Tensor], Tensor] | str:
+    """Returns the loop of diffusers' DDPMPipeline and DDIMPipeline, or why it is missing."""
+    if isinstance(theirs, str):
+        return theirs
+    scheduler = scheduler_of(sampler, device)
+    scheduler.set_timesteps(steps, device=device)
+    module: Any = theirs.module
+    classes = module.config.num_class_embeds
+    y = {} if classes is None else {"class_labels": torch.arange(batch, device=device) % classes}
+
+    def sample(x: Tensor) -> Tensor:
+        for t in scheduler.timesteps:
+            x = scheduler.step(module(x.to(module.dtype), t, **y).sample, t, x).prev_sample
+        return x
+
+    return sample
+
+
+def _copies(name: str) -> bool:
+    """Returns whether a GPU's event is a copy or a fill, not a kernel."""
+    return name.startswith(("Memcpy", "Memset"))
+
+
+def breakdown(denoiser: Denoiser, x: Tensor, device: str) -> Row:
+    """Returns the launches of a step (None on a CPU), and the shares of its time: group_norm_silu, sampler, rest."""
+    with torch.no_grad():
+        out = denoiser.model(x).clone()
+        model = machine.events(lambda: denoiser.model(x), device)
+        update = machine.events(lambda: denoiser.update(x, out), device)
+    norm = sum(us for name, us, _ in model if machine.NORM.search(name))
+    sampler = sum(us for _, us, _ in update)
+    total = sampler + sum(us for _, us, _ in model)
+    if total == 0:
+        raise RuntimeError("the profiler saw nothing")
+    launches = sum(calls for name, _, calls in [*model, *update] if not _copies(name))
+    return {
+        "launches": round(launches / machine.PROFILED_RUNS) if device == "cuda" else None,
+        "share": {
+            "group_norm_silu": norm / total,
+            "sampler": sampler / total,
+            "rest": (total - norm - sampler) / total,
+        },
+    }

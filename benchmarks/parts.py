@@ -1,28 +1,44 @@
-"""The parts of a report: what each runs, its share of the time, and the processes that measure it."""
+"""The parts of a report: what each measures, its share of the time, and the processes that do it.
+
+Each part is measured by ``python -m benchmarks.parts``, a worker, in a process of its own; another worker is started
+where a kernel has made the device unusable. A worker writes a first line that names all plans, then a line for each:
+{"plan", "name"} and "row" or "not_measured".
+
+``--compile ops 0 8`` is the first of 8 processes that call every implementation once, so that the workers that
+measure find the kernels of Triton and of torch.compile in their caches on disk. There are hundreds of kernels, and
+each takes half a second of a core. ``--compile models 0 4`` does so for the plans that compile whole models.
+"""
 
 from __future__ import annotations
 
-import concurrent.futures
+import argparse
+import contextlib
 import importlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools import checks, processes
+import torch
+import torch._inductor.config
 
-from .harness import Plan, Target, reason
+from tools import processes
+
+from . import machine, timing
+from .harness import Plan, Target, measure, reason
 
 OVER = "the part's time was over"
 UNUSABLE = 3  # exit status of a worker: what is left needs another process
+MEMORY = 0.4  # fraction of the device's memory for all compiling processes of a kind
 GRACE = 5.0  # seconds that a plan may run after the end of its part
-WORKER = (sys.executable, "-m", "benchmarks.worker")
+WORKER = (sys.executable, "-m", "benchmarks.parts")
 MODULES = (
     *("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_silu", "bench_conv2d"),
-    *("bench_throughput", "bench_training", "bench_growth", "bench_model"),
+    *("bench_throughput", "bench_training", "bench_model"),
 )
 Measured = dict[str, list[dict[str, Any]]]
 
@@ -135,7 +151,9 @@ class Progress:
         }
 
 
-def measure(part: str, seconds: float, folder: Path, stream: bool = False, worker: Sequence[str] = WORKER) -> Measured:
+def measure_part(
+    part: str, seconds: float, folder: Path, stream: bool = False, worker: Sequence[str] = WORKER
+) -> Measured:
     """Measures all plans of a part in processes of their own, so that a kernel that fails takes no others with it.
 
     A worker that dies or hangs loses the plan that it was measuring; another one continues after it. Where the
@@ -168,47 +186,95 @@ def measure(part: str, seconds: float, folder: Path, stream: bool = False, worke
             return progress.result()
 
 
-def compiled_ahead(seconds: float, folder: Path) -> list[checks.Check]:
-    """Fills the caches of Triton and torch.compile with what the other parts call, in several processes."""
-    end = time.monotonic() + seconds
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    half = checks.half_the_cores()
-    running = []
-    for kind, every in (("ops", half), ("models", max(1, half // 2))):
-        for first in range(every):
-            command = [*WORKER, "--compile", kind, str(first), str(every)]
-            running.append(processes.start(command, folder / f"compile.{kind}.{first}.log", environment))
-    outcomes = {checks.outcome(one.finish(end)) for one in running}
-    lines = [line for one in running for line in one.lines()]
-    check: checks.Check = {
-        "check": "compiled ahead",
-        "outcome": "ok" if outcomes == {"ok"} else f"in part: {', '.join(sorted(outcomes))}",
-        "seconds": max(one.seconds for one in running),
-        "plans": sum(line.startswith("compiled") for line in lines),
-    }
-    if outcomes - {"ok"}:
-        check["tail"] = [line for line in lines if not line.startswith("compiled")][-checks.TAIL :]
-    return [check]
+def work(part: str, target: Target, start: int, end: float, out: Path) -> int:
+    """Measures the plans from number ``start`` until the monotonic clock shows ``end``; returns the exit status."""
+    every = plans(target, part)
+    with out.open("a") as file:
+
+        def write(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+
+        if start == 0:
+            write({"plans": [str(plan) for plan in every]})
+        for number, plan in list(enumerate(every))[start:]:
+            line: dict[str, Any] = {"plan": number, "name": str(plan)}
+            if time.monotonic() > end:
+                write({**line, "not_measured": OVER})
+                continue
+            try:
+                write({**line, "row": measure(plan, target)})
+            except timing.UnusableError as error:
+                write({**line, "not_measured": str(error), "unusable": True})
+                return UNUSABLE
+            except Exception as error:
+                write({**line, "not_measured": reason(error)})
+                if not target.clock.usable():
+                    return UNUSABLE
+    return 0
 
 
-def side_by_side(seconds: float, folder: Path) -> list[checks.Check]:
-    """Runs the ops' tests, compute-sanitizer and the compiling ahead at the same time, since none of them is timed."""
+def to_compile(target: Target, kind: str) -> list[Plan]:
+    """Returns the plans of the device's parts that are compiled ahead, without those that choose by timing."""
+    names = [name for name, part in PARTS.items() if part.seconds[target.kind] is not None and not part.checks]
+    names = [name for name in names if (name == "compiled") == (kind == "models")]
+    return [plan for plan in plans(target, *names) if not plan.tunes]
 
-    def checked(run: Callable[[float, Path], list[checks.Check]]) -> list[checks.Check]:
+
+def _call_once(plan: Plan, target: Target) -> None:
+    """Calls every implementation of a plan once."""
+    with target.clock.running(), torch.no_grad():
         try:
-            return run(seconds, folder)
+            case = plan.build()
+            for call in filter(callable, (case.ours, *case.peers.values())):
+                with contextlib.suppress(torch.OutOfMemoryError):  # the call has compiled by then
+                    call(*case.inputs[0])
+        finally:
+            target.clock.release()
+
+
+def compile_all(plans: list[Plan], target: Target) -> None:
+    """Compiles what the plans call and prints a line for each; the report counts the lines."""
+    for plan in plans:
+        try:
+            _call_once(plan, target)
+            print(f"compiled {plan}", flush=True)
         except Exception as error:
-            return [{"check": run.__name__, "outcome": f"not measured: {reason(error)}"}]
-
-    runs = (checks.op_tests, checks.sanitizer, compiled_ahead)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        return [check for found in pool.map(checked, runs) for check in found]
+            print(f"{plan}: {reason(error)}", flush=True)
+            if not target.clock.usable():
+                return
 
 
-def run(name: str, seconds: float, folder: Path, stream: bool) -> dict[str, Any]:
-    """Runs one part: its checks, or the measurement of its plans."""
-    if name == "build":
-        return {"rows": [], "not_measured": [], "checks": checks.build(seconds, folder)}
-    if name == "checks":
-        return {"rows": [], "not_measured": [], "checks": side_by_side(seconds, folder)}
-    return dict(measure(name, seconds, folder, stream))
+def compile_ahead(kind: str, first: int, every: int) -> None:
+    """Compiles this process's share of the plans, with less priority and memory than the tests beside it."""
+    os.nice(10)
+    if machine.DEVICE == "cuda":
+        torch.cuda.set_per_process_memory_fraction(MEMORY / every)
+    # Autotuning must not store its choices, because other processes disturb its timings.
+    torch._inductor.config.autotune_local_cache = False
+    clock = timing.clock_of(machine.DEVICE, graphs=False)
+    clock.copies = lambda bytes_moved: 1  # type: ignore[method-assign]
+    target = Target(machine.DEVICE, machine.DEVICE, clock)
+    compile_all(to_compile(target, kind)[first::every], target)
+
+
+def main() -> int:
+    """Runs the command line."""
+    if sys.argv[1:2] == ["--compile"]:
+        kind, first, every = sys.argv[2:]
+        compile_ahead(kind, int(first), int(every))
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parts", description="Measures a part's plans.")
+    parser.add_argument("part", choices=[name for name, part in PARTS.items() if not part.checks])
+    parser.add_argument("--start", type=int, default=0, help="number of the first plan")
+    parser.add_argument("--seconds", type=float, required=True, help="no plan starts later than this")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stream", action="store_true", help="capture no CUDA graphs")
+    args = parser.parse_args()
+    end = time.monotonic() + args.seconds
+    clock = timing.clock_of(machine.DEVICE, graphs=not args.stream)
+    return work(args.part, Target(machine.DEVICE, machine.DEVICE, clock), args.start, end, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ what fails or finds no time is reported as not measured. After every part <devic
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import importlib.metadata
 import os
@@ -19,15 +20,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools import checks
+from tools import checks, processes
 
 from . import machine, parts, render, results
 from .harness import reason
 from .parts import PARTS, TOTAL, Share
+
+
+def summary(name: str, part: dict[str, Any]) -> str:
+    """Returns a part in a few lines, for the terminal."""
+    lines = [checks.described(check) for check in part.get("checks", [])]
+    for check in part.get("checks", []):
+        lines += [f"    {line}" for line in check.get("tail", [])]
+    if part["rows"]:
+        lines += results.aligned(results.cells(part["rows"]))
+    lines += [f"not measured: {line}" for line in results.missing(part["not_measured"])]
+    return "\n".join([*lines, f"{name} took {part['seconds']:.0f} s"])
 
 
 def _version(package: str) -> str | None:
@@ -73,12 +85,58 @@ def described() -> dict[str, Any]:
     return {**machine.described(machine.DEVICE), **environment()}
 
 
+def compiled_ahead(seconds: float, folder: Path) -> list[checks.Check]:
+    """Fills the caches of Triton and torch.compile with what the other parts call, in several processes."""
+    end = time.monotonic() + seconds
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    half = checks.half_the_cores()
+    running = []
+    for kind, every in (("ops", half), ("models", max(1, half // 2))):
+        for first in range(every):
+            command = [*parts.WORKER, "--compile", kind, str(first), str(every)]
+            running.append(processes.start(command, folder / f"compile.{kind}.{first}.log", environment))
+    outcomes = {checks.outcome(one.finish(end)) for one in running}
+    lines = [line for one in running for line in one.lines()]
+    check: checks.Check = {
+        "check": "compiled ahead",
+        "outcome": "ok" if outcomes == {"ok"} else f"in part: {', '.join(sorted(outcomes))}",
+        "seconds": max(one.seconds for one in running),
+        "plans": sum(line.startswith("compiled") for line in lines),
+    }
+    if outcomes - {"ok"}:
+        check["tail"] = [line for line in lines if not line.startswith("compiled")][-checks.TAIL :]
+    return [check]
+
+
+def side_by_side(seconds: float, folder: Path) -> list[checks.Check]:
+    """Runs the ops' tests, compute-sanitizer and the compiling ahead at the same time, since none of them is timed."""
+
+    def checked(run: Callable[[float, Path], list[checks.Check]]) -> list[checks.Check]:
+        try:
+            return run(seconds, folder)
+        except Exception as error:
+            return [{"check": run.__name__, "outcome": f"not measured: {reason(error)}"}]
+
+    runs = (checks.op_tests, checks.sanitizer, compiled_ahead)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return [check for found in pool.map(checked, runs) for check in found]
+
+
+def _run_part(name: str, seconds: float, folder: Path, stream: bool) -> dict[str, Any]:
+    """Runs one part: its checks, or the measurement of its plans."""
+    if name == "build":
+        return {"rows": [], "not_measured": [], "checks": checks.build(seconds, folder)}
+    if name == "checks":
+        return {"rows": [], "not_measured": [], "checks": side_by_side(seconds, folder)}
+    return dict(parts.measure_part(name, seconds, folder, stream))
+
+
 def run_part(name: str, seconds: float, folder: Path, stream: bool) -> dict[str, Any]:
     """Returns the results of one part; they name whatever went wrong."""
     started = time.monotonic()
     part: dict[str, Any] = {"rows": [], "not_measured": []}
     try:
-        part |= parts.run(name, seconds, folder, stream)
+        part |= _run_part(name, seconds, folder, stream)
     except Exception as error:
         part["not_measured"].append({"name": name, "reason": reason(error)})
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -106,7 +164,7 @@ def run(names: Sequence[str], budget: float, folder: Path, stream: bool = False)
             found["parts"][name] = part
             found["machine"] = described()
             results.save({"machine": found["machine"], "parts": found["parts"]}, folder)
-            print(render.summary(name, part), flush=True)
+            print(summary(name, part), flush=True)
         for log in (Path(temporary) / name for name in ("build.log", "tests.log")):
             if log.exists():
                 shutil.copy(log, folder / f"{results.stem_of(now['device'])}.{log.name}")

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import results
-from .results import Row
-from .text import figure, markdown
+from .results import Row, figure, markdown
 
 STEPS = {"ddim": (10, 20, 50, 100), "ddpm": (1000,)}
 README_STEPS = {"ddim": 50, "ddpm": 1000}

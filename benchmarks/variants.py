@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import machine, text
+from . import machine, results
 from .harness import Case, Plan, Target, dtype_name, measure
 from .timing import clock_of
 
@@ -97,5 +97,5 @@ def main(variant: type[V], build: Build[V], description: str | None) -> None:
     chosen = variant(**{**options, "dtype": DTYPES[options["dtype"]], "every_peer": True})
     target = Target(machine.DEVICE, machine.DEVICE, clock_of(machine.DEVICE))
     row = measure(Plan(str(chosen), lambda: build(target, chosen), threads), target)
-    print(text.title([row]))
-    print("\n".join(text.aligned(text.cells([row]))))
+    print(results.title([row]))
+    print("\n".join(results.aligned(results.cells([row]))))

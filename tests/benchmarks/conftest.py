@@ -1,4 +1,4 @@
-"""Replaces torch.cuda by a fake device whose time advances with the calls that run on it."""
+"""A fake device whose time advances with the calls that run on it, and models and shapes of tiny sizes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ import contextlib
 import types
 
 import pytest
+import torch
+from tiny import TINY_ADM, TINY_IMAGES, TINY_NORMS, TINY_UNET
 
-from benchmarks import harness, machine, timing
+from benchmarks import (
+    bench_conv2d,
+    bench_group_norm_silu,
+    bench_q_sample,
+    bench_randn,
+    bench_reverse_step,
+    harness,
+    machine,
+    models,
+    timing,
+)
+from dd_kernels.nn import CONFIGS
 
 
 class FakeCuda:
@@ -134,3 +147,34 @@ def gpu_target(few_rounds, cuda, monkeypatch):
     monkeypatch.setattr(machine, "described", lambda device: dict(names))
     clock = TickingClock(cuda)
     return harness.Target("cuda", "cpu", clock)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Replaces the shapes and models of the plans by small ones."""
+    both = dict.fromkeys(("cpu", "cuda"), TINY_IMAGES)
+    for module in (bench_randn, bench_q_sample, bench_reverse_step):
+        monkeypatch.setattr(module, "SHAPES", both)
+    monkeypatch.setattr(bench_conv2d, "SHAPES", [(2, 16, 8, 8), (1, 16, 4, 4)])
+    monkeypatch.setattr(bench_q_sample, "EVERY_PEER", {"cpu": None, "cuda": None})
+    monkeypatch.setattr(bench_reverse_step, "MAIN", dict.fromkeys(both, (3, 3, 8, 8)))
+    monkeypatch.setattr(bench_group_norm_silu, "MAIN", dict.fromkeys(both, TINY_NORMS))
+    monkeypatch.setattr(bench_group_norm_silu, "EVERY_PEER", dict.fromkeys(both, TINY_NORMS[:1]))
+    monkeypatch.setattr(bench_group_norm_silu, "MODELS", {name: [(32, 4)] for name in bench_group_norm_silu.MODELS})
+    monkeypatch.setattr(
+        bench_group_norm_silu, "SELECTION", {k: [("cifar10", 2, None), ("imagenet64", 1, None)] for k in both}
+    )
+    monkeypatch.setitem(CONFIGS, "cifar10", {**CONFIGS["cifar10"], **TINY_UNET})
+    monkeypatch.setitem(CONFIGS, "imagenet64", {**CONFIGS["imagenet64"], **TINY_ADM})
+    sd = {"sample_size": 8, "block_out_channels": (32, 64), "cross_attention_dim": 16, "attention_head_dim": 4}
+    sd |= {"layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    sd |= {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "norm_num_groups": 16}
+    monkeypatch.setattr(models, "SD_UNET", {**models.SD_UNET, **sd})
+    monkeypatch.setattr(models, "SD_TOKENS", (3, 16))
+    monkeypatch.setattr(machine, "THREADS", (1,))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)  # the compiler is not what is tested
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def target(request, tiny):
+    return request.getfixturevalue("cpu_target" if request.param == "cpu" else "gpu_target")

@@ -6,7 +6,7 @@ import types
 import PIL.Image
 import pytest
 
-from benchmarks import parts, plots, render, report, results, tables
+from benchmarks import parts, render, report, results, tables
 
 
 def row(ratio, threads=1, shape=(1, 3, 8, 8), **changes):
@@ -50,7 +50,7 @@ def full():
         "ops": [row(2.0), row(8.0, shape=(2, 3, 8, 8)), row(3.0, shape=(4, 3, 8, 8)), row(30.0, threads=2)],
         "end_to_end": [step(1.0, breakdown={"dd_kernels": share}), step(5.0, 16), step(0.5, name="cifar10 ddpm")],
         "training": [row(2.0, op="training", case="digits", memory={"dd_kernels": {"saved_bytes": 3e6}})],
-        "growth": [point(axis, value) for axis in plots.UNITS for value in (1, 2, 4)],
+        "growth": [point(axis, value) for axis in render.UNITS for value in (1, 2, 4)],
     }
     rows["end_to_end"].append(step(2.0, steps=10))
     stamp = {"date": "2026-01-01 00:00 UTC", "commit": "abc", "seconds": 3.0}
@@ -73,9 +73,9 @@ def test_every_committed_result_has_its_page_and_plots_of_the_same_figures():
         found = results.load(file)
         assert {results.file_of(r["device"]) for r in results.rows(found)} == {file}
         assert file.with_suffix(".md").read_text() == render.document(found)
-        for suffix in plots.drawn(found):
+        for suffix in render.drawn(found):
             with PIL.Image.open(file.with_name(f"{file.stem}{suffix}.png")) as picture:
-                assert picture.text[plots.SOURCE] == results.digest_of(found), f"{file.stem}{suffix}.png"
+                assert picture.text[render.SOURCE] == results.digest_of(found), f"{file.stem}{suffix}.png"
 
 
 def test_digest_is_the_median_and_range_over_the_shapes():
@@ -93,7 +93,7 @@ def test_digest_is_the_median_and_range_over_the_shapes():
 def test_the_picture_of_the_ops_shows_every_peer_on_the_most_threads(threads, title):
     rows = [row(3.0, threads=n, case=case) for n in threads for case in ("ddpm", "ddim")]
     rows[-1]["peers"]["reference"] = {"ratio": 50.0}
-    figure = plots.ratios({"machine": full()["machine"], "parts": {"ops": {"rows": rows}}})
+    figure = render.draw_ratios({"machine": full()["machine"], "parts": {"ops": {"rows": rows}}})
     assert figure.get_suptitle().startswith(title)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["diffusers"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["ddpm, fp32", "ddim, fp32"]
@@ -195,7 +195,7 @@ def test_results_are_saved_by_device_and_drawn(tmp_path):
 def test_what_cannot_be_drawn_is_said_and_the_rest_is_drawn(tmp_path, monkeypatch):
     results.save(full(), tmp_path)
     (tmp_path / "broken.json").write_text("{")
-    monkeypatch.setitem(plots.PLOTS, "_growth", ("growth", lambda found: 1 / 0, "growth"))
+    monkeypatch.setitem(render.PLOTS, "_growth", ("growth", lambda found: 1 / 0, "growth"))
     problems = render.everything(tmp_path)
     assert len(problems) == 2
     assert "division by zero" in problems[1]
@@ -234,7 +234,7 @@ def run(tmp_path, monkeypatch):
             raise RuntimeError("a part that breaks")
         return {"rows": [row(2.0)], "not_measured": []}
 
-    monkeypatch.setattr(parts, "measure", measure)
+    monkeypatch.setattr(parts, "measure_part", measure)
     return types.SimpleNamespace(seen=seen, folder=tmp_path, run=lambda *names: report.run(names, 60, tmp_path))
 
 
@@ -280,7 +280,7 @@ def test_a_failed_check_is_the_exit_status(run, monkeypatch, capsys):
         (folder / "tests.log").write_text("what pytest said")
         return [bad, ahead]
 
-    monkeypatch.setattr(parts, "side_by_side", checked)
+    monkeypatch.setattr(report, "side_by_side", checked)
     monkeypatch.setattr("sys.argv", ["report", "--parts", "checks", "--results", str(run.folder)])
     assert report.main() == 1
     out = capsys.readouterr().out

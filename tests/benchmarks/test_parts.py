@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import parts, render, worker
+from benchmarks import parts, render, report
 from benchmarks.harness import Case, Plan
 from benchmarks.timing import UnusableError
 from tools import checks, processes
@@ -34,7 +34,7 @@ def test_a_worker_that_dies_or_hangs_loses_one_plan(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "GRACE", 0.5)
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    found = parts.measure("ops", 3.0, tmp_path, worker=(sys.executable, str(script)))
+    found = parts.measure_part("ops", 3.0, tmp_path, worker=(sys.executable, str(script)))
     assert found["rows"] == [{"i": 0}, {"i": 2}]
     reasons = {one["name"]: one["reason"] for one in found["not_measured"]}
     assert reasons["plan 1"] == "its process ended with status 134: illegal memory access"
@@ -44,7 +44,7 @@ def test_a_worker_that_dies_or_hangs_loses_one_plan(tmp_path, monkeypatch):
 
 def test_a_worker_that_cannot_start_is_reported(tmp_path):
     for command in (("/nowhere/python",), ("/bin/false",)):
-        found = parts.measure("ops", 5.0, tmp_path, worker=command)
+        found = parts.measure_part("ops", 5.0, tmp_path, worker=command)
         assert found["rows"] == []
         assert found["not_measured"][0]["name"] == "ops"
 
@@ -57,13 +57,13 @@ def test_a_worker_writes_a_line_for_each_plan(tmp_path, monkeypatch):
             raise UnusableError("illegal address")
         return {"plan": plan}
 
-    monkeypatch.setattr(worker, "measure", measure)
+    monkeypatch.setattr(parts, "measure", measure)
     monkeypatch.setattr(parts, "plans", lambda target, part: ["a", "b", "c", "d"])
     target = types.SimpleNamespace(clock=types.SimpleNamespace(usable=lambda: True))
     out = tmp_path / "out.jsonl"
-    assert worker.run("ops", target, 0, 1e18, out) == parts.UNUSABLE
-    assert worker.run("ops", target, 3, 1e18, out) == 0
-    assert worker.run("ops", target, 3, 0.0, out) == 0
+    assert parts.work("ops", target, 0, 1e18, out) == parts.UNUSABLE
+    assert parts.work("ops", target, 3, 1e18, out) == 0
+    assert parts.work("ops", target, 3, 0.0, out) == 0
     names, a, b, c, d, late = [json.loads(line) for line in out.read_text().splitlines()]
     assert names == {"plans": ["a", "b", "c", "d"]}
     assert (a["row"], d["row"], b["not_measured"]) == ({"plan": "a"}, {"plan": "d"}, "ValueError: no such kernel")
@@ -72,7 +72,7 @@ def test_a_worker_writes_a_line_for_each_plan(tmp_path, monkeypatch):
 
 def test_a_real_worker_ends_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "GRACE", 100.0)
-    found = parts.measure("growth", 0.0, tmp_path)
+    found = parts.measure_part("growth", 0.0, tmp_path)
     assert found["rows"] == []
     assert {one["reason"] for one in found["not_measured"]} == {parts.OVER}
     assert len(found["not_measured"]) > 5
@@ -103,8 +103,8 @@ def test_checks_run_at_once_and_one_that_breaks_stops_no_other(tmp_path, monkeyp
 
     monkeypatch.setattr(checks, "op_tests", op_tests)
     monkeypatch.setattr(checks, "sanitizer", sanitizer)
-    monkeypatch.setattr(parts, "compiled_ahead", op_tests)
-    first, second, third = parts.side_by_side(1.0, tmp_path)
+    monkeypatch.setattr(report, "compiled_ahead", op_tests)
+    first, second, third = report.side_by_side(1.0, tmp_path)
     assert first == third == {"check": "tests", "outcome": "ok"}
     assert second == {"check": "sanitizer", "outcome": "not measured: OSError: no room"}
 
@@ -115,11 +115,11 @@ def test_what_is_compiled_ahead_is_counted(tmp_path, monkeypatch):
     start = processes.start
 
     def started(command, log, environment):
-        assert command[1:4] == ["-m", "benchmarks.worker", "--compile"]
+        assert command[1:4] == ["-m", "benchmarks.parts", "--compile"]
         return start([sys.executable, "-c", scripts[command[4]]], log, environment)
 
     monkeypatch.setattr(processes, "start", started)
-    (check,) = parts.compiled_ahead(30.0, tmp_path)
+    (check,) = report.compiled_ahead(30.0, tmp_path)
     assert check["plans"] == 4
     assert check["outcome"] == "in part: exit status 7, ok"
     assert check["tail"] == ["model: out of memory"]
@@ -133,7 +133,7 @@ def test_every_implementation_is_called_once_ahead(cpu_target, capsys):
 
     peers = {"large": large, "peer": lambda x: called.append(("peer", x)), "absent": "not installed"}
     case = Case("op", "case", (1,), lambda x: called.append(("ours", x)), [(1,), (2,)], 8, peers)
-    worker.compile_all([Plan("broken", lambda: 1 / 0), Plan("good", lambda: case)], cpu_target)
+    parts.compile_all([Plan("broken", lambda: 1 / 0), Plan("good", lambda: case)], cpu_target)
     assert called == [("ours", 1), ("peer", 1)]
     assert capsys.readouterr().out.splitlines() == ["broken: ZeroDivisionError: division by zero", "compiled good"]
 
@@ -141,28 +141,28 @@ def test_every_implementation_is_called_once_ahead(cpu_target, capsys):
 def test_the_compiling_ahead_leaves_cores_and_memory_to_others(gpu_target, monkeypatch):
     taken, ran = {}, []
     monkeypatch.setattr("sys.argv", ["worker", "--compile", "models", "1", "2"])
-    monkeypatch.setattr(worker.os, "nice", lambda n: taken.update(nice=n))
+    monkeypatch.setattr(parts.os, "nice", lambda n: taken.update(nice=n))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f: taken.update(memory=f))
-    monkeypatch.setattr(worker.machine, "DEVICE", "cuda")
-    monkeypatch.setattr(worker.timing, "clock_of", lambda device, graphs: gpu_target.clock)
+    monkeypatch.setattr(parts.machine, "DEVICE", "cuda")
+    monkeypatch.setattr(parts.timing, "clock_of", lambda device, graphs: gpu_target.clock)
     monkeypatch.setattr(
-        worker, "compile_all", lambda mine, target: ran.append((mine, target.clock.copies(1), target.kind))
+        parts, "compile_all", lambda mine, target: ran.append((mine, target.clock.copies(1), target.kind))
     )
     with torch._inductor.config.patch(autotune_local_cache=True):  # puts it back, where monkeypatch would delete it
-        assert worker.main() == 0
+        assert parts.main() == 0
     ((mine, copies, kind),) = ran
-    assert [str(plan) for plan in mine] == [str(plan) for plan in worker.to_compile(gpu_target, "models")[1::2]]
-    assert (copies, kind, taken) == (1, "cuda", {"nice": 10, "memory": worker.MEMORY / 2})
+    assert [str(plan) for plan in mine] == [str(plan) for plan in parts.to_compile(gpu_target, "models")[1::2]]
+    assert (copies, kind, taken) == (1, "cuda", {"nice": 10, "memory": parts.MEMORY / 2})
 
 
 def test_a_device_that_is_lost_ends_the_compiling_ahead(cpu_target, monkeypatch, capsys):
     monkeypatch.setattr(cpu_target.clock, "usable", lambda: False)
-    worker.compile_all([Plan("broken", lambda: 1 / 0), Plan("never", lambda: 1 / 0)], cpu_target)
+    parts.compile_all([Plan("broken", lambda: 1 / 0), Plan("never", lambda: 1 / 0)], cpu_target)
     assert capsys.readouterr().out == "broken: ZeroDivisionError: division by zero\n"
 
 
 def test_what_is_measured_is_compiled_ahead_but_for_what_tunes(gpu_target):
-    models, others = ({str(plan) for plan in worker.to_compile(gpu_target, kind)} for kind in ("models", "ops"))
+    models, others = ({str(plan) for plan in parts.to_compile(gpu_target, kind)} for kind in ("models", "ops"))
     assert not models & others
     assert any("reduce-overhead" in name for name in models)
     assert not any("max-autotune" in name for name in models)
