@@ -166,6 +166,11 @@ def choose(op: str, backend: str, device: torch.device, unsupported_reason: str 
     return backend
 
 
+def is_free() -> bool:
+    """Returns whether ``auto`` takes the fastest backend: no block is entered, and the process has no default."""
+    return not _blocks and _process_default == "auto"
+
+
 def _block_default() -> str:
     """Returns the backend of the innermost ``use_backend`` block around this call.
 

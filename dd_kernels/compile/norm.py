@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..ops import group_norm_silu
+from ..ops.activation import activation_of
 from . import activation, pays, pre_shift, residual, scale_shift, skip
+from .fused_norm import checked_norm, fused_norm, may_skip_checks, per_sample
 from .graph import CASTS, VIEWS, Calls, argument, between, is_barrier, known, module_path, only_user, tensor
 from .identity import is_eval_dropout
 from .pre_shift import PreShift
@@ -28,6 +29,7 @@ class Norm:
     node: fx.Node
     x: fx.Node
     last: fx.Node  # whose result the op's takes the place of
+    channels_last: bool = False  # what the convolutions before it give
     views: list[fx.Node] = field(default_factory=list)  # between the norm and ``last``, made of the op's result
     covered: list[fx.Node] = field(default_factory=list)  # nodes that the op does the work of, in the graph's order
     options: dict[str, Any] = field(default_factory=dict)
@@ -35,25 +37,6 @@ class Norm:
     total: fx.Node | None = None  # the sum of x and the residual
     fused: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-
-
-def per_sample(x: Tensor, *values: Tensor | None) -> Tensor:
-    """Returns the sum of values [N or 1, C, 1, ...] and [C] as [N, C]."""
-    total = None
-    for value in values:
-        if value is not None:
-            row = value if value.ndim == 1 else value.flatten(1)
-            total = row if total is None else total + row
-    assert total is not None
-    return total.expand(x.shape[0], -1)
-
-
-def fused_norm(x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, **options: Any) -> Any:
-    """Calls :func:`dd_kernels.group_norm_silu`; tokens [N, C, L] that lie as [N, L, C] are an image of one row."""
-    if x.ndim == 3 and not x.is_contiguous() and "skip" not in options and "residual" not in options:
-        y: Any = group_norm_silu(x.unsqueeze(2), num_groups, weight, bias, eps, **options)
-        return y.squeeze(2)
-    return group_norm_silu(x, num_groups, weight, bias, eps, **options)
 
 
 def _source(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -102,12 +85,13 @@ def _fold_after(norm: Norm) -> None:
         elif found is not None:
             norm.left.append(found)
     act = activation.activation_of(end)
-    if act is not None:
+    reason = activation.reason_against(end) if act is None else pays.activation(act[0], like, norm.channels_last)
+    if act is not None and reason is None:
         norm.options["activation"], nodes = act
         norm.covered += [*passed, *nodes]
         norm.views, norm.last = views, nodes[-1]
         norm.fused.append(act[0])
-    elif (reason := activation.reason_against(end)) is not None:
+    elif reason is not None:
         norm.left.append(reason)
 
 
@@ -157,8 +141,8 @@ def _has_barrier(norm: Norm) -> bool:
     return any(is_barrier(node) for node in between(first, norm.last) if node not in covered)
 
 
-def _match(node: fx.Node) -> Norm:
-    norm = Norm(node, argument(node, 0, "input"), last=node)
+def _match(node: fx.Node, channels_last: bool) -> Norm:
+    norm = Norm(node, argument(node, 0, "input"), last=node, channels_last=channels_last)
     _fold_after(norm)
     _fold_before(norm)
     if _has_barrier(norm):
@@ -190,7 +174,10 @@ def _call(norm: Norm, read: Tensor) -> fx.Node:
         x = graph.call_method("to", (x, read.dtype))
     affine = (argument(node, 2, "weight"), argument(node, 3, "bias"), argument(node, 4, "eps", 1e-5))
     arguments = (x, argument(node, 1, "num_groups"), *affine)
-    return graph.call_function(fused_norm, arguments, {"activation": "none", **options})
+    name = options.pop("activation", "none")
+    if not options.keys() & {"skip", "residual"} and may_skip_checks(value, *map(tensor, affine[:2])):
+        return graph.call_function(checked_norm, (*arguments, int(activation_of(name))), options)
+    return graph.call_function(fused_norm, arguments, {"activation": name, **options})
 
 
 def _replace(norm: Norm) -> None:
@@ -230,7 +217,7 @@ def fuse_norms(graph: fx.Graph, channels_last: bool = False) -> list[NormReport]
         if kept is not None:
             found.append(NormReport(name, (), kept))
             continue
-        norm, x = _match(node), known(argument(node, 0, "input"))
+        norm, x = _match(node, channels_last), known(argument(node, 0, "input"))
         kept = None if norm.fused else pays.norm_alone(x, channels_last)
         found.append(NormReport(name, tuple(norm.fused), kept, tuple(norm.left)))
         if kept is None:

@@ -2,7 +2,8 @@
 
 On a CPU, PyTorch's norm alone is faster on small maps (0.44 to 0.88 of its speed below 2^15 elements) and in
 channels_last (0.6 to 0.9 where the map is large); a norm with its activation, or with an embedding, saves passes over
-the data. A convolution adds its bias at no cost on a CPU, and in a pass of its own on a GPU.
+the data (1.06 to 1.6 with SiLU, 1.5 to 7 with Mish; an exact GELU 1.1 to 1.6 on small maps, 0.85 to 1.05 on large
+ones). A convolution adds its bias at no cost on a CPU, and in a pass of its own on a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from .graph import elements
 
 _NORM_ALONE = 1 << 16  # elements of the batch
+_GELU, _GELU_CHANNELS_LAST = 1 << 15, 1 << 12
 
 
 def norm_alone(x: Tensor, channels_last: bool) -> str | None:
@@ -22,6 +24,13 @@ def norm_alone(x: Tensor, channels_last: bool) -> str | None:
     if channels_last:
         return "alone, in channels_last on a CPU, PyTorch's is as fast"
     return "alone, on a small map, PyTorch's is as fast" if elements(x) < _NORM_ALONE else None
+
+
+def activation(name: str, x: Tensor, channels_last: bool) -> str | None:
+    """Returns why an activation is left to PyTorch, or None."""
+    if name != "gelu" or x.device.type != "cpu" or elements(x) < (_GELU_CHANNELS_LAST if channels_last else _GELU):
+        return None
+    return "on a CPU, an exact GELU on its own is as fast"
 
 
 def convolution_bias(device: torch.device) -> bool:

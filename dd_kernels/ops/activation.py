@@ -47,6 +47,11 @@ def activation_of(name: str) -> Activation:
     return found
 
 
+def name_of(activation: int) -> str:
+    """Returns the public name of an activation."""
+    return Activation(activation).name.lower()
+
+
 def activate(z: Tensor, activation: Activation | int) -> Tensor:
     r"""Applies an activation in plain PyTorch, in the dtype of ``z`` and differentiable any number of times.
 

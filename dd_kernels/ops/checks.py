@@ -237,11 +237,14 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def is_dense(x: Tensor) -> bool:
+    """Returns whether ``x`` is contiguous or channels_last, as kernels read it."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def dense(x: Tensor) -> Tensor:
     """``x`` itself where it is contiguous or channels_last, else a contiguous copy."""
-    if x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
+    return x if is_dense(x) else x.contiguous()
 
 
 def laid_out_like(y: Tensor | None, x: Tensor) -> Tensor | None:

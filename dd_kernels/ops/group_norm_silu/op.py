@@ -32,7 +32,7 @@ _SCHEMAS = {
         "Tensor(g!)? partials=None, Tensor? skip=None, Tensor? dsum=None, Tensor(h!)? dskip=None) -> ()"
     ),
 }
-_OPTION_COUNT = 9  # x and the options, as both schemas and Arguments begin
+_ACTIVATION, _OPTION_COUNT = 8, 9  # x and the options, as both schemas and Arguments begin
 _DIFFERENTIABLE = ("x", "weight", "bias", "pre_shift", "scale", "shift", "skip")
 READ_TWO = ("cuda",)  # the backends whose kernels take a residual and a skip
 
@@ -46,7 +46,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.register_fake(f"dd_kernels::{_name}", _outputs_are_arguments)
 
 # The overloads themselves: to look one up costs a microsecond per call.
-_FORWARD = torch.ops.dd_kernels.group_norm_silu.default
+FORWARD = torch.ops.dd_kernels.group_norm_silu.default
 _BACKWARD = torch.ops.dd_kernels.group_norm_silu_backward.default
 
 
@@ -66,7 +66,7 @@ def run(
         arguments: tuple[Any, ...] = (*a[:_OPTION_COUNT], y, mean, rstd)
         triton.group_norm_silu(*arguments)
     else:
-        _FORWARD(*a[:_OPTION_COUNT], y, mean, rstd, partials, a.residual, a.skip, total)
+        FORWARD(*a[:_OPTION_COUNT], y, mean, rstd, partials, a.residual, a.skip, total)
 
 
 def run_backward(
@@ -255,7 +255,7 @@ def group_norm_silu(chosen: str, a: Arguments, ready: bool, needs_grad: bool) ->
         return _GroupNormSiLU.apply(chosen, *a)
     if chosen == "cpu":  # nobody will read the statistics
         y = torch.empty_like(a.x)
-        _FORWARD(*a[:_OPTION_COUNT], y)
+        FORWARD(*a[:_ACTIVATION], int(a.activation), y)  # to convert an IntEnum costs the op a microsecond
         return y
     y, total, _, _ = forward(chosen, a)
     return y if total is None else (y, total)
