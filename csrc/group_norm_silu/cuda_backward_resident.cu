@@ -1,6 +1,7 @@
 // Backward, register-resident: x and dy of a tile in the registers of a block, or of a cluster of blocks. Two reads,
 // one write.
 #include "group_norm_silu/cuda_backward.cuh"
+#include "group_norm_silu/cuda_resident.cuh"
 
 namespace dd::cuda {
 namespace {
@@ -138,9 +139,7 @@ DD_DEVICE void combine_sums(const Position& position, const Shared& shared) {
 
 template <DType dtype, Access access, int K, bool rare>
 __global__ void __launch_bounds__(kNormThreads, 2) resident_backward_kernel(const NormBackward a) {
-    const unsigned cluster = static_cast<unsigned>(a.plan.cluster);
-    const Position<dtype, access> position(a.shape, a.plan, blockIdx.x / cluster,
-                                           static_cast<int>(blockIdx.x % cluster));
+    const auto position = resident_position<dtype, access>(a, blockIdx.x);
     const Shared shared(position);
     const Resident<Position<dtype, access>, K> x(position, a.x, a.skip, position.first_row()),
         dy(position, a.dy, position.first_row());
@@ -159,11 +158,10 @@ __global__ void __launch_bounds__(kNormThreads, 2) resident_backward_kernel(cons
     };
     compute_gradient_maps(position, a, total, shared.gradients);
     __syncthreads();
-    if (blockIdx.x % cluster == 0) small_gradients(position, a, total, shared.gradients);
+    if (blockIdx.x % static_cast<unsigned>(a.plan.cluster) == 0) small_gradients(position, a, total, shared.gradients);
     auto gradient = [&](int channel) { return shared.gradients[position.group(channel)]; };
     // Recomputes the thread's position, which the compiler would spill if it were kept from the loads on.
-    const Position<dtype, access> out(a.shape, a.plan, opaque(blockIdx.x) / cluster,
-                                      static_cast<int>(blockIdx.x % cluster));
+    const auto out = resident_position<dtype, access>(a, opaque(blockIdx.x));
 #pragma unroll
     for (int i = 0; i < K; ++i) {
         const auto row = x.row(out, i);
@@ -172,37 +170,30 @@ __global__ void __launch_bounds__(kNormThreads, 2) resident_backward_kernel(cons
         out.per_channel(row, gradients, gradient);
         finish_row<dtype, rare>(out, a, row, x.packs[i], dy.packs[i], maps, gradients);
     }
-    if (cluster > 1) cluster_wait();
+    if (a.plan.cluster > 1) cluster_wait();
 }
 
-using Kernel = void (*)(NormBackward);
+struct BackwardKernels {
+    static constexpr const char* kName = "group_norm_silu_backward";
 
-template <DType dtype, Access access, bool rare>
-Kernel kernel_holding(int resident) {
-    constexpr int most = most_resident(dtype, access, Direction::backward);
-    return resident == 2 ? &resident_backward_kernel<dtype, access, 2, rare>
-                         : &resident_backward_kernel<dtype, access, most, rare>;
-}
+    static int64_t shared_bytes(const NormShape& shape, const NormPlan& plan) { return Shared::bytes(shape, plan); }
 
-Kernel kernel_for(const NormShape& shape, const NormPlan& plan, int activation) {
-    return for_activation(activation, [&](auto rare) {
-        return for_dtype(shape.dtype, [&](auto dtype) {
-            return plan.access == Access::contiguous
-                       ? kernel_holding<dtype.value, Access::contiguous, rare.value>(plan.resident)
-                       : kernel_holding<dtype.value, Access::channels_last, rare.value>(plan.resident);
-        });
-    });
-}
+    template <DType dtype, Access access, bool rare>
+    static auto holding(int resident) -> void (*)(NormBackward) {
+        constexpr int most = most_resident(dtype, access, Direction::backward);
+        return resident == 2 ? &resident_backward_kernel<dtype, access, 2, rare>
+                             : &resident_backward_kernel<dtype, access, most, rare>;
+    }
+};
 
 }  // namespace
 
 int resident_backward_largest_cluster(const NormShape& shape, const NormPlan& plan) {
-    return largest_cluster(reinterpret_cast<const void*>(kernel_for(shape, plan, kNone)), kNormThreads);
+    return largest_cluster_of<BackwardKernels>(shape, plan);
 }
 
 void group_norm_silu_backward_resident(const NormBackward& a, cudaStream_t stream) {
-    Grid grid{a.plan.tiles * a.plan.cluster, 1, kNormThreads, Shared::bytes(a.shape, a.plan), a.plan.cluster};
-    launch("group_norm_silu_backward", kernel_for(a.shape, a.plan, a.options.activation), grid, stream, a);
+    launch_resident<BackwardKernels>(a, stream);
 }
 
 }  // namespace dd::cuda

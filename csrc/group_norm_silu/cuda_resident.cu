@@ -1,6 +1,7 @@
 // Forward, register-resident: a tile in the registers of a block, or of a cluster of blocks. One read, one write.
-#include "group_norm_silu/cuda_regimes.h"
+#include "group_norm_silu/cuda_resident.cuh"
 
+#include "group_norm_silu/cuda_regimes.h"
 #include "group_norm_silu/cuda_statistics.cuh"
 
 namespace dd::cuda {
@@ -46,9 +47,7 @@ DD_DEVICE void combine_statistics(const Position& position, const NormForward& a
 
 template <DType dtype, Access access, int K, bool rare>
 __global__ void __launch_bounds__(kNormThreads, blocks_for(access, K)) resident_kernel(const NormForward a) {
-    const unsigned cluster = static_cast<unsigned>(a.plan.cluster);
-    const Position<dtype, access> position(a.shape, a.plan, blockIdx.x / cluster,
-                                           static_cast<int>(blockIdx.x % cluster));
+    const auto position = resident_position<dtype, access>(a, blockIdx.x);
     const NormShared shared(position);
     Resident<Position<dtype, access>, K> resident(position, a.x, a.skip, position.first_row());
     if (a.residual) resident.add(position, a.residual, a.sum);
@@ -62,38 +61,29 @@ __global__ void __launch_bounds__(kNormThreads, blocks_for(access, K)) resident_
         if (!position.kSameChannels) load_affines(position, a.options, shared, row, affines);
         finish_row<dtype, rare>(position, a, row, resident.packs[i], affines);
     }
-    if (cluster > 1) cluster_wait();
+    if (a.plan.cluster > 1) cluster_wait();
 }
 
-using Kernel = void (*)(NormForward);
+struct ForwardKernels {
+    static constexpr const char* kName = "group_norm_silu";
 
-template <DType dtype, Access access, bool rare>
-Kernel kernel_holding(int resident) {
-    constexpr int most = most_resident(dtype, access, Direction::forward);
-    return resident == 2   ? &resident_kernel<dtype, access, 2, rare>
-           : resident == 4 ? &resident_kernel<dtype, access, 4, rare>
-                           : &resident_kernel<dtype, access, most, rare>;
-}
+    static int64_t shared_bytes(const NormShape& shape, const NormPlan& plan) { return NormShared::bytes(shape, plan); }
 
-Kernel kernel_for(const NormShape& shape, const NormPlan& plan, int activation) {
-    return for_activation(activation, [&](auto rare) {
-        return for_dtype(shape.dtype, [&](auto dtype) {
-            return plan.access == Access::contiguous
-                       ? kernel_holding<dtype.value, Access::contiguous, rare.value>(plan.resident)
-                       : kernel_holding<dtype.value, Access::channels_last, rare.value>(plan.resident);
-        });
-    });
-}
+    template <DType dtype, Access access, bool rare>
+    static auto holding(int resident) -> void (*)(NormForward) {
+        constexpr int most = most_resident(dtype, access, Direction::forward);
+        return resident == 2   ? &resident_kernel<dtype, access, 2, rare>
+               : resident == 4 ? &resident_kernel<dtype, access, 4, rare>
+                               : &resident_kernel<dtype, access, most, rare>;
+    }
+};
 
 }  // namespace
 
 int resident_largest_cluster(const NormShape& shape, const NormPlan& plan) {
-    return largest_cluster(reinterpret_cast<const void*>(kernel_for(shape, plan, kNone)), kNormThreads);
+    return largest_cluster_of<ForwardKernels>(shape, plan);
 }
 
-void group_norm_silu_resident(const NormForward& a, cudaStream_t stream) {
-    Grid grid{a.plan.tiles * a.plan.cluster, 1, kNormThreads, NormShared::bytes(a.shape, a.plan), a.plan.cluster};
-    launch("group_norm_silu", kernel_for(a.shape, a.plan, a.options.activation), grid, stream, a);
-}
+void group_norm_silu_resident(const NormForward& a, cudaStream_t stream) { launch_resident<ForwardKernels>(a, stream); }
 
 }  // namespace dd::cuda
