@@ -7,8 +7,8 @@ namespace dd {
 
 // `samples` stretches of `bytes` each, `stride` bytes from the start of one to the start of the next.
 struct MemoryRegion {
-    const char* begin = nullptr;
-    int64_t bytes = 0, stride = 0, samples = 0;
+    const char* begin;
+    int64_t bytes, stride, samples;
 
     bool is_empty() const { return samples == 0 || bytes == 0; }
     const char* end() const { return begin + (samples - 1) * stride + bytes; }

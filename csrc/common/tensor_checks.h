@@ -30,6 +30,7 @@ public:
     }
 
     const Layout& layout() const { return layout_; }
+    const TensorFacts& x() const { return x_; }
 
     // A tensor of x's shape that the op reads: dense in a sample, in the order of x; samples may lie further apart, or
     // all in one place. With `channels`, its dimension 1 is that instead of x's.
@@ -164,7 +165,7 @@ private:
     }
 
     void add(const char* name, const MemoryRegion& region, int64_t element_size) {
-        if (reinterpret_cast<uintptr_t>(region.begin) % static_cast<uintptr_t>(element_size) != 0) {
+        if ((reinterpret_cast<uintptr_t>(region.begin) & static_cast<uintptr_t>(element_size - 1)) != 0) {
             fail(name, "aligned to its elements", "an address between two");
         }
         if (count_ == kMostTensors) fail(name, "one of at most 32 tensors", "one more");

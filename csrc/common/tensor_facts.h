@@ -48,11 +48,13 @@ struct TensorFacts {
     const int64_t *sizes, *strides;
     bool is_contiguous;
 
-    TensorFacts(const char* name, const Tensor& x) : name(name), type(x.scalar_type()), elements(1) {
-        const auto sizes_of_x = x.sizes();
-        dims = static_cast<int64_t>(sizes_of_x.size());
-        sizes = sizes_of_x.data();
-        strides = x.strides().data();
+    TensorFacts(const char* name, const Tensor& x) : name(name), type(scalar_type_of(x)), elements(1) {
+        int64_t *its_sizes, *its_strides;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(x.get(), &its_sizes));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x.get(), &its_strides));
+        dims = x.dim();
+        sizes = its_sizes;
+        strides = its_strides;
         is_contiguous = true;
         for (int64_t d = dims - 1; d >= 0; --d) {
             is_contiguous = is_contiguous && (sizes[d] == 1 || strides[d] == elements);

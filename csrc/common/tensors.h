@@ -20,8 +20,21 @@ using torch::stable::Tensor;
     throw std::runtime_error(std::string("dd_kernels::") + op + ": " + name + " must be " + wanted + "; got " + got);
 }
 
+// The dtype of x. Tensor::scalar_type() compares with every dtype by a call into torch; the numbers of those that the
+// kernels take are asked for once.
+inline ScalarType scalar_type_of(const Tensor& x) {
+    static const int32_t float32 = aoti_torch_dtype_float32(), int64 = aoti_torch_dtype_int64(),
+                         bfloat16 = aoti_torch_dtype_bfloat16();
+    int32_t type;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+    if (type == float32) return ScalarType::Float;
+    if (type == int64) return ScalarType::Long;
+    if (type == bfloat16) return ScalarType::BFloat16;
+    return x.scalar_type();
+}
+
 inline DType dtype_of(const Tensor& x) {
-    switch (x.scalar_type()) {
+    switch (scalar_type_of(x)) {
         case ScalarType::Float:
             return DType::float32;
         case ScalarType::BFloat16:

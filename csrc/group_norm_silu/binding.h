@@ -8,19 +8,21 @@ namespace dd::group_norm {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Reads the shape of a call from x [N, C, ...] and the tensor that holds the channels after x's.
-inline Shape shape_of(const TensorChecks& checks, const Tensor& x, const MaybeTensor& skip, int64_t num_groups) {
-    if (x.dim() < 2) checks.fail("x", "[N, C, ...]", "a tensor of " + std::to_string(x.dim()) + " dimensions");
-    if (skip && skip->dim() != x.dim()) {
+// Reads the shape of a call from x [N, C, ...], which the checks hold, and the tensor that holds the channels after
+// x's.
+inline Shape shape_of(const TensorChecks& checks, const MaybeTensor& skip, int64_t num_groups) {
+    const TensorFacts& x = checks.x();
+    if (x.dims < 2) checks.fail("x", "[N, C, ...]", "a tensor of " + std::to_string(x.dims) + " dimensions");
+    if (skip && skip->dim() != x.dims) {
         checks.fail("skip", "of the dimensions of x", "a tensor of " + std::to_string(skip->dim()) + " dimensions");
     }
-    const int64_t samples = x.size(0), x_channels = x.size(1);
+    const int64_t samples = x.sizes[0], x_channels = x.sizes[1];
     const int64_t channels = x_channels + (skip ? skip->size(1) : 0);
     if (num_groups < 1 || channels % num_groups != 0) {
         checks.fail("num_groups", "a divisor of the channels, " + std::to_string(channels), std::to_string(num_groups));
     }
     int64_t pixels = 1;
-    for (int64_t d = 2; d < x.dim(); ++d) pixels *= x.size(d);
+    for (int64_t d = 2; d < x.dims; ++d) pixels *= x.sizes[d];
     return {samples, channels, pixels, num_groups, x_channels, checks.layout().channels != 1};
 }
 
@@ -46,7 +48,7 @@ void forward_op(Tensor x, int64_t num_groups, MaybeTensor weight, MaybeTensor bi
                 MaybeTensor partials, MaybeTensor residual, MaybeTensor skip, MaybeTensor sum) {
     TensorChecks checks("group_norm_silu", "x", x);
     ForwardArguments a{};
-    a.shape = shape_of(checks, x, skip, num_groups);
+    a.shape = shape_of(checks, skip, num_groups);
     const int64_t samples = a.shape.samples, channels = a.shape.channels;
     if (sum.has_value() != residual.has_value()) checks.fail("sum", "given where residual is", "only one of them");
     a.x = checks.input("x", x);
@@ -76,7 +78,7 @@ void backward_op(Tensor dy, Tensor x, Tensor mean, Tensor rstd, int64_t num_grou
                  MaybeTensor dskip) {
     TensorChecks checks("group_norm_silu_backward", "x", x);
     BackwardArguments a{};
-    a.shape = shape_of(checks, x, skip, num_groups);
+    a.shape = shape_of(checks, skip, num_groups);
     const int64_t samples = a.shape.samples, channels = a.shape.channels, skips = channels - a.shape.x_channels;
     if (dskip.has_value() != skip.has_value()) checks.fail("dskip", "given where skip is", "only one of them");
     a.x = checks.input("x", x);

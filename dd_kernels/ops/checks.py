@@ -106,8 +106,10 @@ def visit(
             with_gradient = True
 
     reason = None
-    if wide or with_gradient or transforms_active() or forward_ad._current_level >= 0:
-        reason = _WIDE if wide else _GRADIENT if with_gradient else TRANSFORM if transforms_active() else _TANGENT
+    if wide or with_gradient:
+        reason = _WIDE if wide else _GRADIENT
+    elif transforms_active() or forward_ad._current_level >= 0:
+        reason = transform_reason()
     chosen = backends.choose(op, backend, device, reason)
     if chosen == "reference":
         return chosen, None, ordinary and reason is not TRANSFORM

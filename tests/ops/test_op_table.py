@@ -83,5 +83,5 @@ def test_batches_of_any_size_are_compiled_once(op):
 
 @pytest.mark.parametrize("op", ["q_sample", "reverse_step"])
 def test_a_symbolic_trace_is_refused_in_one_line(op):
-    with pytest.raises(TypeError, match=r"(x_start|out) must be a torch.Tensor; got Proxy"):
+    with pytest.raises(TypeError, match=r"(x_start|x) must be a torch.Tensor; got Proxy"):
         torch.fx.symbolic_trace(DRAWN[op])

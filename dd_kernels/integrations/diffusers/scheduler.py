@@ -243,7 +243,8 @@ class FusedScheduler:
         """Returns (previous sample, x_0), in the wider of the two dtypes and broadcast as in diffusers."""
         noise = source.get("noise")
         sample, model_output, noise = broadcast(sample, model_output, noise, table.learned_variance)
-        sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
+        if sample.dtype is not model_output.dtype:
+            sample = sample.to(torch.promote_types(sample.dtype, model_output.dtype))
         return reverse_step(sample, model_output, table, row, return_x0=True, noise=noise, seed=source.get("seed"))
 
     def _ancestral_noise(

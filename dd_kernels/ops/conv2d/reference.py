@@ -11,7 +11,7 @@ from ..activation import Activation, activate
 Padding = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes them
 
 
-def prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: Activation) -> Tensor:
+def prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: int) -> Tensor:
     """Returns act(scale x + shift), computed in float32 (float64 for float64), in the dtype of x."""
     if scale is None and shift is None and activation == Activation.NONE:
         return x

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..activation import Activation
 
 SMALL = ("weight", "bias", "pre_shift", "scale", "shift")
 _FLOAT64 = "the kernels take float32, bfloat16 and float16, and an input is float64"
@@ -25,7 +24,7 @@ class Arguments(NamedTuple):
     pre_shift: Tensor | None  # [N, C]
     scale: Tensor | None
     shift: Tensor | None
-    activation: Activation
+    activation: int  # a member of Activation as a plain int
     residual: Tensor | None  # as x
     skip: Tensor | None  # [N, C2, ...]; C = C1 + C2
 
@@ -61,12 +60,13 @@ def check(a: Arguments) -> tuple[str | None, bool, bool]:
     for i, v in enumerate((weight, bias, pre_shift, scale, shift)):
         if v is None:
             continue
-        checks.check_shape(SMALL[i], v, (channels,) if i < 2 else (shape[0], channels), device)
-        dtype = v.dtype
-        if dtype is not torch.float32 or not v.is_contiguous():
-            ready = False
-            if dtype is torch.float64:
+        wanted = (channels,) if i < 2 else (shape[0], channels)
+        if not isinstance(v, Tensor) or v.dtype is not torch.float32 or v.shape != wanted or v.device != device:
+            checks.check_shape(SMALL[i], v, wanted, device)
+            ready = ready and v.dtype is torch.float32
+            if v.dtype is torch.float64:
                 reason = _FLOAT64
+        ready = ready and v.is_contiguous()
         needs_grad = needs_grad or v.requires_grad
     if reason is None:
         reason = checks.transform_reason()

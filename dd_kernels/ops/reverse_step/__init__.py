@@ -141,7 +141,7 @@ def reverse_step(
     if table.learned_variance:
         out, variance = _split(out, x, "out")
         uncond = None if uncond is None else _split(uncond, x, "uncond")[0]
-    else:
+    elif out is None:  # visit() takes None for a tensor that is left out
         check_float("out", out)
     if noise is not None and seed is not None:
         raise ValueError("only one of noise and seed may be given; got both")
