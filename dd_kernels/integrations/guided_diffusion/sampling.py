@@ -133,17 +133,24 @@ class Sampler(Process):
         step: Callable[..., dict[str, Tensor]],
         model: Model,
         shape: Sequence[int],
-        noise: Tensor | None,
-        device: torch.device | str | None,
-        progress: bool,
-        seed: int | None,
-        first_sample: int,
-        **options: Any,
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Kwargs | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float | None = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yields what ``step`` returns at t = T-1 .. 0; ``options`` are its."""
+        """Yields what ``step`` returns at t = T-1 .. 0."""
         if not isinstance(shape, (tuple, list)):
             raise TypeError(f"shape must be a tuple or list, (N, C, H, W); got {type(shape).__name__}")
         device = device_of(model) if device is None else torch.device(device)
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        options |= {"model_kwargs": model_kwargs} | ({} if eta is None else {"eta": eta})
         if seed is not None:
             options |= {"seed": seed, "first_sample": first_sample}
         if noise is not None:
@@ -159,22 +166,11 @@ class Sampler(Process):
             yield result
             x = result["sample"]
 
-    def p_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Denoised | None = None,
-        cond_fn: Model | None = None,
-        model_kwargs: Kwargs | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        *,
-        seed: int | None = None,
-        first_sample: int = 0,
-    ) -> Iterator[dict[str, Tensor]]:
+    def p_sample_loop_progressive(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Tensor]]:
         """Samples by DDPM, t = T-1 .. 0: yields what :meth:`p_sample` returns after every step.
+
+        Called as p_sample_loop_progressive(model, shape, noise=None, clip_denoised=True, denoised_fn=None,
+        cond_fn=None, model_kwargs=None, device=None, progress=False, *, seed=None, first_sample=0).
 
         Args:
             shape: (N, C, H, W) of the samples.
@@ -182,30 +178,11 @@ class Sampler(Process):
             progress: show a tqdm bar.
             model, clip_denoised, denoised_fn, cond_fn, model_kwargs, seed, first_sample: see :meth:`p_sample`.
         """
-        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
-        run = (self.p_sample, model, shape, noise, device, progress, seed, first_sample)
-        yield from self._progressive(*run, model_kwargs=model_kwargs, **options)
+        return self._progressive(self.p_sample, *args, **kwargs)
 
-    def ddim_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: Denoised | None = None,
-        cond_fn: Model | None = None,
-        model_kwargs: Kwargs | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        *,
-        seed: int | None = None,
-        first_sample: int = 0,
-    ) -> Iterator[dict[str, Tensor]]:
-        """Samples by DDIM; as :meth:`p_sample_loop_progressive`, with :meth:`ddim_sample`."""
-        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
-        run = (self.ddim_sample, model, shape, noise, device, progress, seed, first_sample)
-        yield from self._progressive(*run, eta=eta, model_kwargs=model_kwargs, **options)
+    def ddim_sample_loop_progressive(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, Tensor]]:
+        """Samples by DDIM; as :meth:`p_sample_loop_progressive`, with :meth:`ddim_sample`, and eta after progress."""
+        return self._progressive(self.ddim_sample, *args, **kwargs)
 
     def p_sample_loop(self, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the samples that :meth:`p_sample_loop_progressive`, which takes the same arguments, ends with."""
