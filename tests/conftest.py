@@ -29,6 +29,14 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    """A stand-in that gives the CPU CUDA graphs; it counts captures and replays."""
+    from cuda_graph_stand_in import install
+
+    return install(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def judge():
     """What judges drawn digits: a classifier of real ones, trained once."""

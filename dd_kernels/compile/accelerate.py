@@ -48,7 +48,7 @@ def _take_apart(target: Any) -> _Parts:
 
 
 def accelerate(
-    model_or_pipeline: Target, *, accuracy: str = "default", inductor: bool = False
+    model_or_pipeline: Target, *, accuracy: str = "default", inductor: bool = False, cuda_graphs: bool = True
 ) -> tuple[Target, AccelerateReport]:
     """Makes a model, or the networks and the scheduler of a pipeline, faster in place; :func:`restore` undoes it.
 
@@ -64,6 +64,7 @@ def accelerate(
         model_or_pipeline: a ``torch.nn.Module`` or a ``diffusers.DiffusionPipeline``.
         accuracy: "high" makes convolutions on a CPU at least as exact as eager's; see :func:`dd_kernels.ops.conv2d`.
         inductor: hands the rewritten graphs on to Inductor.
+        cuda_graphs: on CUDA, where no gradient is asked for, captures each graph once per shape and replays it.
 
     Returns:
         The same object, and a report. The report is filled at the first call, when Dynamo captures the graphs: for
@@ -81,8 +82,9 @@ def accelerate(
         return model_or_pipeline, _accelerated[target][0]
     networks, undo, notes = _take_apart(target)
     report = AccelerateReport([Report(name) for name, _ in networks], notes)
+    options = {"accuracy": accuracy, "inductor": inductor, "cuda_graphs": cuda_graphs}
     for (_, module), entry in zip(networks, report.networks, strict=True):
-        undo.append(_compile(module, {"report": entry, "accuracy": accuracy, "inductor": inductor}))
+        undo.append(_compile(module, {"report": entry, **options}))
     _accelerated[target] = report, undo
     return model_or_pipeline, report
 

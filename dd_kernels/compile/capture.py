@@ -16,14 +16,16 @@ from typing import Any
 
 from torch import fx
 
+from ..ops import cuda_graph
 from .convolution import find_convolutions, replace_convolutions
+from .cuda_graph import CudaGraphs, devices_of
 from .identity import relax_views, remove_identities
 from .norm import fuse_norms
 from .report import GraphReport, Report
 
 _log = logging.getLogger(__name__)
 ACCURACIES = ("default", "high")
-_OPTIONS = ("accuracy", "inductor", "report")
+_OPTIONS = ("accuracy", "cuda_graphs", "inductor", "report")
 
 
 def rewrite(module: fx.GraphModule, accuracy: str = "default") -> GraphReport:
@@ -42,6 +44,10 @@ def rewrite(module: fx.GraphModule, accuracy: str = "default") -> GraphReport:
     return GraphReport(tuple(norms), identities, convolutions, copies, time.perf_counter() - started)
 
 
+def _has_gpu(inputs: Sequence[Any]) -> bool:
+    return any(map(cuda_graph.serves, devices_of(inputs)))
+
+
 def dd_kernels(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
@@ -50,9 +56,10 @@ def dd_kernels(
     Args:
         module: the graph, which is rewritten in place.
         example_inputs: tensors and sizes of the call that was captured.
-        options: ``{"inductor": True}`` hands the rewritten graph on to Inductor; ``{"report": Report()}`` takes an
-            entry per graph: see :class:`dd_kernels.compile.Report`; ``{"accuracy": "high"}`` makes convolutions on a
-            CPU at least as exact as eager's, see :func:`dd_kernels.ops.conv2d`.
+        options: ``{"inductor": True}`` hands the rewritten graph on to Inductor; ``{"cuda_graphs": False}`` captures
+            no CUDA graph, as is done otherwise on CUDA where no gradient is asked for; ``{"report": Report()}`` takes
+            an entry per graph: see :class:`dd_kernels.compile.Report`; ``{"accuracy": "high"}`` makes convolutions on
+            a CPU at least as exact as eager's, see :func:`dd_kernels.ops.conv2d`.
 
     Raises:
         ValueError: an option of another name, or another accuracy.
@@ -67,9 +74,10 @@ def dd_kernels(
     report: Report = options.get("report") or Report()
     report.graphs.append(rewrite(module, accuracy))
     _log.info("%s", report)
+    call: Any = module.forward
+    graphs = CudaGraphs(module, report.notes) if options.get("cuda_graphs", True) and _has_gpu(example_inputs) else None
     if options.get("inductor"):
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Any = compile_fx(module, list(example_inputs))
-        return compiled
-    return module.forward
+        call = compile_fx(module, list(example_inputs))
+    return call if graphs is None else graphs.of(call)

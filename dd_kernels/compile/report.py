@@ -33,6 +33,7 @@ class Report:
 
     name: str = "model"
     graphs: list[GraphReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was found while the graphs ran
 
     @property
     def norms(self) -> list[NormReport]:
@@ -63,7 +64,7 @@ class Report:
         convolutions = max(graph.convolutions for graph in self.graphs)
         if convolutions:
             lines.append(f"  {convolutions} convolutions in channels_last, {copies} layout copies left")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {note}" for note in dict.fromkeys(self.notes)])
 
 
 @dataclass
