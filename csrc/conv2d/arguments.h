@@ -52,6 +52,7 @@ struct Plan {
     int64_t tile_rows, tile_columns;  // of one sample
     int64_t rows;                     // tiles that the micro-kernel multiplies at a time: a group
     int64_t block;                    // tiles that are transformed, then multiplied: a multiple of rows
+    int64_t slice;                    // groups that are multiplied by a panel before their outputs are written
     int64_t depth;                    // length of a packed row
     int64_t panels, panel_parts;      // a block's products are divided by panels, and by groups
     int64_t input_parts;              // packing a block's input is divided by chunks of channels, and by tiles
@@ -62,18 +63,22 @@ struct Plan {
     int64_t plane() const { return block * depth + 16; }
 };
 
-// Where a thread's workspace of a panel begins, in floats: the filters of one vector as they are read, those of a chunk
-// as they are packed, and the products of all groups of a part.
+// Floats between two points' planes of a panel's packed filters.
+constexpr int64_t filter_plane(const Plan& plan, int64_t panel) { return plan.depth * panel + kPlaneGap; }
+
+// Floats between two points' planes of the products of a slice.
+constexpr int64_t product_plane(const Plan& plan, int64_t panel) { return plan.slice * plan.rows * panel + kPlaneGap; }
+
+// Where a thread's workspace of a panel begins, in floats: the filters of one vector as they are read, those of the
+// panel as they are packed, and the products of a slice.
 struct PanelScratch {
     int64_t filters, products, size;
 };
 
 inline PanelScratch panel_scratch(const Shape& shape, const Plan& plan, int64_t lanes) {
-    int64_t taps = shape.taps(), in_chunk = (plan.method == Method::direct ? taps : plan.points) * kChunk;
-    int64_t groups = divide_up(divide_up(plan.block, plan.rows), plan.panel_parts) + 1;
-    int64_t filters = taps * lanes * lanes;
-    int64_t products = filters + (in_chunk + lanes) * 2 * lanes + plan.points * kPlaneGap;
-    return {filters, products, products + groups * plan.rows * plan.points * 2 * lanes};
+    int64_t panel = 2 * lanes, filters = shape.taps() * lanes * lanes;
+    int64_t products = filters + plan.points * filter_plane(plan, panel);
+    return {filters, products, products + plan.points * product_plane(plan, panel)};
 }
 
 // Tiles [first, first + tiles) of all samples' tiles.

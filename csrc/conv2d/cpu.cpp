@@ -29,17 +29,17 @@ void run(Forward a, Method method, bool bfloat16) {
     const Plan& plan = a.plan;
     int64_t chunks = plan.method == Method::direct ? 1 : divide_up(a.shape.channels, kChunk);
     int64_t in_parts = plan.input_parts * chunks, out_parts = plan.panels * plan.panel_parts;
-    Floats packed(packed_size(plan));
+    float* packed = Workspace::of(Workspace::input, packed_size(plan));
     int64_t tiles = plan.tiles(a.shape);
     for (int64_t first = 0; first < tiles; first += plan.block) {
         Block block{first, std::min(plan.block, tiles - first)};
         on_threads(in_parts, target, [&](int64_t from, int64_t to) {
-            Floats scratch(input_scratch(a.shape, plan));
-            kernels.pack(a, block, from, to, packed.data(), scratch.data());
+            float* scratch = Workspace::of(Workspace::scratch, input_scratch(a.shape, plan));
+            kernels.pack(a, block, from, to, packed, scratch);
         });
         on_threads(out_parts, target, [&](int64_t from, int64_t to) {
-            Floats scratch(panel_scratch(a.shape, plan, target.lanes).size);
-            kernels.multiply(a, block, from, to, packed.data(), scratch.data());
+            float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, plan, target.lanes).size);
+            kernels.multiply(a, block, from, to, packed, scratch);
         });
     }
 }

@@ -37,9 +37,9 @@ DD_INLINE void multiply(const Packed* a, const Packed* b, int64_t blocks, Vec (&
     }
 }
 
-// out [rows][kPanel] = a b, or += a b; depth is a multiple of kLanes.
+// out [rows][kPanel] = a b; depth is a multiple of kLanes.
 template <int rows, int vectors, bool transposed>
-void product(const Packed* a, const Packed* b, int64_t depth, float* out, bool accumulate) {
+void product(const Packed* a, const Packed* b, int64_t depth, float* out) {
     using At = Steps<rows, transposed>;
     for (int64_t first = 0; first < depth; first += conv2d::kChunk) {
         int64_t left = depth - first < conv2d::kChunk ? depth - first : conv2d::kChunk;
@@ -50,14 +50,14 @@ void product(const Packed* a, const Packed* b, int64_t depth, float* out, bool a
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; ++v) {
                 float* to = out + r * kPanel + v * kLanes;
-                if (accumulate || first > 0) sum[r][v] += load(to);
+                if (first > 0) sum[r][v] += load(to);
                 store(to, sum[r][v]);
             }
         }
     }
 }
 
-typedef void (*Product)(const Packed* a, const Packed* b, int64_t depth, float* out, bool accumulate);
+typedef void (*Product)(const Packed* a, const Packed* b, int64_t depth, float* out);
 
 // The product of groups of `rows` and of a panel whose second vector is needed or not.
 DD_INLINE Product product_of(int64_t rows, bool two) {

@@ -14,17 +14,19 @@ void run(WeightGradient a, Method method) {
     a.plan = gradient_plan(a.shape, method, target);
     const Plan& plan = a.plan;
     int64_t chunks = divide_up(a.shape.channels, kChunk), out_chunks = divide_up(a.shape.outputs, kChunk);
-    Floats inputs(plan.points * a.input_plane()), gradients(plan.points * a.output_plane(target.panel()));
+    float* inputs = Workspace::of(Workspace::input, plan.points * a.input_plane());
+    float* gradients = Workspace::of(Workspace::other_input, plan.points * a.output_plane(target.panel()));
     int64_t tiles = plan.tiles(a.shape);
     for (int64_t first = 0; first < tiles; first += plan.block) {
         Block block{first, std::min(plan.block, tiles - first)};
         on_threads((chunks + out_chunks) * plan.input_parts, target, [&](int64_t from, int64_t to) {
-            Floats scratch(input_scratch(a.shape, plan));
-            DD_CHOOSE(conv2d_gradient_pack)(a, block, from, to, inputs.data(), gradients.data(), scratch.data());
+            float* scratch = Workspace::of(Workspace::scratch, input_scratch(a.shape, plan));
+            DD_CHOOSE(conv2d_gradient_pack)(a, block, from, to, inputs, gradients, scratch);
         });
         on_threads(plan.panels * chunks, target, [&](int64_t from, int64_t to) {
-            Floats scratch(9 * target.lanes * target.lanes + plan.points * kChunk * target.panel());
-            DD_CHOOSE(conv2d_gradient_multiply)(a, block, from, to, inputs.data(), gradients.data(), scratch.data());
+            int64_t size = 9 * target.lanes * target.lanes + plan.points * kChunk * target.panel();
+            float* scratch = Workspace::of(Workspace::scratch, size);
+            DD_CHOOSE(conv2d_gradient_multiply)(a, block, from, to, inputs, gradients, scratch);
         });
     }
 }

@@ -37,33 +37,50 @@ void conv2d_pack(const Forward& a, const Block& block, int64_t first, int64_t la
     }
 }
 
-// Multiplies groups [first, last) of a block by a panel, chunk by chunk of channels.
-DD_INLINE void multiply_panel(const Forward& a, int64_t panel, int64_t first, int64_t last, const Packed* packed,
-                              Packed* filters, float* scratch, float* products) {
+// Packs the filters of a panel to [points][depth][kPanel], the planes filter_plane() apart.
+DD_INLINE void pack_filters(const Forward& a, int64_t panel, float* scratch, Packed* to) {
     using conv2d::kChunk;
-    const Plan& plan = a.plan;
-    const bool direct = plan.method == Method::direct;
-    int64_t taps = direct ? a.shape.taps() : 1, from = 0;
-    Product multiply_group = product_of(plan.rows, a.shape.outputs - panel * kPanel > kLanes);
+    const bool direct = a.plan.method == Method::direct;
+    const int64_t plane = conv2d::filter_plane(a.plan, kPanel), taps = direct ? a.shape.taps() : 1;
     for (int64_t channel = 0; channel < a.shape.channels; channel += kChunk) {
         int64_t left = a.shape.channels - channel, count = left < kChunk ? left : kChunk;
-        int64_t depth = conv2d::round_up(taps * count, kLanes);
+        Packed* chunk = to + taps * channel * kPanel;
         if (direct) {
-            pack_direct_filters(a, panel, channel, count, scratch, filters);
-        } else if (plan.method == Method::winograd4) {
-            pack_winograd_filters<4>(a, panel, channel, count, scratch, filters);
+            pack_direct_filters(a, panel, channel, count, scratch, chunk);
+        } else if (a.plan.method == Method::winograd4) {
+            pack_winograd_filters<4>(a, panel, channel, count, scratch, chunk, plane);
         } else {
-            pack_winograd_filters<2>(a, panel, channel, count, scratch, filters);
+            pack_winograd_filters<2>(a, panel, channel, count, scratch, chunk, plane);
         }
-        for (int64_t point = 0; point < plan.points; ++point) {
-            const Packed* rows = packed + point * plan.plane() + from * plan.rows;
-            float* out = products + point * plan.rows * kPanel;
-            for (int64_t group = first; group < last; ++group, out += plan.points * plan.rows * kPanel) {
-                multiply_group(rows + group * plan.depth * plan.rows, filters + point * filter_plane(depth), depth, out,
-                               channel > 0);
-            }
+    }
+}
+
+// Multiplies groups [first, last) of a block by a panel: products [points][groups][rows][kPanel], the planes
+// product_plane() apart. The filters of a point stay in the cache for all groups, whose packed rows follow each other.
+DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_t last, const Packed* packed,
+                               const Packed* filters, float* products) {
+    const Plan& plan = a.plan;
+    const Product multiply_group = product_of(plan.rows, two);
+    for (int64_t point = 0; point < plan.points; ++point) {
+        const Packed* rows = packed + point * plan.plane() + first * plan.depth * plan.rows;
+        const Packed* columns = filters + point * conv2d::filter_plane(plan, kPanel);
+        float* out = products + point * conv2d::product_plane(plan, kPanel);
+        for (int64_t group = first; group < last; ++group, rows += plan.depth * plan.rows, out += plan.rows * kPanel) {
+            multiply_group(rows, columns, plan.depth, out);
         }
-        from += depth;
+    }
+}
+
+// Writes the outputs of the tiles [first, last) of a block, whose products these are.
+DD_INLINE void write_tiles(const Forward& a, int64_t panel, int64_t first, int64_t last, const float* products) {
+    for (int64_t tile = first; tile < last; ++tile, products += kPanel) {
+        if (a.plan.method == Method::direct) {
+            write_direct_pixel(a, tile, panel, products);
+        } else if (a.plan.method == Method::winograd4) {
+            write_winograd_tile<4>(a, tile, panel, products);
+        } else {
+            write_winograd_tile<2>(a, tile, panel, products);
+        }
     }
 }
 
@@ -78,18 +95,13 @@ void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_
     for (int64_t part = first; part < last; ++part) {
         int64_t panel = part / plan.panel_parts, piece = part % plan.panel_parts;
         int64_t from = piece * groups / plan.panel_parts, to = (piece + 1) * groups / plan.panel_parts;
-        multiply_panel(a, panel, from, to, reinterpret_cast<const Packed*>(memory), filters, scratch, products);
-        int64_t last_tile = to * plan.rows < block.tiles ? to * plan.rows : block.tiles;
-        for (int64_t tile = from * plan.rows; tile < last_tile; ++tile) {
-            int64_t index = tile - from * plan.rows, group = index / plan.rows, row = index % plan.rows;
-            const float* of_tile = products + group * plan.points * plan.rows * kPanel + row * kPanel;
-            if (plan.method == Method::direct) {
-                write_direct_pixel(a, block.first + tile, panel, of_tile);
-            } else if (plan.method == Method::winograd4) {
-                write_winograd_tile<4>(a, block.first + tile, panel, of_tile);
-            } else {
-                write_winograd_tile<2>(a, block.first + tile, panel, of_tile);
-            }
+        bool two = a.shape.outputs - panel * kPanel > kLanes;
+        pack_filters(a, panel, scratch, filters);
+        for (int64_t group = from; group < to; group += plan.slice) {
+            int64_t end = group + plan.slice < to ? group + plan.slice : to;
+            multiply_groups(a, two, group, end, reinterpret_cast<const Packed*>(memory), filters, products);
+            int64_t tiles = end * plan.rows < block.tiles ? end * plan.rows : block.tiles;
+            write_tiles(a, panel, block.first + group * plan.rows, block.first + tiles, products);
         }
     }
 }

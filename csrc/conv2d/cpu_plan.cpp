@@ -5,8 +5,11 @@
 namespace dd::conv2d {
 namespace {
 
-// Workspace in floats: packed input of a block, which stays in the last-level cache, and a thread's products.
-constexpr int64_t kMostPacked = int64_t{1} << 21, kMostProducts = int64_t{1} << 18;
+// Workspace in floats: packed input of a block, and a thread's products of a slice: both stay near the second-level
+// cache.
+constexpr int64_t kMostPacked = int64_t{1} << 19, kMostProducts = int64_t{1} << 16;
+// Of a weight gradient: both packed inputs of a block, which stay in the last-level cache.
+constexpr int64_t kMostGradientPacked = int64_t{1} << 22;
 // Each block transforms the filters again, which takes a few percent of the products of so many tiles.
 constexpr int64_t kFewestTiles = 64;
 
@@ -72,11 +75,12 @@ Plan plan_of(const Shape& shape, Method method, const Target& target) {
     plan.panels = divide_up(shape.outputs, target.panel());
 
     int64_t tiles = plan.tiles(shape);
-    int64_t most = std::min(kMostPacked / (plan.points * plan.depth), kMostProducts / (plan.points * target.panel()));
-    int64_t blocks = divide_up(tiles, std::max(most, kFewestTiles));
+    int64_t blocks = divide_up(tiles, std::max(kMostPacked / (plan.points * plan.depth), kFewestTiles));
     int64_t block = divide_up(tiles, blocks);
     plan.rows = divide_up(block, divide_up(block, target.most_rows));
     plan.block = round_up(block, plan.rows);
+    plan.slice = std::max<int64_t>(kMostProducts / (plan.points * plan.rows * target.panel()), 1);
+    plan.slice = std::min(plan.slice, plan.block / plan.rows);
 
     plan.panel_parts = 1;
     int64_t most_parts = std::min(target.threads, divide_up(plan.block, plan.rows));
@@ -121,7 +125,7 @@ Plan gradient_plan(const Shape& shape, Method method, const Target& target) {
     plan.depth = round_up(shape.channels, target.lanes);
     plan.panels = divide_up(shape.outputs, target.panel());
     int64_t tiles = plan.tiles(shape), floats = plan.points * (plan.depth + plan.panels * target.panel());
-    int64_t blocks = divide_up(tiles, std::max(2 * kMostPacked / floats, kFewestTiles));
+    int64_t blocks = divide_up(tiles, std::max(kMostGradientPacked / floats, kFewestTiles));
     plan.block = round_up(divide_up(tiles, blocks), kFewestTiles);
     plan.input_parts = 1;
     return plan;

@@ -160,16 +160,13 @@ DD_INLINE void for_strips(const conv2d::Plan& plan, int64_t first, int64_t last,
     }
 }
 
-// Distance of two points' planes of a chunk's transformed filters; 16 floats more than needed, so that the planes,
-// which are written together, start in different cache sets.
-DD_INLINE int64_t filter_plane(int64_t depth) { return depth * kPanel + conv2d::kPlaneGap; }
-
-// Transforms the filters of a panel, of input channels [first, first + count): to [points][round_up(count)][kPanel].
+// Transforms the filters of a panel, of input channels [first, first + count): to [points][round_up(count)][kPanel],
+// the points' planes `plane` apart.
 template <int m>
 DD_INLINE void pack_winograd_filters(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t count,
-                                     float* scratch, Packed* to) {
+                                     float* scratch, Packed* to, int64_t plane) {
     constexpr int points = m + 2;
-    int64_t padded = conv2d::round_up(count, kLanes), plane = filter_plane(padded);
+    int64_t padded = conv2d::round_up(count, kLanes);
     // Taps are read backwards where the filters are turned.
     const int64_t start = a.filters.turned ? 8 * kLanes : 0, step = a.filters.turned ? -kLanes : kLanes;
     for (int v = 0; v < 2; ++v) {
@@ -217,12 +214,13 @@ DD_INLINE void pack_winograd_input(const conv2d::Forward& a, const conv2d::Block
     });
 }
 
-// Transforms the products of one tile and a panel back, and writes its outputs. products: [points][rows][kPanel].
+// Transforms the products of one tile and a panel back, and writes its outputs. products: [points][kPanel], the points
+// product_plane() apart.
 template <int m>
 DD_INLINE void write_winograd_tile(const conv2d::Forward& a, int64_t tile, int64_t panel, const float* products) {
     const conv2d::Shape& shape = a.shape;
     TilePlace place = place_of(a.plan, tile);
-    int64_t point = a.plan.rows * kPanel;
+    int64_t point = conv2d::product_plane(a.plan, kPanel);
     for (int v = 0; v < 2; ++v) {
         int64_t output = panel * kPanel + v * kLanes, left = shape.outputs - output;
         if (left <= 0) break;
