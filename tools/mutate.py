@@ -3,6 +3,7 @@
 A change that no test notices survives: either a test is missing, or the changed program is equivalent. The changes
 are to comparisons, numbers, operators, booleans and the defaults of arguments. They are made in a copy of the
 repository, one at a time. The tests of the changed file run first; if they pass, the tests of its whole folder run.
+Tests that take several times as long as without the change, which is measured first, have noticed it too.
 The same seed, count and sources give the same changes.
 """
 
@@ -10,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,40 +165,82 @@ def copy(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def _failure(folder: Path, tests: Sequence[str], seconds: float) -> str | None:
-    """Runs tests in the copy until one fails; returns its name or another reason, or None where all pass."""
+def _tested(folder: Path, tests: Sequence[str], processor_seconds: int | None = None) -> tuple[str | None, float]:
+    """Runs tests in the copy until one fails.
+
+    Returns the name of the failed test or another reason (None where all pass), and the processor's seconds. A process
+    that takes more than ``processor_seconds`` is ended: other work on the machine does not count, as it would on a
+    clock. What sleeps for ever is ended after a hundred times as long.
+    """
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    limit = None if processor_seconds is None else functools.partial(_limit_processor, processor_seconds)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=None if processor_seconds is None else 100 * processor_seconds,
+            check=False,
+            preexec_fn=limit,
         )
     except subprocess.TimeoutExpired:
-        return f"stopped after {seconds:.0f} s"
+        return "sleeping for ever", 0.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if done.returncode in (0, 5):  # passed, or no tests collected
-        return None
+        return None, used
+    if done.returncode == -signal.SIGXCPU:
+        return f"running for ever: over {processor_seconds} s of the processor", used
     failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failures[0] if failures else f"exit status {done.returncode}"
+    return failures[0] if failures else f"exit status {done.returncode}", used
 
 
-def survives(mutation: Mutation, folder: Path, seconds: float, near: bool = False) -> bool:
-    """Makes one change in the copy, runs the tests, and undoes it; prints and returns whether no test noticed.
+def _limit_processor(seconds: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
 
-    ``near``: the tests of the folder do not run where the file has tests of its own.
+
+@functools.cache
+def _limit(folder: Path, tests: tuple[str, ...]) -> int:
+    """Returns the processor's seconds that tests may take with a change: many times those that they take without it.
+
+    Raises:
+        ValueError: they fail without a change.
     """
-    file, started = folder / mutation.path, time.monotonic()
+    failure, used = _tested(folder, tests)
+    if failure is not None:
+        raise ValueError(f"{' '.join(tests)} must pass before anything is changed; {failure}")
+    return 60 + round(4 * used)
+
+
+def _failure(mutation: Mutation, folder: Path, tests: Sequence[str]) -> str | None:
+    """Makes one change in the copy, runs tests, and undoes it; returns what failed."""
+    limit = _limit(folder, tuple(tests))
+    file = folder / mutation.path
     source = file.read_text()
     file.write_text(mutation.apply(source))
     try:
-        lists = mirrors(mutation.path, folder)[: 1 if near else None]
-        failures = (_failure(folder, tests, seconds) for tests in lists)
-        failure = next((one for one in failures if one is not None), None)
+        return _tested(folder, tests, limit)[0]
     finally:
         file.write_text(source)
+
+
+def survives(mutation: Mutation, folder: Path, near: bool = False) -> bool:
+    """Prints and returns whether no test notices a change.
+
+    ``near``: the tests of the folder do not run where the file has tests of its own.
+    """
+    started = time.monotonic()
+    lists = mirrors(mutation.path, folder)[: 1 if near else None]
+    failures = (_failure(mutation, folder, tests) for tests in lists)
+    failure = next((one for one in failures if one is not None), None)
     outcome = "SURVIVED" if failure is None else f"noticed by {failure}"
     print(f"{mutation}; {outcome} ({time.monotonic() - started:.0f} s)", flush=True)
     if failure is None:
-        print(f"    {source.splitlines()[mutation.line - 1].strip()}", flush=True)
+        print(f"    {(folder / mutation.path).read_text().splitlines()[mutation.line - 1].strip()}", flush=True)
     return failure is None
 
 
@@ -210,7 +256,6 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=60, help="number of changes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the changes (%(default)s)")
     parser.add_argument("--under", default="dd_kernels", help="folder whose files are changed (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=300, help="limit of one run of tests (%(default)s)")
     parser.add_argument("--near", action="store_true", help="run only the tests of the changed file where it has any")
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     options = parser.parse_args()
@@ -221,7 +266,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
-        survived = [one for one in chosen if survives(one, Path(folder), options.seconds, options.near)]
+        survived = [one for one in chosen if survives(one, Path(folder), options.near)]
     print(f"{len(chosen) - len(survived)} of {len(chosen)} changes were noticed; these survived:")
     print(*survived, sep="\n")
     return 1 if survived else 0

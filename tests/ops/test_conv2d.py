@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conv2d_cases import SAME, TILE, assert_within, bound, gradient_bound, matrices, winograd
-from hypothesis import HealthCheck, given, settings
+from draws import for_draws
 from hypothesis import strategies as st
 
 from dd_kernels.ops.activation import Activation, activate
@@ -179,29 +179,30 @@ def test_several_blocks_of_tiles(kernel):
         assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_shape(kernel, data):
-    size = st.integers(1, 14)
-    n, c, k = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 140)), data.draw(st.integers(1, 70))
-    padding = tuple(data.draw(st.integers(0, 3)) for _ in range(4))
-    h = data.draw(size.filter(lambda v: v + padding[2] + padding[3] >= 3))
-    w = data.draw(size.filter(lambda v: v + padding[0] + padding[1] >= 3))
-    method, layout = data.draw(st.sampled_from(METHODS)), data.draw(st.sampled_from(LAYOUTS))
-    x, weight = torch.randn(n, c, h, w), torch.randn(k, c, 3, 3).contiguous(memory_format=layout)
-    exact = F.conv2d(F.pad(x.double(), padding), weight.double())
-    actual = op.forward(x, weight, None, None, None, 0, None, 1, padding, method)
-    assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa, padding))
-    dy = torch.randn(actual.shape)
-    dx = op.input_gradient(dy, x, weight, 1, padding, method)
-    exact_dx = reference.input_gradient(dy.double(), x.double(), weight.double(), 1, padding)
-    turned = weight.double().flip(2, 3).transpose(0, 1)
-    back = tuple(2 - side for side in padding)
-    assert_within(dx, exact_dx, bound(dy.double(), turned, method, kernel.isa, back))
-    if method != Method.DIRECT:
-        dweight = op.weight_gradient(dy, x, weight, 1, padding, method)
-        exact_dw = reference.weight_gradient(dy.double(), x.double(), weight.double(), 1, padding)
-        assert_within(dweight, exact_dw, gradient_bound(x.double(), dy.double(), method, kernel.isa, padding))
+def test_any_shape(kernel):
+    def test(data):
+        size = st.integers(1, 14)
+        n, c, k = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 140)), data.draw(st.integers(1, 70))
+        padding = tuple(data.draw(st.integers(0, 3)) for _ in range(4))
+        h = data.draw(size.filter(lambda v: v + padding[2] + padding[3] >= 3))
+        w = data.draw(size.filter(lambda v: v + padding[0] + padding[1] >= 3))
+        method, layout = data.draw(st.sampled_from(METHODS)), data.draw(st.sampled_from(LAYOUTS))
+        x, weight = torch.randn(n, c, h, w), torch.randn(k, c, 3, 3).contiguous(memory_format=layout)
+        exact = F.conv2d(F.pad(x.double(), padding), weight.double())
+        actual = op.forward(x, weight, None, None, None, 0, None, 1, padding, method)
+        assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa, padding))
+        dy = torch.randn(actual.shape)
+        dx = op.input_gradient(dy, x, weight, 1, padding, method)
+        exact_dx = reference.input_gradient(dy.double(), x.double(), weight.double(), 1, padding)
+        turned = weight.double().flip(2, 3).transpose(0, 1)
+        back = tuple(2 - side for side in padding)
+        assert_within(dx, exact_dx, bound(dy.double(), turned, method, kernel.isa, back))
+        if method != Method.DIRECT:
+            dweight = op.weight_gradient(dy, x, weight, 1, padding, method)
+            exact_dw = reference.weight_gradient(dy.double(), x.double(), weight.double(), 1, padding)
+            assert_within(dweight, exact_dw, gradient_bound(x.double(), dy.double(), method, kernel.isa, padding))
+
+    for_draws(kernel, test)
 
 
 @pytest.mark.parametrize("method", [Method.DIRECT, Method.WINOGRAD2])

@@ -68,9 +68,9 @@ def test_a_change_is_noticed_or_survives_and_is_undone(folder, capsys):
     file = folder / "dd_kernels" / "adding.py"
     source = file.read_text()
     default, plus, last = mutate.Finder("dd_kernels/adding.py", source).mutations()
-    assert not mutate.survives(default, folder, 60.0)
-    assert not mutate.survives(plus, folder, 60.0)
-    assert mutate.survives(last, folder, 60.0)
+    assert not mutate.survives(default, folder)
+    assert not mutate.survives(plus, folder)
+    assert mutate.survives(last, folder)
     assert file.read_text() == source
     lines = capsys.readouterr().out.splitlines()
     assert "dd_kernels/adding.py:1: '0' becomes '1'; noticed by FAILED tests/test_adding.py::test_add" in lines[0]
@@ -87,13 +87,34 @@ def test_the_tests_of_the_folder_run_unless_only_the_near_ones_are_wanted(folder
         "from dd_kernels.more.one import ONE\ndef test_one(): assert ONE == 1\n"
     )
     (change,) = mutate.Finder("dd_kernels/more/one.py", "ONE = 1\n").mutations()
-    assert mutate.survives(change, folder, 60.0, near=True)
-    assert not mutate.survives(change, folder, 60.0)
+    assert mutate.survives(change, folder, near=True)
+    assert not mutate.survives(change, folder)
 
 
-def test_a_change_that_runs_forever_is_noticed(folder):
+def test_a_change_that_runs_forever_is_noticed(folder, monkeypatch, capsys):
+    (folder / "dd_kernels" / "adding.py").write_text("def add(a, b):\n    while a != 3: a += 1\n    return a\n")
+    change = mutate.Finder("dd_kernels/adding.py", "def add(a, b):\n    while a != 3: a += 1\n").mutations()[1]
+    monkeypatch.setattr(mutate, "_limit", lambda folder, tests: 2)
+    assert not mutate.survives(change, folder)
+    assert "'3' becomes '4'; noticed by FAILED" in capsys.readouterr().out
+    downwards = mutate.Mutation("dd_kernels/adding.py", 2, change.offset, "3", "0")
+    assert not mutate.survives(downwards, folder)
+    assert "'3' becomes '0'; noticed by running for ever: over 2 s of the processor" in capsys.readouterr().out
+
+
+def test_a_change_that_sleeps_forever_is_noticed(folder, monkeypatch):
     (folder / "tests" / "test_adding.py").write_text("import time\ndef test_add(): time.sleep(60)\n")
-    assert mutate._failure(folder, ["tests"], 1.0) == "stopped after 1 s"
+    run = mutate.subprocess.run
+    soon = lambda *command, timeout, **options: run(*command, timeout=timeout / 100, **options)  # noqa: E731
+    monkeypatch.setattr(mutate.subprocess, "run", soon)
+    assert mutate._tested(folder, ["tests"], 1)[0] == "sleeping for ever"
+
+
+def test_tests_that_fail_without_a_change_are_refused(folder):
+    (folder / "tests" / "test_adding.py").write_text("def test_add(): assert 1 == 2\n")
+    change = mutate.Finder("dd_kernels/adding.py", "def add(a, b, c=0): pass\n").mutations()[0]
+    with pytest.raises(ValueError, match=r"tests/test_adding.py must pass before anything is changed; FAILED"):
+        mutate.survives(change, folder)
 
 
 def test_the_command_line_lists_or_runs_in_a_copy(folder, monkeypatch, capsys):
