@@ -37,8 +37,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Enough for 30,000 tensors; a JSON text of this size takes less than 100 MB once it is parsed.
-LONGEST_HEADER = 4 << 20
+# Enough for 15,000 tensors; a JSON text of this size takes less than 50 MB once it is parsed.
+LONGEST_HEADER = 2 << 20
 _CHUNK = 1 << 20
 
 

@@ -15,7 +15,9 @@ from typing import NoReturn
 
 import torch
 
+from ... import backend as backends
 from ...backend import BackendUnavailableError
+from ...ops import randn
 from ..training import TrainingDivergedError
 from . import evaluate, interpolate, sample, train
 
@@ -115,8 +117,18 @@ def _discard_unwritable_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _check_instruction_set() -> None:
+    """Raises ``ValueError`` where ``DD_KERNELS_CPU_ISA`` names none that this processor has, which the ops say."""
+    if backends.unavailable("cpu") is None:
+        try:
+            randn((1,), seed=0, backend="cpu")
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+
+
 def _run(args: argparse.Namespace) -> int:
     try:
+        _check_instruction_set()
         status = args.run(args)
         sys.stdout.flush()
         return status

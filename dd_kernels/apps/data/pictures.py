@@ -30,6 +30,9 @@ def parse_colour(text: str) -> Colour:
 
 
 GREY = parse_colour("grey")
+# The most pixels that a byte of a file can stand for: a block of 64 in a JPEG takes at least 1 bit, deflate makes 1032
+# bytes of 8 pixels of one, and a code of a GIF, of 9 bits or more, stands for less than 4096 pixels.
+PIXELS_PER_BYTE = {"JPEG": 512, "PNG": 8256, "GIF": 3641}
 
 
 def load_image(path: PathLike, size: int, channels: int = 3, background: Colour = GREY) -> Tensor:
@@ -41,21 +44,25 @@ def load_image(path: PathLike, size: int, channels: int = 3, background: Colour 
     Raises:
         ValueError: the file, which is named, is not regular or cannot be read as an image.
     """
-    check_readable("image", path)
-    return decoded(lambda: Image.open(path), str(path), size, channels, background)
+    length = check_readable("image", path).stat().st_size
+    return decoded(lambda: Image.open(path), length, str(path), size, channels, background)
 
 
 def decode_image(content: bytes, name: str, size: int, channels: int = 3, background: Colour = GREY) -> Tensor:
     """Returns the same for an image file in memory; ``name`` is for the error."""
-    return decoded(lambda: Image.open(io.BytesIO(content)), name, size, channels, background)
+    return decoded(lambda: Image.open(io.BytesIO(content)), len(content), name, size, channels, background)
 
 
-def decoded(open_image: Callable[[], Image.Image], name: str, size: int, channels: int, background: Colour) -> Tensor:
-    """Returns the square of bytes of the image that ``open_image`` opens."""
+def decoded(
+    open_image: Callable[[], Image.Image], length: int, name: str, size: int, channels: int, background: Colour
+) -> Tensor:
+    """Returns the square of bytes of the image that ``open_image`` opens from a file of ``length`` bytes."""
     try:
         with warnings.catch_warnings(), open_image() as file:
             warnings.simplefilter("ignore")  # about metadata, and about sizes that the error below limits too
-            image = _flat(ImageOps.exif_transpose(file), channels, background)
+            _check_promise(file, length)
+            ImageOps.exif_transpose(file, in_place=True)
+            image = _flat(file, channels, background)
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, KeyError ...
         raise ValueError(f"cannot read the image {name!r}: {_first_line(error)}") from error
     side = min(image.size)
@@ -64,6 +71,16 @@ def decoded(open_image: Callable[[], Image.Image], name: str, size: int, channel
     if side != size or image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC, box)
     return torch.from_numpy(np.array(image).reshape(size, size, channels)).permute(2, 0, 1).contiguous()
+
+
+def _check_promise(image: Image.Image, length: int) -> None:
+    """Raises ``ValueError`` where a header tells of more pixels than ``length`` bytes can hold.
+
+    Pillow would take memory for all of them, and fill in what is missing.
+    """
+    most = PIXELS_PER_BYTE.get(image.format or "")
+    if most is not None and image.width * image.height > most * length:
+        raise ValueError(f"its header tells of {image.width} x {image.height} pixels, the file has {length} bytes")
 
 
 def _first_line(error: Exception) -> str:
@@ -87,7 +104,8 @@ def _flat(image: Image.Image, channels: int, background: Colour) -> Image.Image:
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         image = image if converted is None else converted
-    return image.convert(wanted)
+    image.load()
+    return image if image.mode == wanted else image.convert(wanted)  # a conversion to its own mode would copy it
 
 
 def _eight_bits(image: Image.Image, background: Colour) -> Image.Image:

@@ -1,6 +1,7 @@
 """What all commands share: help, unknown commands, and errors that are one line."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from commands import fails, run, sample
 
+from dd_kernels import backend as backends
 from dd_kernels.apps import cli
 
 
@@ -123,11 +125,24 @@ def test_output_to_a_full_device(models):
     assert done.stderr == "dd_kernels sample: error: No space left on device\n"
 
 
-@pytest.mark.parametrize("name", ["DD_KERNELS_BACKEND"])
-def test_a_wrong_variable_is_named(models, name):
-    command = [sys.executable, "-m", "dd_kernels", "sample", "--model", models["plain"], "-n", "1", "--no-progress"]
-    done = subprocess.run(command, env={**os.environ, name: "abacus"}, capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("DD_KERNELS_BACKEND", "must be one of auto, cpu"), ("DD_KERNELS_CPU_ISA", "must be baseline, avx2 or avx512")],
+)
+@pytest.mark.parametrize("command", ["sample", "train"])
+def test_a_wrong_variable_is_named(models, command, name, message):
+    """In one line, before anything is written."""
+    if name == "DD_KERNELS_CPU_ISA" and backends.unavailable("cpu") is not None:
+        pytest.skip("the CPU library was not built")
+    options = {
+        "sample": ["--model", models["plain"], "-n", "1"],
+        "train": ["--data", "digits", "--out", "m.safetensors"],
+    }
+    line = [sys.executable, "-m", "dd_kernels", command, *options[command], "--no-progress"]
+    done = subprocess.run(line, env={**os.environ, name: "abacus"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"dd_kernels {command}: error: {name} {message}")
+    assert done.stderr.endswith("got 'abacus'\n")
     assert done.stderr.count("\n") == 1
-    assert f"{name} must be one of" in done.stderr
-    assert "'abacus'" in done.stderr
+    assert not [path.name for path in pathlib.Path().iterdir() if not path.name.endswith(".lock")]
