@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and a lock that keeps a second writer out.
+"""Files that are written whole or not at all, and a lock that keeps a second writer out.
 
 A temporary file or folder ends in ``.part`` and is locked (``flock``) while its writer lives. One that is not locked
 belongs to a process that died, and the next writer of the same path removes it.
@@ -99,7 +99,7 @@ def atomic_write(path: PathLike, content: Bytes | Iterable[Bytes]) -> None:
         OSError: naming ``path``.
         ValueError: ``path`` is a pipe or a device.
     """
-    with _naming(path):
+    with naming(path):
         target = resolved(path)
         if target.exists() and not target.is_file():
             raise ValueError(f"{str(path)!r} is not a regular file")
@@ -109,7 +109,7 @@ def atomic_write(path: PathLike, content: Bytes | Iterable[Bytes]) -> None:
             try:
                 if target.exists():
                     os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
-                _write_all(handle, content)
+                write_all(handle, content)
                 os.fsync(handle)
                 if sys.platform != "win32":  # the lock must outlive the name .part
                     os.replace(temporary, target)
@@ -121,45 +121,7 @@ def atomic_write(path: PathLike, content: Bytes | Iterable[Bytes]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        _sync_folder(target.parent)
-
-
-def write_new(path: pathlib.Path, content: Bytes) -> None:
-    """Writes a file that nobody else knows of yet, in the folder of :func:`atomic_folder`, and syncs it."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        _write_all(handle, content)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def atomic_folder(path: PathLike) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder to write into, and renames it to ``path``, which must not be there yet, at the end.
-
-    Raises:
-        OSError: naming ``path``. Nothing is left of the temporary folder.
-    """
-    with _naming(path):
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        target = resolved(path)
-        remove_leftovers(target)
-        temporary = _temporary_name(target)
-        temporary.mkdir()
-        handle = None
-        try:
-            handle = _open_folder(temporary)
-            yield temporary
-            _sync_folder(temporary)
-            os.rename(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        finally:
-            if handle is not None:
-                os.close(handle)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
 
 @contextlib.contextmanager
@@ -170,7 +132,7 @@ def only_writer(argument: str, path: PathLike) -> Iterator[None]:
         ValueError: another process, or another thread, holds it.
     """
     try:
-        with _naming(path):
+        with naming(path):
             target = resolved(path)
             lock_file = target.with_name(f".{target.name[:50]}.lock")
             lock = FileLock(lock_file, timeout=0, is_singleton=False)
@@ -189,7 +151,7 @@ def remove_leftovers(target: pathlib.Path) -> None:
     """Removes the temporary files and folders of ``target`` whose writers are dead."""
     if sys.platform == "win32":
         return
-    prefix = _temporary_name(target, "").name.removesuffix(".part")
+    prefix = temporary_name(target, "").name.removesuffix(".part")
     with os.scandir(target.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(prefix) and entry.name.endswith(".part")]
     for name in names:
@@ -206,7 +168,7 @@ def remove_leftovers(target: pathlib.Path) -> None:
                 os.close(handle)
 
 
-def _temporary_name(target: pathlib.Path, token: str | None = None) -> pathlib.Path:
+def temporary_name(target: pathlib.Path, token: str | None = None) -> pathlib.Path:
     # Cut, so that the longest name that a file may have still has a temporary name.
     return target.with_name(f".{target.name[:50]}.{secrets.token_hex(4) if token is None else token}.part")
 
@@ -215,10 +177,10 @@ def _create(target: pathlib.Path) -> tuple[int, pathlib.Path]:
     """Returns the handle and name of a new locked file in the folder of ``target``, as private as ``target`` is."""
     mode = stat.S_IMODE(target.stat().st_mode) & 0o777 if target.exists() else 0o666
     while True:
-        temporary = _temporary_name(target)
+        temporary = temporary_name(target)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
-            locked = _lock(handle, temporary)
+            locked = lock(handle, temporary)
         except BaseException:
             os.close(handle)
             raise
@@ -227,18 +189,7 @@ def _create(target: pathlib.Path) -> tuple[int, pathlib.Path]:
         os.close(handle)
 
 
-def _open_folder(folder: pathlib.Path) -> int | None:
-    """Returns a locked handle of a folder, or None where the system opens none (Windows)."""
-    if sys.platform == "win32":
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    if not _lock(handle, folder):
-        os.close(handle)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    return handle
-
-
-def _lock(handle: int, path: pathlib.Path) -> bool:
+def lock(handle: int, path: pathlib.Path) -> bool:
     """Locks ``handle``; False where another writer took it for a leftover and removed it just before."""
     if sys.platform == "win32":
         return True
@@ -253,7 +204,7 @@ def _lock(handle: int, path: pathlib.Path) -> bool:
         return False
 
 
-def _write_all(handle: int, content: Bytes | Iterable[Bytes]) -> None:
+def write_all(handle: int, content: Bytes | Iterable[Bytes]) -> None:
     """Writes every byte, small chunks together; a write may take fewer bytes than it is given."""
     buffer = bytearray()
     for chunk in (content,) if isinstance(content, Bytes) else content:
@@ -273,7 +224,7 @@ def _write(handle: int, content: Bytes) -> None:
         rest = rest[os.write(handle, rest) :]
 
 
-def _sync_folder(folder: pathlib.Path) -> None:
+def sync_folder(folder: pathlib.Path) -> None:
     """Makes a rename survive a power cut, where the file system can (Windows opens no folder)."""
     if sys.platform == "win32":
         return
@@ -288,7 +239,7 @@ def _sync_folder(folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: PathLike) -> Iterator[None]:
+def naming(path: PathLike) -> Iterator[None]:
     """Puts ``path`` into every OSError of the block, in place of a temporary name or none."""
     try:
         yield

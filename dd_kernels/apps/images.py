@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import operator
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from .data.arrays import NAMES
-from .files import PathLike, atomic_folder, atomic_write, check_writable, write_new
+from .files import PathLike, atomic_write, check_writable
+from .folders import atomic_folder, check_folder, write_new
 from .memory import check_memory
 
 # A grid's images are enlarged until they are at least this many pixels wide.
@@ -100,8 +100,7 @@ class Output:
     Made before the work is done, so that a path that cannot be written is an error at once.
 
     Args:
-        path: a .png or .npz, replaced as a whole; or a folder of single PNGs, which appears as a whole where it was not
-            there before, and else gets one whole image after the other.
+        path: a .png or .npz, replaced as a whole; or a folder of single PNGs, which appear in it all at once.
         overwrite: a file that is there may be replaced, and a folder with files in it may be written to.
         npz_names: "images" (images, labels) or "arr" (arr_0, arr_1, as guided-diffusion's evaluator reads).
 
@@ -118,28 +117,8 @@ class Output:
         self.kind = suffix if suffix in FORMATS else "folder"
         if self.kind != "folder":
             check_writable("out", self.path, overwrite)
-            return
-        self._check_folder(str(path), overwrite)
-
-    def _check_folder(self, given: str, overwrite: bool) -> None:
-        wanted = "out must be a .png, a .npz or a folder (a name without a suffix)"
-        try:
-            if self.path.is_dir():
-                check_writable("out", self.path / "image.png", overwrite=True)
-                if not overwrite and any(self.path.iterdir()):
-                    raise ValueError(f"out: the folder {given!r} holds files already (--overwrite to write into it)")
-                return
-            if os.path.lexists(self.path):
-                raise ValueError(f"{wanted}; got the file {given!r}")
-            if self.path.suffix and not given.endswith(os.sep):
-                raise ValueError(f"{wanted}; got {given!r}, and {self.path.suffix} is not written")
-            above = next(folder for folder in self.path.absolute().parents if folder.exists())
-        except OSError as error:
-            raise ValueError(f"out: cannot make the folder {given!r}: {error.strerror}") from error
-        try:
-            check_writable("out", above / self.path.name)
-        except ValueError as error:
-            raise ValueError(f"out: cannot make the folder {given!r}: {error}") from error
+        else:
+            check_folder("out", str(path), overwrite, FORMATS)
 
     def write(
         self, x: Tensor, labels: Sequence[int] | None = None, *, columns: int | None = None, first_sample: int = 0
@@ -152,10 +131,6 @@ class Output:
             _save_npz(self.path, images, labels, self.names)
         else:
             numbered = [(f"{first_sample + i:06d}.png", image) for i, image in enumerate(images.numpy())]
-            if self.path.is_dir():
+            with atomic_folder(self.path) as folder:
                 for name, image in numbered:
-                    save_png(_pillow(image), self.path / name)
-            else:
-                with atomic_folder(self.path) as folder:
-                    for name, image in numbered:
-                        write_new(folder / name, _png(_pillow(image)))
+                    write_new(folder / name, _png(_pillow(image)))

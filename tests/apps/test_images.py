@@ -229,17 +229,6 @@ def test_the_longest_name_can_be_written(tmp_path):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_a_folder_appears_as_a_whole(tmp_path):
-    def interrupted():
-        with files.atomic_folder(tmp_path / "deep" / "folder") as folder:
-            files.write_new(folder / "a", b"1")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert os.listdir(tmp_path / "deep") == []
-
-
 def test_a_lock_keeps_a_second_writer_out_and_leaves_nothing(tmp_path):
     def again():
         with files.only_writer("out", tmp_path / "a"):

@@ -12,12 +12,14 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 from ...samplers.timesteps import SPACINGS
 from .. import data
 from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown, sampler_table
 from ..evaluate.table import LARGE, ROWS, SAMPLES, STEPS
 from ..files import atomic_write, check_writable
+from ..folders import atomic_folder, check_folder, write_new
 from . import common
 from .common import LoadedModel
 
@@ -58,17 +60,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the timesteps (default: leading)")
     parser.add_argument("--seed", type=common.seed, default=0, help="of the samples (default: 0)")
-    parser.add_argument("--out", nargs="+", default=[], help="files to write too: .md (the tables), .json (everything)")
-    parser.add_argument("--overwrite", action="store_true", help="replace files of --out that are there")
+    parser.add_argument("--out", help="to write too: a .md (the tables), a .json (everything) or a folder for both")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
     common.add_model_arguments(parser, classes=False)
 
 
-def _outputs(paths: list[str], overwrite: bool) -> list[pathlib.Path]:
-    """Returns the files of --out, checked to be writable."""
-    for path in paths:
-        if pathlib.Path(path).suffix.lower() not in WRITERS:
-            raise ValueError(f"--out must name .md or .json files; got {path!r}")
-    return [check_writable("--out", path, overwrite) for path in paths]
+class _Report:
+    """The place of --out: one file, or a folder in which both files appear at once."""
+
+    def __init__(self, out: str, overwrite: bool) -> None:
+        self.path = pathlib.Path(out)
+        self.writer = WRITERS.get(self.path.suffix.lower())
+        if self.writer is None:
+            check_folder("--out", out, overwrite, tuple(WRITERS))
+        else:
+            check_writable("--out", out, overwrite)
+
+    def write(self, evaluation: Evaluation, facts: dict[str, Any]) -> None:
+        if self.writer is not None:
+            atomic_write(self.path, self.writer(evaluation, facts).encode())
+            return
+        with atomic_folder(self.path) as folder:
+            for suffix, writer in WRITERS.items():
+                write_new(folder / f"evaluation{suffix}", writer(evaluation, facts).encode())
 
 
 def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
@@ -115,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures the samplers, prints the tables and writes them."""
     loaded = LoadedModel.from_arguments(args)
     with common.backend_of(args, loaded.device):
-        outputs = _outputs(args.out, args.overwrite)
+        report = None if args.out is None else _Report(args.out, args.overwrite)
         start = time.perf_counter()
         evaluation = _measure(loaded, args)
         facts = {
@@ -127,7 +141,6 @@ def run(args: argparse.Namespace) -> int:
             "batch_size": args.batch_size,
         }
     print(markdown(evaluation, facts), end="")
-    for path in outputs:
-        text = WRITERS[path.suffix.lower()](evaluation, facts)
-        atomic_write(path, text.encode())
+    if report is not None:
+        report.write(evaluation, facts)
     return 0

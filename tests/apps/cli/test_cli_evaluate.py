@@ -34,15 +34,16 @@ def run(judge, monkeypatch):
 class TestCommand:
     def test_layout_and_files(self, run, tmp_path, capsys):
         model = tiny_model(tmp_path / "model.safetensors")
-        assert run("--model", model, "--steps", "2", "3", "--out", "table.md", "table.json", "--seed", "5") == 0
+        assert run("--model", model, "--steps", "2", "3", "--out", "report", "--seed", "5") == 0
         printed = capsys.readouterr().out
-        assert printed == (tmp_path / "table.md").read_text(encoding="utf-8")
+        report = tmp_path / "report"
+        assert printed == (report / "evaluation.md").read_text(encoding="utf-8")
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
         rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "DDPM, larger variance"]
         assert [line[0] for line in lines if line[0] and not line[0].startswith("-")] == rows * 3
         assert [line[1:] for line in lines if not line[0]] == [["2 steps", "3 steps"]] * 3
 
-        found = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+        found = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
         etas = [0.0, 0.2, 0.5, 1.0, "fixed_large"]
         assert [(c["row"], c["steps"]) for c in found["cells"]] == [(row, s) for row in etas for s in (2, 3)]
         assert found["samples"] == 12
@@ -51,7 +52,12 @@ class TestCommand:
         assert {"device", "threads", "torch", "numpy", "python", "model", "dtype", "guidance"} <= found["run"].keys()
         assert f"the floor is {found['floor']:.1f}" in printed
         assert f"accuracy {found['accuracy']:.1%}" in printed
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "table.json", "table.md"]
+        assert sorted(p.name for p in report.iterdir()) == ["evaluation.json", "evaluation.md"]
+
+    def test_one_file(self, run, tmp_path, capsys):
+        model = tiny_model(tmp_path / "model.safetensors")
+        assert run("--model", model, "--steps", "2", "--etas", "0", "--out", "t.md") == 0
+        assert capsys.readouterr().out == (tmp_path / "t.md").read_text(encoding="utf-8")
 
     def test_same_seed_same_figures(self, run, tmp_path):
         model = tiny_model(tmp_path / "model.safetensors")
@@ -90,8 +96,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("overrides", "arguments", "message"),
         [
-            ({}, ["--out", "table.txt"], "--out must name .md or .json files; got 'table.txt'"),
-            ({}, ["--out", "kept.md", "no/table.md"], "--out: cannot write 'no/table.md'"),
+            (
+                {},
+                ["--out", "table.txt"],
+                "--out must be a .md, a .json or a folder (a name without a suffix); got 'table.txt'",
+            ),
+            ({}, ["--out", "no/table.md"], "--out: cannot write 'no/table.md'"),
             ({}, ["--steps", "2000"], "steps must be an int in [1, 1000]; got 2000"),
             ({"null_class": False}, ["--guidance", "2"], "--guidance needs a model trained with dropped labels"),
             ({"num_classes": 3}, [], "--model must have the 10 classes of the digits, or none; got 3"),

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import sys
@@ -30,7 +31,6 @@ SMALL = ["--set", "channels=[8,16]", "num_heads=2", "num_groups=4"]
 TRAIN = ["train", "--out", "m.safetensors", "--no-progress", "--sample-every", "0"]
 SAMPLE = ["sample", "--model", "m.safetensors", "--no-progress", "-n", "3", "--steps", "1"]
 EVALUATE = ["evaluate", "--model", "m.safetensors", "--no-progress", "-n", "2", "--steps", "1", "--etas", "0"]
-EVALUATE += ["--out", "t.json"]
 FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"])
 
 
@@ -58,11 +58,18 @@ CASES = {
         ],
     ),
     "sample to a folder": Case([*SAMPLE, "--out", "deep/folder"], again=["--overwrite"]),
+    "sample over a folder": Case(
+        [*SAMPLE, "--out", "full", "--seed", "1", "--overwrite"], [[*SAMPLE, "--out", "full", "-n", "4"], ["add files"]]
+    ),
     "sample to a grid": Case([*SAMPLE, "--out", "s.png", "--seed", "1", "--overwrite"], [[*SAMPLE, "--out", "s.png"]]),
     "sample to a link": Case([*SAMPLE, "--out", "l.npz", "--seed", "1", "--overwrite"], [[*SAMPLE, "--out", "l.npz"]]),
     "evaluate": Case(
-        [*EVALUATE, "--seed", "1", "--overwrite"],
-        [EVALUATE],
+        [*EVALUATE, "--out", "t.json", "--seed", "1", "--overwrite"],
+        [[*EVALUATE, "--out", "t.json"]],
+    ),
+    "evaluate to a folder": Case(
+        [*EVALUATE, "--out", "t", "--seed", "1", "--overwrite"],
+        [[*EVALUATE, "--out", "t"]],
     ),
 }
 
@@ -83,12 +90,21 @@ def state(folder):
             content = path.read_bytes()
             if path.suffix == ".json":  # it holds times
                 content = {**json.loads(content), "run": None, "cells": None}
+            elif path.suffix == ".md":
+                content = re.findall(r"seed \d+", content.decode())
             found[str(path.relative_to(folder))] = content
     return found
 
 
 def run(command):
-    """Runs a command of the command line, or writes a model; returns the exit status."""
+    """Runs a command of the command line, puts files of the user's into its folder, or writes a model.
+
+    Returns the exit status.
+    """
+    if command == ["add files"]:
+        pathlib.Path("full/own").mkdir()
+        pathlib.Path("full/own/notes.txt").write_text("kept")
+        return 0
     if command != ["write a model"]:
         return cli.main(command)
     try:

@@ -117,6 +117,13 @@ int flock(int fd, int operation) { CALL(is_watched(fd), 0, EIO, REAL(flock)(fd, 
 int fchmod(int fd, mode_t mode) { CALL(is_watched(fd), 0, EIO, REAL(fchmod)(fd, mode)) }
 int chmod(const char* path, mode_t mode) { CALL(inside(AT_FDCWD, path), 0, EIO, REAL(chmod)(path, mode)) }
 int rename(const char* from, const char* to) { CALL(inside(AT_FDCWD, to), 1, ENOSPC, REAL(rename)(from, to)) }
+int renameat2(int at, const char* from, int to_at, const char* to, unsigned flags) {
+  CALL(inside(to_at, to), 1, ENOSPC, REAL(renameat2)(at, from, to_at, to, flags))
+}
+int link(const char* from, const char* to) { CALL(inside(AT_FDCWD, to), 1, ENOSPC, REAL(link)(from, to)) }
+int linkat(int at, const char* from, int to_at, const char* to, int flags) {
+  CALL(inside(to_at, to), 1, ENOSPC, REAL(linkat)(at, from, to_at, to, flags))
+}
 int unlink(const char* path) { CALL(inside(AT_FDCWD, path), 0, EIO, REAL(unlink)(path)) }
 int unlinkat(int at, const char* path, int flags) { CALL(inside(at, path), 0, EIO, REAL(unlinkat)(at, path, flags)) }
 int rmdir(const char* path) { CALL(inside(AT_FDCWD, path), 0, EIO, REAL(rmdir)(path)) }

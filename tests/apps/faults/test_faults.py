@@ -11,7 +11,16 @@ import pytest
 
 HERE = pathlib.Path(__file__).parent
 KINDS = ("error", "disk full", "short", "kill")
-CASES = ("save", "resume a finished run", "sample to a folder", "sample to a grid", "sample to a link", "evaluate")
+CASES = (
+    "save",
+    "resume a finished run",
+    "sample to a folder",
+    "sample over a folder",
+    "sample to a grid",
+    "sample to a link",
+    "evaluate",
+    "evaluate to a folder",
+)
 compiler = shutil.which("cc") or shutil.which("gcc")
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or compiler is None, reason="needs Linux and a C compiler")
 
