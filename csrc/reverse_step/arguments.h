@@ -5,7 +5,12 @@
 
 namespace dd {
 
-constexpr int64_t kStepColumns = 10;  // of StepRow in formula.h
+constexpr int64_t kStepColumns = 12;  // of StepRow in formula.h
+
+// Where x0 of the last two steps of a sample lie. The older one's place takes this step's.
+struct History {
+    Operand last, older;
+};
 
 struct ReverseStepArguments {
     Layout layout;
@@ -18,6 +23,13 @@ struct ReverseStepArguments {
     SampleIndex step;
     const int64_t* key;  // [3], see load_key(); null where noise is given or none is drawn
     Operand x_prev, x0;
+    Operand even, odd;  // x0 of the last even step and of the last odd one; without `odd`, x0 of the last step
+
+    // Of a step; without `odd` both are one place, whose x0 is that of the last step.
+    DD_HOST_DEVICE History history(int64_t step) const {
+        if (!odd) return {even, even};
+        return step % 2 == 0 ? History{odd, even} : History{even, odd};
+    }
 };
 
 }  // namespace dd

@@ -10,7 +10,7 @@ template <void (*run)(const ReverseStepArguments&, const Tensor&)>
 void reverse_step_op(Tensor x, Tensor out, std::optional<Tensor> variance, std::optional<Tensor> uncond,
                      double guidance_scale, std::optional<Tensor> noise, std::optional<Tensor> threshold, Tensor rows,
                      Tensor timesteps, Tensor step, std::optional<Tensor> key, Tensor x_prev,
-                     std::optional<Tensor> x0) {
+                     std::optional<Tensor> x0, std::optional<Tensor> even, std::optional<Tensor> odd) {
     TensorChecks checks("reverse_step", "x", x);
     ReverseStepArguments a{};
     a.layout = checks.layout();
@@ -28,6 +28,9 @@ void reverse_step_op(Tensor x, Tensor out, std::optional<Tensor> variance, std::
     a.key = checks.noise_key("key", key);
     a.x_prev = checks.output("x_prev", x_prev, a.x);
     a.x0 = checks.output("x0", x0);
+    a.even = checks.output("even", even);
+    a.odd = checks.output("odd", odd);
+    if (odd && !even) checks.fail("even", "given with odd", "none");
     run(a, x);
 }
 

@@ -11,15 +11,17 @@ struct Step {
     StepRow row;
     Clip clip;
     int64_t draw;
+    History history;
 };
 
 // Makes the coefficients NaN for a step outside the table: raising an error would mean to wait for the device.
 DD_DEVICE Step load_step(const ReverseStepArguments& a, int64_t sample) {
     int64_t index = a.step[sample];
-    Step step{{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}, {NAN, false}, 0};
+    Step step{{NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN}, {NAN, false}, 0, {a.even, a.even}};
     if (index >= 0 && index < a.row_count) {
         step.row = reinterpret_cast<const StepRow*>(a.rows)[index];
         step.draw = a.timesteps[index];
+        step.history = a.history(index);
         step.clip.limit = step.row.x0_clip;
         if (a.threshold) step.clip = {a.threshold[sample], true};
     }
@@ -58,7 +60,24 @@ DD_DEVICE void scale_noise(const ReverseStepArguments& a, int64_t sample, int64_
     for (int i = 0; i < width; ++i) z[i] *= learned_sigma(variance[i], row);
 }
 
+// Adds the terms of x0 of earlier steps to x_prev, and keeps this step's.
 template <Order order>
+DD_DEVICE void remember(const Step& step, int64_t sample, int64_t offset, const float x0[unit_width(order)],
+                        float x_prev[unit_width(order)]) {
+    constexpr int width = unit_width(order);
+    const auto add = [&](const Operand& earlier, float coefficient) {
+        if (coefficient == 0.0f) return;
+        float value[width];
+        load_row<order>(earlier, sample, offset, value);
+#pragma unroll
+        for (int i = 0; i < width; ++i) x_prev[i] = fma(value[i], coefficient, x_prev[i]);
+    };
+    add(step.history.last, step.row.prev_from_last);
+    add(step.history.older, step.row.prev_from_older);
+    store_row<order>(step.history.older, sample, offset, x0);
+}
+
+template <Order order, bool remembers>
 DD_DEVICE void step_unit(const ReverseStepArguments& a, int64_t sample, const Unit<order>& unit, const Step& step) {
     constexpr int width = unit_width(order);
     const bool noisy = step.row.sigma != 0.0f && (a.noise || a.key);
@@ -75,9 +94,11 @@ DD_DEVICE void step_unit(const ReverseStepArguments& a, int64_t sample, const Un
 #pragma unroll
         for (int i = 0; i < width; ++i) {
             x0[i] = predict_x0(x[i], out[i], step.row, step.clip);
-            float mean = step_mean(x0[i], x[i], out[i], step.row);
-            x[i] = noisy ? mean + z[row][i] : mean;
+            x[i] = step_mean(x0[i], x[i], out[i], step.row);
         }
+        if constexpr (remembers) remember<order>(step, sample, offset, x0, x);
+#pragma unroll
+        for (int i = 0; i < width; ++i) x[i] = noisy ? x[i] + z[row][i] : x[i];
         store_row<order>(a.x_prev, sample, offset, x);
         if (a.x0) store_row<order>(a.x0, sample, offset, x0);
     }
@@ -88,11 +109,11 @@ DD_HOST_DEVICE constexpr int blocks_for(Order order) {
     return order == Order::contiguous || order == Order::paired ? 6 : unit_blocks(order);
 }
 
-template <Order order>
+template <Order order, bool remembers>
 __global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_kernel(const ReverseStepArguments a) {
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
         const Step step = load_step(a, sample);
-        for (Unit<order> unit(a.layout); unit.exists(); unit.next()) step_unit(a, sample, unit, step);
+        for (Unit<order> unit(a.layout); unit.exists(); unit.next()) step_unit<order, remembers>(a, sample, unit, step);
     }
 }
 
@@ -100,8 +121,12 @@ __global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_
 
 void reverse_step(const ReverseStepArguments& arguments, cudaStream_t stream) {
     const auto& a = arguments;
-    for_units(a.layout, {a.x, a.out, a.variance, a.uncond, a.noise, a.x_prev, a.x0}, [&](auto order, const Grid& grid) {
-        launch("reverse_step", reverse_step_kernel<decltype(order)::value>, grid, stream, a);
+    const std::initializer_list<Operand> operands = {a.x, a.out, a.variance, a.uncond, a.noise,
+                                                     a.x_prev, a.x0, a.even, a.odd};
+    for_units(a.layout, operands, [&](auto order, const Grid& grid) {
+        constexpr Order of = decltype(order)::value;
+        auto kernel = a.even ? reverse_step_kernel<of, true> : reverse_step_kernel<of, false>;
+        launch("reverse_step", kernel, grid, stream, a);
     });
 }
 

@@ -1,4 +1,4 @@
-// The one update that every step of DDPM and DDIM is, with other coefficients. Included once per instruction set.
+// The one update that every step of a sampler is, with other coefficients. Included once per instruction set.
 
 #include "common/host_device.h"
 
@@ -9,6 +9,7 @@ struct StepRow {
     float x0_num_x, x0_num_out, x0_den, x0_clip;
     float prev_from_x0, prev_from_x, prev_from_out, sigma;
     float log_var_min, log_var_max;
+    float prev_from_last, prev_from_older;
 };
 
 // Classifier-free guidance (Ho and Salimans, 2022, eq. 6), with scale = w + 1.

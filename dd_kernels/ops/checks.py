@@ -102,7 +102,7 @@ def visit(
             _check_output(names[-1], output, names[0], x)
             ordinary = ordinary and type(output) is Tensor
         if records and output.requires_grad:
-            _check_not_leaf(names[-1], output)
+            check_not_leaf(names[-1], output)
             with_gradient = True
 
     reason = None
@@ -135,6 +135,11 @@ def _check_output(name: str, output: Tensor, x_name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of {x_name}, {x.device}; got {output.device}")
     if output.dtype is not x.dtype:
         raise TypeError(f"{name} must have the dtype of {x_name}, {x.dtype}; got {output.dtype}")
+    check_each_element_apart(name, output)
+
+
+def check_each_element_apart(name: str, output: Tensor) -> None:
+    """Raises unless every element of ``output`` has a place of its own."""
     if not output.is_contiguous() and output.numel() > 0:
         span = 0
         for stride, size in sorted(zip(output.stride(), output.shape, strict=True)):
@@ -143,12 +148,12 @@ def _check_output(name: str, output: Tensor, x_name: str, x: Tensor) -> None:
             span += stride * (size - 1)
 
 
-def _check_not_leaf(name: str, output: Tensor) -> None:
+def check_not_leaf(name: str, output: Tensor) -> None:
     if output.is_leaf:
         raise ValueError(f"{name} must not be a leaf that requires grad, unless under torch.no_grad(); got one")
 
 
-def _bytes_spanned(x: Tensor) -> int:
+def bytes_spanned(x: Tensor) -> int:
     """Returns how many bytes lie from the first element of ``x`` to the end of its last."""
     if x.is_contiguous():
         return x.nbytes
@@ -166,7 +171,7 @@ def _check_overlap(name: str, output: Tensor, x_name: str, inputs: Sequence[Tens
     for i, y in enumerate(inputs):
         if y is not None:
             first = y.data_ptr()
-            if first < end and begin < first + _bytes_spanned(y) and not (i == 0 and first == begin):
+            if first < end and begin < first + bytes_spanned(y) and not (i == 0 and first == begin):
                 raise ValueError(
                     f"{name} must be {x_name} itself, or share no memory with the inputs; got a part of one"
                 )

@@ -1,7 +1,8 @@
-"""One step of any DDPM or DDIM sampler, in one pass over the data."""
+"""One step of any sampler, in one pass over the data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -11,6 +12,7 @@ from ..checks import check_float, deliver, timestep_index, visit
 from ..randn.key import noise_key
 from ..tracing import as_traced
 from . import reference
+from .history import checked_history
 from .op import OP, Arguments
 from .table import StepTable
 from .threshold import dynamic_threshold
@@ -44,6 +46,7 @@ def reverse_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
+    history: Sequence[Tensor] | Tensor | None = None,
     x_prev: Tensor | None = None,
     return_x0: Literal[False] = False,
     backend: str = "auto",
@@ -62,6 +65,7 @@ def reverse_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
+    history: Sequence[Tensor] | Tensor | None = None,
     x_prev: Tensor | None = None,
     return_x0: Literal[True],
     backend: str = "auto",
@@ -80,6 +84,7 @@ def reverse_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
+    history: Sequence[Tensor] | Tensor | None = None,
     x_prev: Tensor | None = None,
     return_x0: bool,
     backend: str = "auto",
@@ -97,18 +102,21 @@ def reverse_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     first_sample: int = 0,
+    history: Sequence[Tensor] | Tensor | None = None,
     x_prev: Tensor | None = None,
     return_x0: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""x_{t-1} from x_t and the model's output, by row ``step`` of a table (DDPM, DDIM, inversion).
+    r"""x_{t-1} from x_t and the model's output, by row ``step`` of a table (DDPM, DDIM, DPM-Solver++, ...).
 
     .. math::
         x_0 &= clip\big((a\, x_t + b\, out) / d\big) \\
-        x_{t-1} &= p_{x_0}\, x_0 + p_x\, x_t + p_{out}\, out + \sigma z, \qquad z \sim N(0, I)
+        x_{t-1} &= p_{x_0}\, x_0 + p_x\, x_t + p_{out}\, out + p_{last}\, x_0^{last} + p_{older}\, x_0^{older}
+            + \sigma z, \qquad z \sim N(0, I)
 
     With the rows of :func:`dd_kernels.ddpm` this is eq. 7 and 11 of DDPM (Ho et al., 2020); with
-    those of :func:`dd_kernels.ddim` eq. 12 and 16 of DDIM (Song et al., 2021). A term whose
+    those of :func:`dd_kernels.ddim` eq. 12 and 16 of DDIM (Song et al., 2021); x_0^{last} and x_0^{older}, x_0 of the
+    last step and of the one before, serve the multistep solvers, such as :func:`dd_kernels.dpm_solver`. A term whose
     coefficient is 0 is left out, so that the last step draws no noise.
 
     Args:
@@ -124,6 +132,10 @@ def reverse_step(
         noise: z, of x's shape. Without it z is drawn inside the kernel from ``seed`` at
             draw = the row's timestep, stream 1 (see :func:`dd_kernels.randn`).
         seed, first_sample: coordinates of the noise; not needed for a table without noise.
+        history: where a multistep solver keeps x_0 of earlier steps, ``table.history`` tensors of x's shape, as
+            ``table.history_like(x)`` makes them: read, and then x_0 of this step written in place of the oldest. The
+            steps of a table are taken in order with the same tensors; their first contents are not read. A table
+            that needs none leaves it alone.
         x_prev: where to write the result; may be x itself. A new tensor if None.
         return_x0: return (x_prev, x_0), x_0 as predicted and clipped.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
@@ -134,7 +146,8 @@ def reverse_step(
 
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or range; a table with noise and neither
-            noise nor seed, or both; an x_prev that shares memory with an input other than x itself.
+            noise nor seed, or both; a table of a multistep solver without its history; an x_prev that shares memory
+            with an input other than x itself, or a history that shares memory with anything.
         BackendUnavailableError: a backend asked for by name cannot run.
     """
     variance = None
@@ -149,8 +162,14 @@ def reverse_step(
     if draws and seed is None:
         raise ValueError("noise or seed must be given for a table that adds noise; got neither")
     tensors: list[Any] = [x, out, variance, uncond, noise]
-    chosen, result, ordinary = visit("reverse_step", backend, _NAMES, tensors, x_prev)
-    x, out, variance, uncond, noise = tensors
+    names: tuple[str, ...] = _NAMES
+    slots: tuple[Tensor, ...] = ()
+    if table.history:
+        slots = checked_history(history, table.history, tensors, x_prev)
+        tensors += slots
+        names = (*_NAMES[:-1], *("history",) * len(slots), "x_prev")
+    chosen, result, ordinary = visit("reverse_step", backend, names, tensors, x_prev)
+    x, out, variance, uncond, noise, *kept = tensors
 
     device = x.device
     on_device = table.on(device)
@@ -162,17 +181,20 @@ def reverse_step(
         threshold = dynamic_threshold(x, out, uncond, guidance_scale, rows, index, table.threshold)
     x0 = torch.empty_like(x) if return_x0 and result is not None else None
     step_at = (rows, on_device.timesteps, index, key)
-    call = (x, out, variance, uncond, guidance_scale, noise, threshold, *step_at, result, x0)
+    call = (x, out, variance, uncond, guidance_scale, noise, threshold, *step_at, result, x0, *kept)
     if not ordinary:
         call = as_traced(call)
     if result is None:
         result, x0 = reference.reverse_step(Arguments(*call))
-    elif chosen == "triton":
-        from . import triton
-
-        triton.reverse_step(Arguments(*call))
     else:
-        OP(*call)
+        if chosen == "triton":
+            from . import triton
+
+            triton.reverse_step(Arguments(*call))
+        else:
+            OP(*call)
+        for written, slot in zip(kept, slots, strict=True):
+            deliver(written, slot)
     if x_prev is not None:
         result = deliver(result, x_prev)
     if not return_x0:

@@ -11,7 +11,7 @@ torch.library.define(
     "dd_kernels::reverse_step",
     "(Tensor x, Tensor out, Tensor? variance, Tensor? uncond, float guidance_scale, Tensor? noise, "
     "Tensor? threshold, Tensor rows, Tensor timesteps, Tensor step, Tensor? key, "
-    "Tensor(a!) x_prev, Tensor(b!)? x0) -> ()",
+    "Tensor(a!) x_prev, Tensor(b!)? x0, Tensor(c!)? even=None, Tensor(d!)? odd=None) -> ()",
 )
 
 
@@ -30,6 +30,8 @@ def _(
     key: Tensor | None,
     x_prev: Tensor,
     x0: Tensor | None,
+    even: Tensor | None = None,
+    odd: Tensor | None = None,
 ) -> None:
     return None
 
@@ -53,3 +55,5 @@ class Arguments(NamedTuple):
     key: Tensor | None  # int64 [3]: seed, first_sample, draw
     x_prev: Tensor | None = None
     x0: Tensor | None = None
+    even: Tensor | None = None  # x0 of earlier steps: of the last step; where there is an odd, of the last even step
+    odd: Tensor | None = None  # x0 of the last odd step

@@ -39,6 +39,36 @@ def columns(rows: Tensor, step: Tensor, like: Tensor, dtype: torch.dtype) -> dic
     return {name: picked[:, i] for i, name in enumerate(COLUMNS)}
 
 
+def _is_odd(call: Arguments) -> Tensor:
+    """Whether each sample's step is odd, as booleans [N or 1, 1, ...]."""
+    return (call.step % 2 == 1).reshape(-1, *[1] * (call.x.ndim - 1))
+
+
+def _earlier(call: Arguments, row: dict[str, Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Returns the coefficients and the x_0 of the last step, and of the one before it where it is kept too."""
+    if call.even is None:
+        return []
+    even = call.even.to(dtype)
+    if call.odd is None:
+        return [(row["prev_from_last"], even)]
+    odd, is_odd = call.odd.to(dtype), _is_odd(call)
+    last, older = torch.where(is_odd, even, odd), torch.where(is_odd, odd, even)
+    return [(row["prev_from_last"], last), (row["prev_from_older"], older)]
+
+
+def _remember(call: Arguments, x0: Tensor) -> None:
+    """Keeps x_0 for the steps to come, in place of the oldest that is kept."""
+    if call.even is None:
+        return
+    x0 = x0.to(call.even.dtype)
+    if call.odd is None:
+        call.even.copy_(x0)
+        return
+    is_odd = _is_odd(call)
+    call.even.copy_(torch.where(is_odd, call.even, x0))
+    call.odd.copy_(torch.where(is_odd, x0, call.odd))
+
+
 def reverse_step(call: Arguments) -> tuple[Tensor, Tensor]:
     """(x_prev, x0). A term whose coefficient is 0 is left out, whatever it would multiply.
 
@@ -53,7 +83,8 @@ def reverse_step(call: Arguments) -> tuple[Tensor, Tensor]:
     threshold = None if call.threshold is None else call.threshold.to(dtype).reshape(-1, *[1] * (x.ndim - 1))
     x0 = clip_x0(predict_x0(x_wide, out, row), row, threshold)
     x_prev = row["prev_from_x0"] * x0
-    for coefficient, term in ((row["prev_from_x"], x_wide), (row["prev_from_out"], out)):
+    terms = [(row["prev_from_x"], x_wide), (row["prev_from_out"], out), *_earlier(call, row, dtype)]
+    for coefficient, term in terms:
         x_prev = x_prev + torch.where(coefficient == 0, 0.0, coefficient * term)
 
     if noise is None and call.key is not None:
@@ -66,4 +97,5 @@ def reverse_step(call: Arguments) -> tuple[Tensor, Tensor]:
             log_variance = row["log_var_min"] + fraction * (row["log_var_max"] - row["log_var_min"])
             sigma = sigma * torch.exp(0.5 * log_variance)
         x_prev = x_prev + torch.where(row["sigma"] == 0, 0.0, sigma * noise.to(dtype))
+    _remember(call, x0)
     return x_prev.to(x.dtype), x0.to(x.dtype)

@@ -2,9 +2,10 @@ r"""A sampler is a table: DDPM, DDIM, inversion and every parameterisation as ro
 
 .. math::
     x_0 &= clip\big((x0\_num\_x\, x_t + x0\_num\_out\, out) / x0\_den\big) \\
-    x_{prev} &= prev\_from\_x0\, x_0 + prev\_from\_x\, x_t + prev\_from\_out\, out + \sigma z
+    x_{prev} &= prev\_from\_x0\, x_0 + prev\_from\_x\, x_t + prev\_from\_out\, out
+        + prev\_from\_last\, x_0^{last} + prev\_from\_older\, x_0^{older} + \sigma z
 
-The coefficients are computed here in float64 and read by :func:`dd_kernels.reverse_step` in float32.
+x_0^{last} and x_0^{older} are x_0 of the step before and of the one before that, which multistep solvers keep. The coefficients are computed here in float64 and read by :func:`dd_kernels.reverse_step` in float32.
 Numerator and denominator of x_0 stay apart: at a step with alpha_bar = 0 (zero terminal SNR) the
 quotient is +-inf, which clipping makes finite, where folded factors would give inf - inf.
 """
@@ -33,7 +34,10 @@ COLUMNS = (
     "sigma",
     "log_var_min",
     "log_var_max",
+    "prev_from_last",
+    "prev_from_older",
 )
+_WITHOUT_HISTORY = COLUMNS.index("prev_from_last")  # columns of a table from before multistep solvers
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class DynamicThreshold:
 
 
 class DeviceTable(NamedTuple):
-    """A table on a device: rows [S, 10] (float32), timesteps [S] and every step's index as a tensor [1]."""
+    """A table on a device: rows [S, 12] (float32), timesteps [S] and every step's index as a tensor [1]."""
 
     rows: Tensor
     timesteps: Tensor
@@ -67,11 +71,14 @@ class StepTable(PerDevice[DeviceTable]):
     """The coefficients of a sampler, one row per step, in the order in which steps are taken.
 
     Attributes:
-        rows: [S, 10] float64 on the CPU (whatever float came is converted); the columns are named in ``COLUMNS``.
+        rows: [S, 12] float64 on the CPU (whatever float came is converted); the columns are named in ``COLUMNS``.
+            [S, 10], a table without the last two columns, is taken as one with zeros there.
         timesteps: [S] int64 in [0, 2^32), what the model is called with (and the draw of the step's noise).
+        times: [S] float64, what the model is called with where that is not ``timesteps``, or None.
         learned_variance: the model's output is [N, 2 C, ...], its second half the variance.
         threshold: dynamic thresholding, or None.
         stochastic: whether any step adds noise.
+        history: how many x_0 of earlier steps the solver keeps: 0, 1 or 2.
 
     Raises:
         ValueError, TypeError: rows or timesteps of another shape, dtype or range.
@@ -81,7 +88,9 @@ class StepTable(PerDevice[DeviceTable]):
     timesteps: Tensor
     learned_variance: bool = False
     threshold: DynamicThreshold | None = None
+    times: Tensor | None = None
     stochastic: bool = field(init=False)
+    history: int = field(init=False)
     _copies: dict[torch.device, DeviceTable] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,6 +103,8 @@ class StepTable(PerDevice[DeviceTable]):
         rows, timesteps = self.rows.detach(), self.timesteps
         if not rows.is_floating_point():
             raise TypeError(f"rows must be of a floating dtype; got {rows.dtype}")
+        if rows.ndim == 2 and rows.shape[1] == _WITHOUT_HISTORY:
+            rows = torch.nn.functional.pad(rows, (0, len(COLUMNS) - _WITHOUT_HISTORY))
         if rows.ndim != 2 or rows.shape[1] != len(COLUMNS):
             raise ValueError(f"rows must have the shape [S, {len(COLUMNS)}]; got {list(rows.shape)}")
         if timesteps.shape != rows.shape[:1]:
@@ -105,17 +116,25 @@ class StepTable(PerDevice[DeviceTable]):
             raise ValueError(f"timesteps must be in [0, 2^32); got {int(timesteps.min())} to {int(timesteps.max())}")
         object.__setattr__(self, "rows", rows.to("cpu", torch.float64).contiguous())
         object.__setattr__(self, "timesteps", timesteps)
+        if self.times is not None:
+            object.__setattr__(self, "times", _checked_times(self.times, len(timesteps)))
         object.__setattr__(self, "stochastic", bool((self.column("sigma") != 0).any()))
+        last, older = (bool((self.column(name) != 0).any()) for name in COLUMNS[_WITHOUT_HISTORY:])
+        object.__setattr__(self, "history", 2 if older else int(last))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.rows, self.timesteps, self.learned_variance, self.threshold)
+        return type(self), (self.rows, self.timesteps, self.learned_variance, self.threshold, self.times)
 
     def column(self, name: str) -> Tensor:
         """One coefficient of every step, [S] float64."""
         return self.rows[:, COLUMNS.index(name)]
+
+    def history_like(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Returns where :func:`dd_kernels.reverse_step` keeps the x_0 of earlier steps, of ``x``'s shape and layout."""
+        return tuple(torch.empty_like(x) for _ in range(self.history))
 
     def copy_to(self, device: torch.device) -> DeviceTable:
         """Uploads the rows in float32."""
@@ -123,11 +142,24 @@ class StepTable(PerDevice[DeviceTable]):
         return DeviceTable(self.rows.to(torch.float32).to(device), self.timesteps.to(device), steps)
 
 
+def _checked_times(times: Any, steps: int) -> Tensor:
+    """Returns ``times`` as float64 [steps] on the CPU; raises unless it is that many finite floats."""
+    if not isinstance(times, Tensor) or not times.is_floating_point():
+        raise TypeError(f"times must be a floating torch.Tensor; got {getattr(times, 'dtype', type(times).__name__)}")
+    if list(times.shape) != [steps]:
+        raise ValueError(f"times must have the shape {[steps]}; got {list(times.shape)}")
+    times = times.detach().to("cpu", torch.float64).contiguous()
+    if not times.isfinite().all():
+        raise ValueError(f"times must be finite; got {times.tolist()}")
+    return times
+
+
 def from_columns(
     timesteps: np.ndarray,
     *,
     learned_variance: bool = False,
     threshold: DynamicThreshold | None = None,
+    times: np.ndarray | None = None,
     **columns: Any,
 ) -> StepTable:
     """A table from named columns (arrays [S] or numbers); those not named are 0, ``x0_den`` 1, ``x0_clip`` inf."""
@@ -140,5 +172,6 @@ def from_columns(
         # There is no quantile of x_0 = +-inf; a finite x_0 as large is clipped to the same.
         denominator = rows[:, COLUMNS.index("x0_den")]
         np.maximum(denominator, 2.0**-64, out=denominator)
-    steps = timesteps.astype(np.int64)
-    return real(lambda: StepTable(torch.from_numpy(rows), torch.from_numpy(steps), learned_variance, threshold))
+    steps = torch.from_numpy(timesteps.astype(np.int64))
+    model_times = None if times is None else torch.from_numpy(times.astype(np.float64))
+    return real(lambda: StepTable(torch.from_numpy(rows), steps, learned_variance, threshold, model_times))

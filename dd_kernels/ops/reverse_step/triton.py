@@ -41,10 +41,14 @@ def _reverse_step(
     key,
     x_prev,
     x0,
+    even,
+    odd,
     out_stride,
     variance_stride,
     uncond_stride,
     noise_stride,
+    even_stride,
+    odd_stride,
     step_stride,
     num_steps,
     elements,
@@ -84,6 +88,19 @@ def _reverse_step(
     if from_out != 0:
         result += from_out * model
 
+    if even is not None:
+        kept, before = even + n * even_stride, even + n * even_stride
+        if odd is not None:
+            # x_0 of odd steps lies apart from that of even ones: this step's takes the place of the oldest.
+            is_odd, oldest = index % 2 == 1, odd + n * odd_stride
+            kept, before = tl.where(is_odd, oldest, kept), tl.where(is_odd, kept, oldest)
+        from_last, from_older = coefficient(row, 10, inside), coefficient(row, 11, inside)
+        if from_last != 0:
+            result += from_last * tl.load(before + offset, mask=mask).to(tl.float32)
+        if from_older != 0:
+            result += from_older * tl.load(kept + offset, mask=mask).to(tl.float32)
+        tl.store(kept + offset, start.to(even.dtype.element_ty), mask=mask)
+
     sigma = coefficient(row, 7, inside)
     draws: tl.constexpr = (noise is not None) or (key is not None)
     if draws and sigma != 0:
@@ -118,6 +135,8 @@ def reverse_step(call: Arguments) -> None:
         _sample_stride(call.variance),
         _sample_stride(call.uncond),
         _sample_stride(call.noise),
+        _sample_stride(call.even),
+        _sample_stride(call.odd),
         int(call.step.numel() > 1),
         call.rows.shape[0],
         COLUMNS=len(COLUMNS),
