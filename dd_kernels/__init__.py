@@ -1,4 +1,4 @@
-"""Fast exact kernels for denoising diffusion (DDPM, DDIM), and everything around them.
+"""Fast exact kernels for denoising diffusion (DDPM, DDIM, DPM-Solver++ ...), and everything around them.
 
 >>> import dd_kernels as dd
 >>> schedule = dd.linear_schedule(1000)
@@ -13,7 +13,20 @@ from .backend import BackendUnavailableError, use_backend
 from .nn.fuse import fuse, unfuse
 from .ops import group_norm_silu, q_sample, randn, reverse_step
 from .ops.reverse_step.table import DynamicThreshold, StepTable
-from .samplers import ddim, ddim_inversion, ddpm, timestep_sequence
+from .samplers import (
+    ddim,
+    ddim_inversion,
+    ddpm,
+    dpm_solver,
+    dynamic_shift,
+    euler,
+    euler_ancestral,
+    flow_euler,
+    heun,
+    lcm,
+    timestep_sequence,
+    unipc,
+)
 from .sampling import Step, ddim_step, ddpm_step, posterior_mean, sample, sample_progressive
 from .schedules import (
     Schedule,
@@ -88,11 +101,18 @@ __all__ = [
     "ddim_step",
     "ddpm",
     "ddpm_step",
+    "dpm_solver",
+    "dynamic_shift",
+    "euler",
+    "euler_ancestral",
+    "flow_euler",
     "from_alpha_bars",
     "from_betas",
     "fuse",
     "get_named_beta_schedule",
     "group_norm_silu",
+    "heun",
+    "lcm",
     "linear_schedule",
     "named_schedule",
     "posterior_mean",
@@ -110,5 +130,6 @@ __all__ = [
     "squaredcos_cap_v2_schedule",
     "timestep_sequence",
     "unfuse",
+    "unipc",
     "use_backend",
 ]

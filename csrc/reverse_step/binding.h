@@ -9,8 +9,8 @@ namespace dd {
 template <void (*run)(const ReverseStepArguments&, const Tensor&)>
 void reverse_step_op(Tensor x, Tensor out, std::optional<Tensor> variance, std::optional<Tensor> uncond,
                      double guidance_scale, std::optional<Tensor> noise, std::optional<Tensor> threshold, Tensor rows,
-                     Tensor timesteps, Tensor step, std::optional<Tensor> key, Tensor x_prev,
-                     std::optional<Tensor> x0, std::optional<Tensor> even, std::optional<Tensor> odd) {
+                     Tensor timesteps, Tensor step, std::optional<Tensor> key, Tensor x_prev, std::optional<Tensor> x0,
+                     std::optional<Tensor> even, std::optional<Tensor> odd) {
     TensorChecks checks("reverse_step", "x", x);
     ReverseStepArguments a{};
     a.layout = checks.layout();

@@ -10,8 +10,8 @@ namespace {
 // 512 bits are faster where there is arithmetic: to draw noise, to convert 16-bit floats and for the exponential of a
 // learned variance. What else the op does waits for memory, which 256 bits do better.
 Isa widest_isa(const ReverseStepArguments& a) {
-    const bool converts = a.x.has_16_bits() || a.out.has_16_bits() || a.noise.has_16_bits() ||
-                          a.x_prev.has_16_bits() || a.even.has_16_bits();
+    const bool converts = a.x.has_16_bits() || a.out.has_16_bits() || a.noise.has_16_bits() || a.x_prev.has_16_bits() ||
+                          a.even.has_16_bits();
     return a.key != nullptr || a.variance || converts ? Isa::avx512 : Isa::avx2;
 }
 

@@ -104,13 +104,16 @@ DD_DEVICE void step_unit(const ReverseStepArguments& a, int64_t sample, const Un
     }
 }
 
-// Blocks per multiprocessor that the compiler plans registers for: 80 per thread, where 64 would spill.
-DD_HOST_DEVICE constexpr int blocks_for(Order order) {
-    return order == Order::contiguous || order == Order::paired ? 6 : unit_blocks(order);
+// Blocks per multiprocessor that the compiler plans registers for: 80 per thread, where 64 would spill. A kernel that
+// remembers holds the places of earlier x0 too, and would spill with the registers of one that does not.
+DD_HOST_DEVICE constexpr int blocks_for(Order order, bool remembers) {
+    if (order == Order::contiguous || order == Order::paired) return remembers ? 4 : 6;
+    return remembers && unit_rows(order) > 1 ? 2 : unit_blocks(order);
 }
 
 template <Order order, bool remembers>
-__global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_kernel(const ReverseStepArguments a) {
+__global__ void __launch_bounds__(kUnitThreads, blocks_for(order, remembers))
+    reverse_step_kernel(const ReverseStepArguments a) {
     for (int64_t sample = blockIdx.y; sample < a.layout.samples; sample += gridDim.y) {
         const Step step = load_step(a, sample);
         for (Unit<order> unit(a.layout); unit.exists(); unit.next()) step_unit<order, remembers>(a, sample, unit, step);
@@ -121,8 +124,8 @@ __global__ void __launch_bounds__(kUnitThreads, blocks_for(order)) reverse_step_
 
 void reverse_step(const ReverseStepArguments& arguments, cudaStream_t stream) {
     const auto& a = arguments;
-    const std::initializer_list<Operand> operands = {a.x, a.out, a.variance, a.uncond, a.noise,
-                                                     a.x_prev, a.x0, a.even, a.odd};
+    const std::initializer_list<Operand> operands = {a.x,      a.out, a.variance, a.uncond, a.noise,
+                                                     a.x_prev, a.x0,  a.even,     a.odd};
     for_units(a.layout, operands, [&](auto order, const Grid& grid) {
         constexpr Order of = decltype(order)::value;
         auto kernel = a.even ? reverse_step_kernel<of, true> : reverse_step_kernel<of, false>;

@@ -190,3 +190,89 @@ def clip_columns(clip: float | DynamicThreshold | None) -> Columns:
     if not clip > 0:
         raise ValueError(f"clip must be a positive number, a DynamicThreshold or None; got {clip!r}")
     return {"x0_clip": float(clip)}
+
+
+class Level(NamedTuple):
+    """Noise levels: x = signal * x_0 + noise * epsilon.
+
+    Diffusion models of DDPM's kind have signal^2 + noise^2 = 1, k-diffusion's a signal of 1, rectified flows
+    signal + noise = 1. What follows holds for all of them.
+    """
+
+    signal: Array
+    noise: Array
+
+    @classmethod
+    def of_alpha_bar(cls, alpha_bar: Array) -> Level:
+        r"""\sqrt{\bar\alpha} and \sqrt{1 - \bar\alpha}, eq. 4 of DDPM."""
+        return cls(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
+
+    @classmethod
+    def of_flow(cls, sigma: Array) -> Level:
+        """1 - sigma and sigma: x on the straight line from x_0 to epsilon (Liu et al., 2022, eq. 1)."""
+        return cls(1 - sigma, sigma)
+
+
+def line_columns(level: Level, after: Level) -> Columns:
+    r"""x on the straight line of Euler's step in x / signal: first order, without noise.
+
+    .. math:: x_t = \frac{\sigma_t}{\sigma_s} x_s + \left(\alpha_t - \frac{\sigma_t}{\sigma_s} \alpha_s\right) x_0
+
+    Eq. 12 of DDIM with sigma = 0, eq. 9 of DPM-Solver++ (Lu et al., 2022b), and Euler's step of eq. 4 of Karras et al.
+    (2022).
+    """
+    ratio = after.noise / level.noise
+    return {"prev_from_x0": after.signal - ratio * level.signal, "prev_from_x": ratio}
+
+
+def ancestral_columns(level: Level, after: Level, eta: float = 1.0) -> Columns:
+    r"""Euler's step to less noise than wanted, and fresh noise on top, as k-diffusion's ``euler_ancestral``.
+
+    With s = noise / signal of both levels:
+
+    .. math:: s_{up} = \eta\, s_t \sqrt{1 - s_t^2 / s_s^2}, \qquad s_{down} = \sqrt{s_t^2 - s_{up}^2}
+
+    eta = 1 is the posterior of DDPM's eq. 7.
+    """
+    ratio = after.noise * level.signal / (after.signal * level.noise)
+    up = after.noise * eta * (1 - ratio**2).clip(min=0.0) ** 0.5
+    down = (after.noise**2 - up**2).clip(min=0.0) ** 0.5
+    return line_columns(level, Level(after.signal, down)) | {"sigma": up}
+
+
+def correction_columns(level: Level, after: Level) -> Columns:
+    r"""Heun's second half of a step: from the end of Euler's step, where the model has been asked again.
+
+    Euler's step ran along the slope (x_s - x_0^{last}) / s_s, which is that from its own end too. So the
+    trapezoidal rule of Karras et al. (2022), algorithm 1, needs x_0 of both calls, and no x of before the step:
+
+    .. math:: x_t \leftarrow x_t + \alpha_t \frac{s_s - s_t}{2 s_t} (x_0 - x_0^{last}), \qquad s = \sigma / \alpha
+    """
+    weight = after.signal * (level.noise * after.signal / (level.signal * after.noise) - 1) / 2
+    return {"prev_from_x0": weight, "prev_from_x": 1.0, "prev_from_last": -weight}
+
+
+def consistency_columns(time: Array, after: Level, sigma_data: float, scaling: float, draws: Array) -> Columns:
+    r"""A step of a consistency model, eq. 5 and algorithm 2 of latent consistency models (Luo et al., 2023).
+
+    .. math:: f = c_{skip} x_t + c_{out} x_0, \qquad c_{skip} = \frac{d^2}{\tau^2 + d^2}, \qquad
+        c_{out} = \frac{\tau}{\sqrt{\tau^2 + d^2}}, \qquad x \leftarrow \alpha f + \sigma z
+
+    where tau is ``scaling`` times the timestep and d is ``sigma_data``; the last step, which does not draw, gives f.
+    """
+    tau = time * scaling
+    draws = 1.0 * draws
+    signal = after.signal * draws + (1.0 - draws)
+    return {
+        "prev_from_x0": signal * tau / (tau**2 + sigma_data**2) ** 0.5,
+        "prev_from_x": signal * sigma_data**2 / (tau**2 + sigma_data**2),
+        "sigma": after.noise * draws,
+    }
+
+
+def flow_columns(sigma: Array, sigma_next: Array) -> Columns:
+    """Euler's step of a rectified flow (Liu et al., 2022, eq. 1), the output being epsilon - x_0.
+
+    x_0 = x - sigma out plays no part in it.
+    """
+    return {"x0_num_x": 1.0, "x0_num_out": -sigma, "prev_from_x": 1.0, "prev_from_out": sigma_next - sigma}

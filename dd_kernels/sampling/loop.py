@@ -34,6 +34,7 @@ def sample(
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -44,10 +45,11 @@ def sample(
     """Draws samples from a diffusion model with the sampler that ``table`` is.
 
     Args:
-        model: model(x, t, **model_kwargs) -> output; x [N, C, H, W] in the model's dtype, t [N] int64.
+        model: model(x, t, **model_kwargs) -> output; x [N, C, H, W] in the model's dtype, t [N] int64,
+            or float32 where a sampler visits noise levels between timesteps.
             A tensor, a tuple that starts with one, or an object with ``.sample`` (diffusers) may come back.
         shape_or_x: the shape [N, C, H, W] of what to draw, or x_T (or x_0, for an inversion) itself.
-        table: :func:`dd_kernels.ddpm`, :func:`dd_kernels.ddim` or :func:`dd_kernels.ddim_inversion`.
+        table: what a sampler gives, such as :func:`dd_kernels.ddpm` or :func:`dd_kernels.dpm_solver`.
         seed: images depend on (seed, first_sample + n) alone, not on the batch, device or backend's
             scheduling. Where noise has to be drawn and there is no source of it, the seed is drawn from torch's
             global generator, which is left alone otherwise.
@@ -56,6 +58,8 @@ def sample(
         generator: a torch.Generator that x_T (if a shape was given) and every noisy step's noise come from.
         model_kwargs: passed to the model; tensors of N rows are cut into batches with the samples.
         uncond_kwargs, guidance_scale: classifier-free guidance, out = uncond + scale (cond - uncond).
+        guidance_rescale: in [0, 1], how far the guided output is brought back to the conditional one's standard
+            deviation (Lin et al., 2023, section 3.4).
         batch_size: samples per model call; all at once if None.
         device, dtype: of x_T where a shape is given; the model's device and float32 by default.
         callback: called with a :class:`Step` after every step, x0 included.
@@ -71,7 +75,7 @@ def sample(
     """
     request = Request(
         model, shape_or_x, table, seed, first_sample, noise, generator,
-        model_kwargs, uncond_kwargs, guidance_scale, device, dtype, backend,
+        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend,
     )  # fmt: skip
     batches = request.batches(batch_size)
     results = []
@@ -100,6 +104,7 @@ def sample_progressive(
     model_kwargs: Mapping[str, Any] | None = None,
     uncond_kwargs: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
@@ -108,7 +113,7 @@ def sample_progressive(
     """As :func:`sample`, in one batch, but yields a :class:`Step` (index, timestep, x, x0) after every step."""
     request = Request(
         model, shape_or_x, table, seed, first_sample, noise, generator,
-        model_kwargs, uncond_kwargs, guidance_scale, device, dtype, backend,
+        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend,
     )  # fmt: skip
     (batch,) = request.batches(None)
     with _bar(len(table), progress) as bar:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.randn import randn
 from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
-from .guidance import Model, device_of, float_parameter, predict
+from .guidance import Model, device_of, float_parameter, predict, rescaled
 
 Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
 
@@ -87,6 +87,7 @@ class Request:
     model_kwargs: Mapping[str, Any] | None
     uncond_kwargs: Mapping[str, Any] | None
     guidance_scale: float
+    guidance_rescale: float
     device: torch.device | str | None
     dtype: torch.dtype
     backend: str
@@ -95,6 +96,8 @@ class Request:
     def __post_init__(self) -> None:
         if not callable(self.model):
             raise TypeError(f"model must be callable as model(x, t, **model_kwargs); got {type(self.model).__name__}")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale must lie in [0, 1]; got {self.guidance_rescale}")
         if not isinstance(self.table, StepTable):
             raise TypeError(f"table must be a StepTable, as ddpm() and ddim() make it; got {type(self.table).__name__}")
         given = isinstance(self.shape_or_x, Tensor)
@@ -139,12 +142,16 @@ class Request:
         model_dtype = x.dtype if parameter is None else parameter.dtype
         kwargs = self._of_batch(self.model_kwargs or {}, batch)
         uncond_kwargs = None if self.uncond_kwargs is None else self._of_batch(self.uncond_kwargs, batch)
-        timesteps = self.table.on(x.device).timesteps
+        times = self.table.on(x.device).times
         sigmas = self.table.column("sigma").tolist()
         options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
+        options["history"] = self.table.history_like(x)
         for index, timestep in enumerate(self.table.timesteps.tolist()):
-            t = timesteps[index].expand(x.shape[0])
+            t = times[index].expand(x.shape[0])
             out, uncond = predict(self.model, x.to(model_dtype), t, kwargs, uncond_kwargs)
+            if uncond is not None and self.guidance_rescale:
+                out = rescaled(out, uncond, self.guidance_scale, self.guidance_rescale, x.shape[1])
+                uncond = None
             noise = self.source.of_step(index, x, batch) if sigmas[index] != 0 else None
             result = reverse_step(
                 x,

@@ -10,7 +10,8 @@ import torch
 import dd_kernels as dd
 
 NORMS = ("test_group_norm_silu", "test_group_norm_silu_as_op", "test_group_norm_silu_of_two")
-SUITE = ("test_randn", "test_q_sample", "test_reverse_step", "test_reverse_step_as_op", *NORMS)
+STEPS = ("test_reverse_step", "test_reverse_step_as_op", "test_reverse_step_history")
+SUITE = ("test_randn", "test_q_sample", *STEPS, *NORMS)
 # These are about torch's tracing, which sees the host library's ops under another name.
 NOT_OF_KERNELS = ("opcheck", "compiles")
 

@@ -17,7 +17,7 @@ STORAGE = torch.zeros(3, *SHAPE[1:])  # two overlapping batches
 
 def arguments(op: str) -> dict[str, Any]:
     """Right arguments of ``op``, by name and in the order of its schema."""
-    x, table = torch.zeros(SHAPE), torch.ones(7, 10)
+    x, table = torch.zeros(SHAPE), torch.ones(7, 12)
     if op == "randn":
         return {"z": x, "key": KEY, "stream": 0}
     index = torch.tensor([6, 0])
@@ -26,7 +26,8 @@ def arguments(op: str) -> dict[str, Any]:
         return {"x_start": x, "noise": None, **rows, "key": KEY, "x_t": x.clone(), "noise_out": x.clone()}
     inputs = {"x": x, "out": x.clone(), "variance": x.clone(), "uncond": x.clone(), "guidance_scale": 1.0}
     given = {"noise": x.clone(), "threshold": torch.ones(2), "rows": table, "timesteps": torch.arange(7)}
-    return {**inputs, **given, "step": index, "key": None, "x_prev": x.clone(), "x0": x.clone()}
+    outputs = {"x_prev": x.clone(), "x0": x.clone(), "even": x.clone(), "odd": x.clone()}
+    return {**inputs, **given, "step": index, "key": None, **outputs}
 
 
 WRONG = [
@@ -65,12 +66,18 @@ WRONG = [
     ("reverse_step", {"variance": torch.zeros(3, 3, 4, 5)}, "variance must be of the shape of x"),
     ("reverse_step", {"uncond": torch.zeros(2, 3, 20)}, "uncond must be of the shape of x"),
     ("reverse_step", {"threshold": torch.ones(1)}, r"threshold must be of the shape \[2\]; got float32 \[1\]"),
-    ("reverse_step", {"rows": torch.ones(7, 9)}, r"rows must be of the shape \[7, 10\]"),
+    ("reverse_step", {"rows": torch.ones(7, 9)}, r"rows must be of the shape \[7, 12\]"),
     ("reverse_step", {"timesteps": torch.arange(6)}, r"timesteps must be of the shape \[7\]; got int64 \[6\]"),
     ("reverse_step", {"step": torch.tensor([0, 1], dtype=torch.int32)}, "step must be int64; got int32"),
     ("reverse_step", {"x_prev": STORAGE[:2], "noise": STORAGE[1:]}, "x_prev must be apart from noise"),
     ("reverse_step", {"x_prev": STORAGE[:2], "x0": STORAGE[1:]}, "x0 must be apart from x_prev"),
     ("reverse_step", {"x_prev": STORAGE[:2], "x0": STORAGE[:2]}, "x0 must be apart from x_prev"),
+    ("reverse_step", {"even": torch.zeros(2, 3, 5, 4)}, "even must be of the shape of x"),
+    ("reverse_step", {"odd": torch.zeros(SHAPE, dtype=torch.int64)}, "odd must be float32, bfloat16 or float16"),
+    ("reverse_step", {"odd": torch.zeros(1, *SHAPE[1:]).expand(SHAPE)}, "odd must be a tensor whose samples do not"),
+    ("reverse_step", {"x": STORAGE[:2], "even": STORAGE[:2]}, "even must be apart from x"),
+    ("reverse_step", {"even": STORAGE[:2], "odd": STORAGE[1:]}, "odd must be apart from even"),
+    ("reverse_step", {"even": None}, "even must be given with odd; got none"),
     ("reverse_step", {"threshold": STORAGE[0, 0, 0, :2], "x0": STORAGE[:2]}, "x0 must be apart from threshold"),
 ]
 
@@ -120,7 +127,7 @@ def test_in_place(ops, op, source, target):
     given[source].normal_()
     getattr(ops, op)(*given.values())
     expected = given[target].clone()
-    given[target] = given[source]
+    given = {**arguments(op), source: given[source], target: given[source]}
     getattr(ops, op)(*given.values())
     assert given[source].equal(expected)
 

@@ -50,8 +50,12 @@ def reverse_step_error(
     z: Tensor | None = None,
     noise_error: float = 0.0,
     threshold: Tensor | None = None,
+    earlier: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Of x_prev and x_0 before they are rounded to their dtype; steps [N], threshold [N, 1, ...] is the exact one."""
+    """Of x_prev and x_0 before they are rounded to their dtype; steps [N], threshold [N, 1, ...] is the exact one.
+
+    ``earlier`` is x_0 of the last step, and of the one before.
+    """
     columns = table.rows[steps].reshape(len(steps), len(COLUMNS), *[1] * (x.ndim - 1))
     row = {name: columns[:, i] for i, name in enumerate(COLUMNS)}
     guided, e_out = out, torch.zeros_like(out)
@@ -84,6 +88,7 @@ def reverse_step_error(
         + (row["prev_from_x"] * x).abs()
         + row["prev_from_out"].abs() * size
         + (sigma + e_sigma) * noise.abs()
+        + sum((row[name] * x0).abs() for name, x0 in zip(("prev_from_last", "prev_from_older"), earlier, strict=False))
     )
     error = gamma(8) * sum_of_terms + row["prev_from_x0"].abs() * e0 + row["prev_from_out"].abs() * e_out
     return error + e_sigma * noise.abs() + (sigma + e_sigma) * noise_error, e0

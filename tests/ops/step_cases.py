@@ -7,7 +7,7 @@ from bounds import assert_within, reverse_step_error
 import dd_kernels as dd
 from dd_kernels.ops.randn import Stream, noise_key
 from dd_kernels.ops.randn.reference import normals
-from dd_kernels.ops.reverse_step.table import DynamicThreshold, from_columns
+from dd_kernels.ops.reverse_step.table import COLUMNS, DynamicThreshold, from_columns
 from dd_kernels.ops.reverse_step.threshold import dynamic_threshold
 
 SCHEDULE = dd.linear_schedule(1000)
@@ -25,6 +25,16 @@ TABLES = {
     ),
     "negative terms": from_columns(
         np.arange(3), x0_num_out=-1.0, prev_from_x0=-0.5, prev_from_x=-0.7, prev_from_out=-0.3, sigma=0.4
+    ),
+    "one x_0 kept": dd.dpm_solver(SCHEDULE, steps=20, clip=0.7),
+    "one x_0 kept, noise": dd.dpm_solver(SCHEDULE, steps=20, stochastic=True, spacing="trailing"),
+    "two x_0 kept": dd.dpm_solver(SCHEDULE, steps=20, order=3, prediction="v"),
+    "two x_0 kept, learned": from_columns(
+        np.arange(20)[::-1],
+        learned_variance=True,
+        **{name: 0.1 * (i + 1) for i, name in enumerate(COLUMNS) if not name.startswith("log_var")},
+        log_var_min=-2.0,
+        log_var_max=-1.0,
     ),
 }
 
@@ -64,7 +74,25 @@ def errors(table, x, out, step, noise_error, options):
         z=z,
         noise_error=noise_error,
         threshold=threshold,
+        earlier=earlier(steps, [double(v) for v in options.get("history", ())]),
     )
+
+
+def earlier(steps, history):
+    """x_0 of the last step and of the one before: kept by parity where there are two."""
+    if len(history) < 2:
+        return tuple(history)
+    is_odd = (steps % 2 == 1).reshape(-1, *[1] * (history[0].ndim - 1))
+    even, odd = history
+    return torch.where(is_odd, even, odd), torch.where(is_odd, odd, even)
+
+
+def kept(steps, history, x0):
+    """What is kept after the step."""
+    if len(history) < 2:
+        return [x0] * len(history)
+    is_odd = (steps % 2 == 1).reshape(-1, *[1] * (x0.ndim - 1))
+    return [torch.where(is_odd, history[0], x0), torch.where(is_odd, x0, history[1])]
 
 
 def check(kernel, x, out, table, step, **options):
@@ -73,13 +101,27 @@ def check(kernel, x, out, table, step, **options):
         options.setdefault("seed", 7)
     x, out, step = (v.to(kernel.device) if isinstance(v, torch.Tensor) else v for v in (x, out, step))
     options = {k: v.to(kernel.device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if table.history and "history" not in options:
+        options["history"] = [torch.randn(x.shape).to(x) for _ in range(table.history)]
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if table.history:
+        wide["history"] = [v.double() for v in options["history"]]
+    history = [[v.clone() for v in options.get("history", ())] for _ in range(2)]
     exact = dd.reverse_step(x.double(), out.double(), table, step, return_x0=True, backend="reference", **wide)
-    actual = dd.reverse_step(x, out, table, step, return_x0=True, backend=kernel.name, **options)
+    actual = reverse_step(x, out, table, step, options, history[0], return_x0=True, backend=kernel.name)
     allowed = errors(table, x, out, step, kernel.normal_error(x.dtype), options)
     for a, e, error in zip(actual, exact, allowed, strict=True):
         assert a.dtype == x.dtype
         assert_within(a.cpu(), e.cpu(), error, kernel.truncates(x.dtype))
-    alone = dd.reverse_step(x, out, table, step, backend=kernel.name, **options)
+    alone = reverse_step(x, out, table, step, options, history[1], backend=kernel.name)
     assert alone.equal(actual[0])
+    steps = torch.as_tensor(step, device=x.device).expand(len(x))
+    for after in history:
+        for a, e in zip(after, kept(steps, options.get("history", ()), actual[1]), strict=True):
+            assert a.equal(e.to(a.dtype))
     return actual[0]
+
+
+def reverse_step(x, out, table, step, options, history, **more):
+    """dd.reverse_step with this history, where the table keeps one."""
+    return dd.reverse_step(x, out, table, step, **{**options, "history": history or None}, **more)

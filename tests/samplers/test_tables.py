@@ -207,7 +207,7 @@ def test_a_table_is_uploaded_once():
         (lambda: dd.ddpm(SCHEDULE, clip=-1.0), "clip must be a positive number.*got -1.0"),
         (lambda: dd.DynamicThreshold(ratio=0.0), r"ratio must lie in \(0, 1\]; got 0.0"),
         (lambda: dd.DynamicThreshold(max_value=0.5), "max_value must be at least 1; got 0.5"),
-        (lambda: dd.StepTable(torch.zeros(3, 2), torch.zeros(3)), r"rows must have the shape \[S, 10\]; got \[3, 2\]"),
+        (lambda: dd.StepTable(torch.zeros(3, 2), torch.zeros(3)), r"rows must have the shape \[S, 12\]; got \[3, 2\]"),
         (lambda: dd.StepTable(torch.zeros(3, 10), torch.zeros(2)), r"timesteps must have the shape \[3\]; got \[2\]"),
     ],
 )

@@ -104,7 +104,7 @@ class Threshold(DynamicThreshold):
 
 def as_table(columns: Mapping[str, Tensor | float], clip: tuple | None, learned_variance: bool = False) -> StepTable:
     """The table of these columns; ``clip`` is None, ("clip", range) or ("threshold", ratio, max_value)."""
-    arrays = {k: v.double().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
+    arrays: dict[str, Any] = {k: v.double().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
     threshold = None
     if clip is not None and clip[0] == "threshold":
         threshold = Threshold(*clip[1:])

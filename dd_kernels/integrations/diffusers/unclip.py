@@ -54,7 +54,7 @@ def _full(value: Tensor | float, like: Tensor) -> Tensor:
 class PairTable:
     """Rows for pairs of timesteps that only the device knows, computed there; reverse_step reads it as a StepTable."""
 
-    threshold = None
+    threshold, history = None, 0
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class PairTable:
 
     def on(self, device: torch.device) -> DeviceTable:
         """Returns the rows, which are on ``device``."""
-        return DeviceTable(self.rows, self.timesteps, self.timesteps)
+        return DeviceTable(self.rows, self.timesteps, self.timesteps, self.timesteps)
 
 
 class UnCLIPScheduler(FusedScheduler, _UnCLIPScheduler):

@@ -165,7 +165,7 @@ def reverse_step(
     names: tuple[str, ...] = _NAMES
     slots: tuple[Tensor, ...] = ()
     if table.history:
-        slots = checked_history(history, table.history, tensors, x_prev)
+        slots = checked_history(history, table.history, x, (*tensors[1:], x_prev))
         tensors += slots
         names = (*_NAMES[:-1], *("history",) * len(slots), "x_prev")
     chosen, result, ordinary = visit("reverse_step", backend, names, tensors, x_prev)

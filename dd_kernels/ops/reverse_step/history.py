@@ -20,28 +20,29 @@ def _check_apart(slot: Tensor, others: Iterable[Tensor | None]) -> None:
 
 
 def checked_history(
-    history: Sequence[Tensor] | Tensor | None, count: int, read: Sequence[Tensor | None], x_prev: Tensor | None
+    history: Sequence[Tensor] | Tensor | None, count: int, x: Tensor, others: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Returns ``history`` as ``count`` tensors; raises unless a step can write each, of the shape of x.
 
-    ``read`` are the other tensors of the call, x first; ``x_prev`` is what it writes, or None.
+    ``others`` are the other tensors of the call, read and written.
     """
     slots = () if history is None else tuple(history)
     if len(slots) != count:
         came = "None" if history is None else len(slots)
         raise ValueError(f"history must hold {count} tensors for this table, as its history_like(x) does; got {came}")
-    for name, y in (("x", read[0]), *(("history", slot) for slot in slots)):
+    for name, y in (("x", x), *(("history", slot) for slot in slots)):
         check_float(name, y)
-    x = read[0]
     for i, slot in enumerate(slots):
         if slot.shape != x.shape:
             raise ValueError(f"history must have the shape of x, {list(x.shape)}; got {list(slot.shape)}")
+        if slot.device != x.device:
+            raise ValueError(f"history must be on the device of x, {x.device}; got {slot.device}")
         if slot.dtype is not slots[0].dtype:
             raise TypeError(f"history must be of one dtype; got {slots[0].dtype} and {slot.dtype}")
         check_each_element_apart("history", slot)
         if torch.is_grad_enabled() and slot.requires_grad:
             check_not_leaf("history", slot)
-        others = (*read, x_prev, *slots[:i])
-        if not is_compiling() and all(y is None or type(y) is Tensor for y in (slot, *others)):
-            _check_apart(slot, others)
+        apart = (x, *others, *slots[:i])
+        if not is_compiling() and all(y is None or type(y) is Tensor for y in (slot, *apart)):
+            _check_apart(slot, apart)
     return slots

@@ -5,7 +5,8 @@ r"""A sampler is a table: DDPM, DDIM, inversion and every parameterisation as ro
     x_{prev} &= prev\_from\_x0\, x_0 + prev\_from\_x\, x_t + prev\_from\_out\, out
         + prev\_from\_last\, x_0^{last} + prev\_from\_older\, x_0^{older} + \sigma z
 
-x_0^{last} and x_0^{older} are x_0 of the step before and of the one before that, which multistep solvers keep. The coefficients are computed here in float64 and read by :func:`dd_kernels.reverse_step` in float32.
+x_0^{last} and x_0^{older} are x_0 of the step before and of the one before that, which multistep solvers keep. The
+coefficients are computed here in float64 and read by :func:`dd_kernels.reverse_step` in float32.
 Numerator and denominator of x_0 stay apart: at a step with alpha_bar = 0 (zero terminal SNR) the
 quotient is +-inf, which clipping makes finite, where folded factors would give inf - inf.
 """
@@ -59,11 +60,15 @@ class DynamicThreshold:
 
 
 class DeviceTable(NamedTuple):
-    """A table on a device: rows [S, 12] (float32), timesteps [S] and every step's index as a tensor [1]."""
+    """A table on a device: rows [S, 12] (float32), timesteps [S] and every step's index as a tensor [1].
+
+    ``times`` [S] is what the model is called with, float32, or ``timesteps`` themselves.
+    """
 
     rows: Tensor
     timesteps: Tensor
     steps: Sequence[Tensor]
+    times: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,9 @@ class StepTable(PerDevice[DeviceTable]):
     def copy_to(self, device: torch.device) -> DeviceTable:
         """Uploads the rows in float32."""
         steps = torch.arange(len(self)).to(device).split(1)
-        return DeviceTable(self.rows.to(torch.float32).to(device), self.timesteps.to(device), steps)
+        timesteps = self.timesteps.to(device)
+        times = timesteps if self.times is None else self.times.to(torch.float32).to(device)
+        return DeviceTable(self.rows.to(torch.float32).to(device), timesteps, steps, times)
 
 
 def _checked_times(times: Any, steps: int) -> Tensor:
