@@ -22,12 +22,12 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020A000000000000"]  # torch 2.10
 
 
 def sources(pattern: str) -> list[str]:
-    """Paths below csrc/, relative to this file, as setuptools wants them."""
+    """Returns paths below csrc/, relative to this file, as setuptools wants them."""
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/*/{pattern}"))
 
 
 def cpu_library() -> list[Extension]:
-    """dd_kernels/_cpu.abi3.so, or nothing where there is no C++ compiler."""
+    """Returns the extension dd_kernels/_cpu.abi3.so, or nothing where there is no C++ compiler."""
     if not os.environ.get("CXX", "").strip():
         os.environ.pop("CXX", None)  # torch would take an empty CXX for the name of a compiler
     compiler = os.environ.get("CXX", "c++").split()[0]
@@ -75,7 +75,7 @@ def architectures() -> list[str]:
 
 
 def architecture_flags() -> list[str]:
-    """nvcc's flags for :func:`architectures`."""
+    """Returns nvcc's flags for :func:`architectures`."""
     flags = []
     for name in architectures():
         number = name.removesuffix("+PTX").replace(".", "")
@@ -95,12 +95,12 @@ rule link
 
 
 def cuda_sources() -> list[str]:
-    """Kernels (.cu) and bindings (.cpp) of the CUDA library."""
+    """Returns the kernels (.cu) and bindings (.cpp) of the CUDA library."""
     return sources("cuda*.cu") + sources("cuda*.cpp")
 
 
 def write_cuda_build(compiler: str, folder: Path, library: Path) -> None:
-    """``folder/build.ninja``: kernels and bindings, each file an object, linked to ``library``."""
+    """Writes ``folder/build.ninja``: each file of kernels and bindings becomes an object, linked to ``library``."""
     # Two threads: one file for three architectures, as after a change to it, takes both of a small machine's cores.
     flags = ["-std=c++17", "-O3", "--fmad=false", "--threads=2", "-diag-suppress=1675"]
     flags += [*STABLE_ABI, *architecture_flags()]
@@ -136,7 +136,7 @@ class BuildLibraries(BuildExtension):
 
 
 def cuda_library() -> list[Extension]:
-    """dd_kernels/_cuda.abi3.so, or nothing where there is no nvcc."""
+    """Returns the extension dd_kernels/_cuda.abi3.so, or nothing where there is no nvcc."""
     # Optional: an nvcc that is too old must not cost anyone the rest of the package.
     return [Extension("dd_kernels._cuda", [], py_limited_api=True, optional=True)] if nvcc() else []
 

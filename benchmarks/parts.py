@@ -109,7 +109,7 @@ def _lines(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _last_words(running: processes.Running, status: int | str) -> str:
+def _ending(running: processes.Running, status: int | str) -> str:
     """Returns a worker's status and the last line that it printed."""
     lines = [line for line in running.lines() if line.strip() and not line.startswith("USDT:")]
     words = f": {lines[-1].strip()[:200]}" if lines else ""
@@ -172,13 +172,13 @@ def measure_part(
         status = running.finish(end + GRACE)
         progress.add(_lines(out))
         if not progress.names:
-            return {"rows": [], "not_measured": [{"name": part, "reason": _last_words(running, status)}]}
+            return {"rows": [], "not_measured": [{"name": part, "reason": _ending(running, status)}]}
         retry = not stream and progress.drop_failed_captures()
         stream = stream or retry
         at = progress.first_missing()
         # Where a worker died without a line for the plan that it was measuring, that plan is the first missing one.
         if at < len(progress.names) and not retry and (status != UNUSABLE or at == progress.start):
-            words = _last_words(running, status)
+            words = _ending(running, status)
             progress.done[at] = {"plan": at, "name": progress.names[at], "not_measured": words}
             at += 1
         progress.start = at

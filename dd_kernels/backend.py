@@ -96,7 +96,7 @@ def _too_old_reason(device: torch.device) -> str | None:
 
 
 def interpreting_triton() -> bool:
-    """Whether Triton kernels run in its interpreter, which also takes CPU tensors."""
+    """Returns whether Triton kernels run in its interpreter, which also takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -107,7 +107,7 @@ def _devices(name: str) -> tuple[str, ...]:
 
 
 def unavailable(name: str, device: torch.device | str = "cpu") -> str | None:
-    """Why backend ``name`` cannot run on ``device``; None if it can."""
+    """Returns why backend ``name`` cannot run on ``device``; None if it can."""
     _check_name("name", name)
     if name in ("auto", "reference"):
         return None

@@ -1,4 +1,4 @@
-"""Capturing what a function does on the GPU."""
+"""Captures what a function does on the GPU."""
 
 from __future__ import annotations
 

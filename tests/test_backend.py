@@ -33,7 +33,7 @@ def test_auto_takes_the_kernel_and_the_reference_where_only_that_serves():
     assert backends.choose("op", "reference", torch.device("cpu"), "no kernel does it") == "reference"
 
 
-def test_a_backend_asked_for_by_name_runs_or_says_unavailable_reason():
+def test_a_backend_asked_for_by_name_runs_or_says_why_not():
     assert backends.choose("op", "cpu", torch.device("cpu")) == "cpu"
     with pytest.raises(dd.BackendUnavailableError, match=r"op: backend='cpu' .* no kernel does it"):
         backends.choose("op", "cpu", torch.device("cpu"), "no kernel does it")

@@ -69,7 +69,7 @@ def test_setup_without_a_compiler_warns_and_builds_nothing(tmp_path, compiler):
 
 
 def test_setup_with_an_empty_compiler_takes_the_default():
-    """As make does: CXX="" is no name of a compiler, to us and to torch, which reads the variable too."""
+    """An empty CXX means the default compiler, as in make; torch reads the variable too."""
     show = "lambda **how: print([e.name for e in how['ext_modules']], os.environ.get('CXX'))"
     code = f"import os, runpy, setuptools; setuptools.setup = {show}; runpy.run_path('setup.py')"
     done = subprocess.run(

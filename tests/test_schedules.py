@@ -1,3 +1,5 @@
+"""Schedules against published values, diffusers and the equations of DDPM."""
+
 import numpy as np
 import pytest
 import torch

@@ -150,7 +150,7 @@ DD_HOST_DEVICE void activate(Value (&z)[n]) {
     }
 }
 
-// dL/dz from dL/dy.
+// Returns dL/dz, given dL/dy.
 template <class Activation, class Value>
 DD_HOST_DEVICE Value activation_gradient(Value dy, Value z) {
     if constexpr (Activation::kIdentity) return dy;

@@ -46,7 +46,8 @@ Isa widest_here() { return has_avx512() ? Isa::avx512 : has_avx2() ? Isa::avx2 :
 Isa widest_here() { return Isa::baseline; }
 #endif
 
-// The instruction set that was asked for by name, or else the processor's widest, of which an op may take less.
+// An instruction set: the one that was named, or else the processor's widest, instead of which an op may take a smaller
+// one.
 struct Choice {
     Isa isa;
     bool named;

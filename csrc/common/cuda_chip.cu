@@ -33,15 +33,16 @@ int current_device() {
     return device;
 }
 
-// Whether the kernel was compiled for an architecture with clusters. The driver compiles the PTX of an older one for
-// this chip too, but that code has no instruction to reach another block's shared memory.
+// Returns whether the kernel was compiled for an architecture with clusters. The driver compiles the PTX of an older
+// one for this chip too, but that code has no instruction to reach another block's shared memory.
 bool has_cluster_code(const void* kernel) {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.ptxVersion >= 10 * kFirstWithClusters;
 }
 
-// Whether a cluster of this size can be resident at all: a part of a chip (MIG) may have too few multiprocessors.
+// Returns whether a cluster of this size can be resident at all: a part of a chip (MIG) may have too few
+// multiprocessors.
 bool can_be_resident(int cluster, const void* kernel, int threads) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

@@ -133,7 +133,7 @@ struct Unit {
         return index < pixels / 8;
     }
 
-    // The offset of a row's first element in the sample.
+    // Returns the offset of a row's first element in the sample.
     DD_DEVICE int64_t offset(int row) const {
         if constexpr (order == Order::channels_8) {
             return (index / (channels / 8) * 4 + row) * channels + index % (channels / 8) * 8;

@@ -57,7 +57,7 @@ struct SampleIndex {
     DD_HOST_DEVICE int64_t operator[](int64_t sample) const { return values[sample * stride]; }
 };
 
-// Philox's key, and its counter but for the quad: what tells the noise of one sample from all other noise.
+// Philox's key, and its counter without the quad: they distinguish the noise of one sample from all other noise.
 struct NoiseCounter {
     uint32_t key0, key1, sample, draw, stream;
 };
@@ -72,7 +72,7 @@ struct NoiseKey {
     }
 };
 
-// Reads a key where it lies: a kernel on a GPU calls this there.
+// Reads a key from memory; on a GPU a kernel calls this, since the key is in device memory.
 DD_HOST_DEVICE NoiseKey load_key(const int64_t* key) { return {key[0], key[1], key[2]}; }
 
 enum Stream : uint32_t { kStreamXT, kStreamReverseStep, kStreamQSample, kStreamTimesteps };

@@ -1,4 +1,4 @@
-// What a tensor covers in memory, and whether two tensors overlap.
+// The memory that a tensor covers, and whether two tensors overlap.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,10 @@ struct MemoryRegion {
         return begin == other.begin && bytes == other.bytes && stride == other.stride && samples == other.samples;
     }
 
-    // Whether two of the stretches share a byte.
+    // Returns whether two of the stretches share a byte.
     bool overlaps_itself() const { return samples > 1 && stride < bytes; }
 
-    // Whether one of the stretches shares a byte with [first, last).
+    // Returns whether one of the stretches shares a byte with [first, last).
     bool meets(const char* first, const char* last) const {
         // The stretch `i` is the earliest that ends beyond `first`.
         const int64_t passed = first - begin - bytes;

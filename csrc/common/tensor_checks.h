@@ -32,8 +32,8 @@ public:
     const Layout& layout() const { return layout_; }
     const TensorFacts& x() const { return x_; }
 
-    // A tensor of x's shape that the op reads: dense in a sample, in the order of x; samples may lie further apart, or
-    // all in one place. With `channels`, its dimension 1 is that instead of x's.
+    // Checks a tensor of x's shape that the op reads: dense in a sample, in the order of x; samples may lie further
+    // apart, or all in one place. With `channels`, its dimension 1 is that instead of x's.
     Operand input(const char* name, const Tensor& y, int64_t channels = kAsX) {
         return add_samples(check_samples(name, y, channels), y.const_data_ptr());
     }
@@ -41,8 +41,8 @@ public:
         return y ? input(name, *y, channels) : Operand{};
     }
 
-    // As input(), of a tensor that the op writes. Called after all inputs. It may be the very tensor that `in_place`
-    // is.
+    // Checks a tensor that the op writes, as input() does. Called after all inputs. The tensor may be the very one that
+    // `in_place` is.
     Operand output(const char* name, const Tensor& y, const Operand& in_place = {}, int64_t channels = kAsX) {
         const Operand result = add_samples(check_samples(name, y, channels), y.mutable_data_ptr());
         check_last_overlaps_nothing(name, in_place);
@@ -53,12 +53,12 @@ public:
         return y ? output(name, *y, in_place, channels) : Operand{};
     }
 
-    // A contiguous tensor of `shape` that the op reads, of one of the kernels' dtypes.
+    // Checks a contiguous tensor of `shape` that the op reads, of one of the kernels' dtypes.
     Operand parameters(const char* name, const std::optional<Tensor>& y, Shape shape) {
         return y ? add_contiguous(check_parameters(name, *y, shape), y->const_data_ptr()) : Operand{};
     }
 
-    // As parameters(), of a tensor that the op writes. Called after all inputs.
+    // Checks a tensor that the op writes, as parameters() does. Called after all inputs.
     Operand written_parameters(const char* name, const std::optional<Tensor>& y, Shape shape) {
         if (!y) return {};
         const Operand result = add_contiguous(check_parameters(name, *y, shape), y->mutable_data_ptr());
@@ -66,7 +66,7 @@ public:
         return result;
     }
 
-    // A contiguous tensor of T and of `shape` that the op reads.
+    // Checks a contiguous tensor of T and of `shape` that the op reads.
     template <class T>
     const T* values(const char* name, const Tensor& y, Shape shape) {
         return static_cast<const T*>(add_contiguous(check_values<T>(name, y, shape), y.const_data_ptr()).data);
@@ -76,7 +76,7 @@ public:
         return y ? values<T>(name, *y, shape) : nullptr;
     }
 
-    // As values(), of a tensor that the op writes. Called after all inputs.
+    // Checks a tensor that the op writes, as values() does. Called after all inputs.
     template <class T>
     T* written_values(const char* name, const std::optional<Tensor>& y, Shape shape) {
         if (!y) return nullptr;
@@ -85,13 +85,13 @@ public:
         return static_cast<T*>(data);
     }
 
-    // int64 [1] or [N]: for every sample, a row of a table.
+    // Checks int64 [1] or [N], which holds for every sample a row of a table.
     SampleIndex index(const char* name, const Tensor& y) {
         const bool is_shared = y.dim() == 1 && y.size(0) == 1;
         return {values<int64_t>(name, y, {is_shared ? 1 : x_.sizes[0]}), is_shared ? 0 : 1};
     }
 
-    // int64 [3]: seed, first_sample, draw.
+    // Checks int64 [3], which holds seed, first_sample and draw.
     const int64_t* noise_key(const char* name, const std::optional<Tensor>& y) { return values<int64_t>(name, y, {3}); }
 
     [[noreturn]] void fail(const char* name, const std::string& wanted, const std::string& got) const {

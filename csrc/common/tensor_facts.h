@@ -1,4 +1,4 @@
-// What torch tells of a tensor, for checks and for the text of their errors.
+// Dtype, sizes and strides of a tensor as torch reports them, for checks and for the text of their errors.
 #pragma once
 
 #include <string>
@@ -14,7 +14,7 @@ inline constexpr ScalarType kScalarType<float> = ScalarType::Float;
 template <>
 inline constexpr ScalarType kScalarType<int64_t> = ScalarType::Long;
 
-// The name of a dtype in Python where it is likely to be met, else its name in C++.
+// Returns the name of a dtype: as in Python for the dtypes that calls are likely to have, else as in C++.
 inline const char* dtype_name(ScalarType type) {
     switch (type) {
         case ScalarType::Float:
@@ -40,7 +40,7 @@ inline std::string shape_text(const int64_t* sizes, int64_t dims) {
     return result + "]";
 }
 
-// What the checks know of a tensor: each question to torch costs some nanoseconds of every call, and is asked once.
+// The facts of a tensor that the checks need. Each is asked of torch once, since a question costs some nanoseconds.
 struct TensorFacts {
     const char* name;
     ScalarType type;

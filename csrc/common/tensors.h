@@ -20,8 +20,8 @@ using torch::stable::Tensor;
     throw std::runtime_error(std::string("dd_kernels::") + op + ": " + name + " must be " + wanted + "; got " + got);
 }
 
-// The dtype of x. Tensor::scalar_type() compares with every dtype by a call into torch; the numbers of those that the
-// kernels take are asked for once.
+// Returns the dtype of x. Tensor::scalar_type() compares with every dtype by a call into torch; the numbers of those
+// that the kernels take are asked for once.
 inline ScalarType scalar_type_of(const Tensor& x) {
     static const int32_t float32 = aoti_torch_dtype_float32(), int64 = aoti_torch_dtype_int64(),
                          bfloat16 = aoti_torch_dtype_bfloat16();
@@ -46,7 +46,7 @@ inline DType dtype_of(const Tensor& x) {
     }
 }
 
-// Whether dimensions 1.. of x are dense in the order of channels_last: [H][W][C] in memory.
+// Returns whether dimensions 1.. of x are dense in the order of channels_last: [H][W][C] in memory.
 inline bool is_channels_last(const Tensor& x) {
     if (x.dim() != 4) return false;
     int64_t expected = 1;
@@ -57,7 +57,7 @@ inline bool is_channels_last(const Tensor& x) {
     return true;
 }
 
-// Tiles have about so many elements: a kernel holds half a dozen of them in the L1 cache.
+// The approximate number of elements of a tile: a kernel holds half a dozen tiles in the L1 cache.
 constexpr int64_t kTileElements = 1024;
 
 inline Layout contiguous_layout(int64_t samples, int64_t elements) { return {samples, elements, 1, kTileElements}; }

@@ -1,7 +1,6 @@
-// Defines Vec, a vector of DD_LANES floats, by the vector extensions of GCC and Clang: the compiler provides + - * / <
-// and
-// ?:, broadcasts scalar operands, and keeps the bits in a cast between types of one size. Intrinsics are used only for
-// what these extensions lack. Included once per instruction set.
+// Defines Vec, a vector of DD_LANES floats, by the vector extensions of GCC and Clang. With them the compiler provides
+// the operators (+ - * / < ?:), broadcasts scalar operands, and keeps the bits in a cast between types of one size.
+// Intrinsics are used only for what these extensions lack. Included once per instruction set.
 //
 // The build disables FMA contraction (-ffp-contract=off); fma() is called where one rounding is wanted, so that two
 // loops over the same formula give the same bits.

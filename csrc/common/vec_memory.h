@@ -12,7 +12,7 @@ DD_INLINE VecU16 load(const uint16_t* p) {
 
 DD_INLINE void store(uint16_t* p, VecU16 v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// Of the first n < kLanes values; the other lanes are 0 when they are loaded.
+// Loads and stores the first n < kLanes values; a load sets the other lanes to 0.
 #if DD_LANES == 16
 DD_INLINE VecU16 load_first(const uint16_t* p, int64_t n) {
     return (VecU16)_mm256_maskz_loadu_epi16(first_lanes(n), p);
@@ -41,7 +41,8 @@ DD_INLINE void store(uint16_t* p, int64_t left, VecU16 v) {
     store_first(p, left, v);
 }
 
-// Intrinsics, because GCC 12 compiles __builtin_convertvector to three instructions instead of one, or twice as many.
+// These are intrinsics, because GCC 12 compiles __builtin_convertvector to three instructions instead of one, or twice
+// as many.
 #if DD_LANES == 16
 DD_INLINE VecU widened(VecU16 v) { return (VecU)_mm512_cvtepu16_epi32((__m256i)v); }
 DD_INLINE VecU16 narrowed(VecU v) { return (VecU16)_mm512_cvtepi32_epi16((__m512i)v); }

@@ -5,13 +5,13 @@
 
 namespace dd::group_norm {
 
-// Of y and dy, [samples, channels, pixels]; x and skip have x_channels of the channels and the others.
+// The shape of y and dy, [samples, channels, pixels]. x has the first x_channels of the channels, and skip the others.
 struct Shape {
     int64_t samples, channels, pixels, groups, x_channels;
     bool channels_last;
 };
 
-// The options as torch hands them over: [C] (weight, bias) and [N, C], empty where absent.
+// The options as torch passes them: [C] (weight, bias) and [N, C], empty where absent.
 struct OptionOperands {
     Operand weight, bias, pre_shift, scale, shift;
     double eps;

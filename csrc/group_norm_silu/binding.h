@@ -1,4 +1,5 @@
-// torch.ops.dd_kernels.group_norm_silu and its backward, checked; run(arguments, x) is what a device does with a call.
+// Registers torch.ops.dd_kernels.group_norm_silu and its backward, with checks; run(arguments, x) runs a checked call
+// on a device.
 #pragma once
 
 #include "common/tensor_checks.h"

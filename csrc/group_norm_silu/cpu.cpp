@@ -2,7 +2,7 @@
 
 namespace dd::group_norm {
 
-// Count and mean of some values, and the sum of their squared deviations from it.
+// Count, mean and sum of squared deviations of some values.
 struct Moments {
     double count, mean, m2;
 

@@ -7,7 +7,7 @@ namespace dd::group_norm {
 struct ChannelSums {
     double *dz, *dz_d, *d;
 
-    // Locates those of one part of the pixels, from channel `first` on, within the sums of all parts.
+    // Locates the sums of one part of the pixels, from channel `first` on, within those of all parts.
     ChannelSums(double* sums, int64_t channels, int64_t part, int64_t first)
         : dz(sums + 3 * part * channels + first), dz_d(dz + channels), d(dz_d + channels) {}
 };
@@ -35,7 +35,8 @@ struct BackwardPass : Backward {
     int64_t partials() const { return 3 * tiling.parts * tiling.unit_channels; }
     int64_t coefficients() const { return 5 * tiling.unit_channels; }
     int64_t scratch() const { return 2 * tiling.unit_channels + 3 * tiling.tile_elements(); }
-    // Floats that hold dz of a unit between the steps: where dx cannot, being of 16 bits, and they are few enough.
+    // Returns how many floats hold dz of a unit between the two steps: one per element if dx has 16 bits, and so cannot
+    // hold dz, and the unit is small enough; else none.
     int64_t saved() const {
         int64_t elements = tiling.unit_channels * tiling.pixels;
         return options.activation != 0 && dx.dtype != DType::float32 && elements <= int64_t{1} << 18 ? elements : 0;

@@ -58,7 +58,7 @@ DD_INLINE void set_exponentials(const float* x, int64_t n, const AffineVec& map,
     });
 }
 
-// Does the same for some pixels of all channels.
+// Computes the exponentials for some pixels of all channels.
 template <class Activation, int pixels>
 DD_INLINE void set_exponentials(const float* x, int64_t channels, const float* coefficients, float* exponentials) {
     for_vectors(channels, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {

@@ -10,7 +10,7 @@ DD_INLINE Moments moments_of(const Deviations& d, double count, double centre) {
     return {count, centre + d.sum / count, d.squares - d.sum * d.sum / count};
 }
 
-// The rounding error of centre - pre_shift.
+// Returns the rounding error of centre - pre_shift.
 DD_INLINE double rounding(float centre, float pre_shift) {
     return static_cast<double>(centre - pre_shift) + pre_shift - centre;
 }
@@ -219,7 +219,7 @@ DD_INLINE void map_pixels(const float* x, float* y, int64_t pixels, int64_t chan
     });
 }
 
-// Does the same for samples larger than L2: visits pixels in memory order.
+// Maps the pixels of samples larger than L2, in the order of memory.
 template <class Activation>
 DD_INLINE void map_pixels_in_order(const float* x, float* y, int64_t pixels, int64_t channels,
                                    const float* coefficients) {

@@ -129,7 +129,7 @@ DD_INLINE void store_affine(const Affine& map, float (&values)[n][OptionBlock::s
 struct Deviations {
     double sum, squares;
 
-    // Whether the centre is so far from the mean that the distance makes up more than half of the squares.
+    // Returns whether the centre is so far from the mean that the distance makes up more than half of the squares.
     DD_INLINE bool off_centre(double count) const { return 2 * sum * sum > count * squares; }
 };
 

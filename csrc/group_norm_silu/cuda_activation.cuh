@@ -54,7 +54,7 @@ auto for_activation(int activation, const Start& start) {
     return activation > kSilu ? start(std::true_type{}) : start(std::false_type{});
 }
 
-// The value of an activation whose argument or result has this dtype.
+// Returns the value of an activation whose argument or result has this dtype.
 template <DType dtype, bool rare>
 DD_DEVICE float activate(float z, int activation) {
     if constexpr (rare) return rare_value(z, activation);
@@ -70,7 +70,7 @@ DD_DEVICE float activate(float z, int activation) {
     }
 }
 
-// dL/dz from dL/dy.
+// Returns dL/dz, given dL/dy.
 template <DType dtype, bool rare>
 DD_DEVICE float activation_slope(float dy, float z, int activation) {
     if constexpr (rare) return rare_gradient(dy, z, activation);

@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kSegments = 8;  // of the samples; a warp to each
 
-// dweight and dbias: what the samples add, in their order within a segment, then segment by segment.
+// Computes dweight and dbias: adds up what the samples contribute, in their order within a segment, then segment by
+// segment.
 __global__ void __launch_bounds__(kSegments* kWarp) parameter_kernel(const NormBackward a) {
     const int lane = threadIdx.x % kWarp, segment = threadIdx.x / kWarp;
     const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
@@ -18,7 +19,7 @@ __global__ void __launch_bounds__(kSegments* kWarp) parameter_kernel(const NormB
     float* sums = shared_memory();  // [2][kSegments][kWarp]
     float weight = 0.0f, bias = 0.0f;
     if (channel < a.shape.channels) {
-#pragma unroll 8  // so many are on their way at once
+#pragma unroll 8  // so many loads are in flight at once
         for (int64_t n = segment * each; n < end; ++n) {
             weight += a.per_sample[n * a.shape.channels + channel];
             bias += dbias[n * a.shape.channels + channel];

@@ -72,7 +72,8 @@ DD_DEVICE void sum_columns(const Position& position, const NormBackward& a, cons
     reduce_channels(position, sums, shared.entries, shared.partial);
 }
 
-// Does the same for a contiguous tile: every row is in one channel, and a channel is a run of rows.
+// Computes the block's sums of each channel of a contiguous tile: every row is in one channel, and a channel is a run
+// of rows.
 template <DType dtype, bool rare, int K, class Position, class Tensor>
 DD_DEVICE void sum_rows(const Position& position, const NormBackward& a, const Tensor& x, const Tensor& dy,
                         const Shared& shared) {
@@ -122,7 +123,7 @@ DD_DEVICE void combine_sums(const Position& position, const Shared& shared) {
         float partials[kPortableCluster] = {shared.partial[i]};
         if (blocks > 1) {
 #pragma unroll
-            for (int rank = 0; rank < kPortableCluster; ++rank) {  // all are on their way before one is needed
+            for (int rank = 0; rank < kPortableCluster; ++rank) {  // all loads are in flight before one is needed
                 partials[rank] = load_from_rank(&shared.partial[i], rank < blocks ? rank : 0);
             }
         }

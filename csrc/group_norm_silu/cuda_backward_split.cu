@@ -14,7 +14,7 @@ DD_DEVICE float* part_of(const NormBackward& a, int64_t sample, int64_t channel,
 // Adds up the sums of a channel's parts, in their order.
 DD_DEVICE Sums load_sums(const NormBackward& a, int64_t sample, int64_t channel) {
     Sums sums{};
-#pragma unroll 8  // so many loads are under way at once
+#pragma unroll 8  // so many loads are in flight at once
     for (int part = 0; part < a.sum_parts; ++part) {
         const float* p = part_of(a, sample, channel, part);
         sums.dz += p[0];

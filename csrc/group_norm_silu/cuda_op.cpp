@@ -11,7 +11,7 @@ using group_norm::ForwardArguments;
 using group_norm::OptionOperands;
 using group_norm::Shape;
 
-// The values of an operand in float32, or null where it is absent.
+// Returns the values of an operand in float32, or null where it is absent.
 float* floats(const char* op, const char* name, const Operand& x) {
     if (x && x.dtype != DType::float32) refuse(op, name, "float32", "another dtype");
     return static_cast<float*>(x.data);
@@ -27,7 +27,7 @@ Options options_of(const char* op, const OptionOperands& o) {
             o.activation};
 }
 
-// A large tensor of a call, and how many channels it has.
+// A tensor [N, C, ...] of a call, and how many channels it has.
 struct Image {
     const char* name;
     const Operand& operand;

@@ -1,9 +1,9 @@
-// Which kernels GroupNorm takes, from shape, layout, dtype and chip alone.
+// Chooses the kernels of GroupNorm by shape, layout, dtype and chip alone.
 //
-// A tile is what partials statistics and is read in rows: one group of a contiguous tensor, or a block of
-// channels (whole groups) of one sample where channels are last. It is resident in registers between the
-// statistics and the output, so that it is read once, by one warp, one block, or one cluster of
-// blocks; a larger tile is split over blocks and read twice, the second time from L2.
+// A tile is the part of x whose statistics are computed together: one group of a contiguous tensor, or a block of
+// channels (whole groups) of one sample where channels are last. It is read in rows. It is resident in registers
+// between the statistics and the output, so that it is read once, by one warp, one block, or one cluster of blocks; a
+// larger tile is split over blocks and read twice, the second time from L2.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ struct NormShape {
     int64_t samples, channels, pixels, groups;
     bool channels_last, aligned;  // aligned: every tensor starts at a multiple of 16 bytes
     DType dtype;
-    int64_t x_channels;  // the others, if any, are those of a second tensor
+    int64_t x_channels;  // the first channels, those of x; the others, if any, are those of skip
 
     DD_HOST_DEVICE int64_t group_channels() const { return channels / groups; }
     int64_t group_elements() const { return group_channels() * pixels; }
@@ -43,7 +43,7 @@ struct NormPlan {
     Regime regime;
     Access access;
     int resident;  // vectors in a thread's registers: 2, 4 or the most that fit
-    int cluster;   // blocks that partial a tile
+    int cluster;   // blocks that share a tile
     int splits;    // blocks that a tile is split over
     int tile_channels, tile_groups, group_channels;
     int columns;        // of a tile, in vectors; 1 unless channels are last
@@ -72,7 +72,8 @@ inline int64_t vectors_per_thread(int64_t rows, int64_t columns) {
     return rows_at_once == 0 ? 0 : ceil_div(rows, rows_at_once);
 }
 
-// Whether each of so many blocks has rows, where all but the last have the same number: an empty one has no mean.
+// Returns whether each of `blocks` blocks has rows, where all but the last have the same number: an empty block has no
+// mean.
 inline bool none_is_empty(int64_t rows, int64_t blocks) { return (blocks - 1) * ceil_div(rows, blocks) < rows; }
 
 // The smallest cluster that holds a tile in registers, or 0.
@@ -121,7 +122,8 @@ inline NormPlan tiled(const NormShape& shape, Regime regime, Access access, int6
     return plan;
 }
 
-// As many blocks to a tile as hold it in registers; more while the chip is not full and every thread keeps two vectors.
+// Sets as many blocks to a tile as hold it in registers, and more while the chip is not full and every thread keeps two
+// vectors.
 inline void choose_cluster(NormPlan& plan, int most_resident, const Chip& chip) {
     plan.cluster = fitting_cluster(plan.rows, plan.columns, most_resident, chip);
     while (2 * plan.cluster <= chip.max_cluster && plan.tiles * plan.cluster < chip.sm_count &&
@@ -137,7 +139,8 @@ inline void choose_cluster(NormPlan& plan, int most_resident, const Chip& chip) 
 inline NormPlan split_plan(const NormShape& shape, Access access, int64_t tile_channels, Direction direction,
                            const Chip& chip) {
     constexpr int64_t bytes_per_block = 64 << 10;
-    // Enough for a tile of the size of L2 to fill the chip; backward, a thread adds up what all of them leave.
+    // So many blocks let a tile of the size of L2 fill the chip. Backward takes fewer, since one thread adds up their
+    // sums.
     const int64_t most_splits = direction == Direction::forward ? 512 : 128;
     NormPlan plan = tiled(shape, Regime::split, access, tile_channels);
     int64_t tile_bytes = tile_channels * shape.pixels * shape.element_bytes();
@@ -189,7 +192,7 @@ inline NormPlan plan_norm(NormShape shape, Direction direction, const Chip& chip
     return plan;
 }
 
-// As the chip will run it: largest_cluster(plan) says how many blocks of its kernel can partial their memory.
+// Returns the plan as the chip can run it; largest_cluster(plan) says how many blocks of its kernel can form a cluster.
 template <class LargestCluster>
 NormPlan plan_to_run(const NormShape& shape, Direction direction, Chip chip, const LargestCluster& largest_cluster) {
     for (;;) {

@@ -128,7 +128,7 @@ struct Position {
     DD_DEVICE Index first_row() const { return begin + first_row_in_block(); }
     DD_DEVICE bool has(Index row) const { return active && row < end; }
 
-    // The offset of a row's vector in the whole tensor.
+    // Returns the offset of a row's vector in the whole tensor.
     DD_DEVICE int64_t element(Index row) const {
         if constexpr (access == Access::channels_last) {
             return first_element + static_cast<int64_t>(row) * static_cast<int>(shape.channels) + column * kLength;
@@ -156,7 +156,7 @@ struct Position {
         return access == Access::channels_last ? channel / plan.group_channels : 0;
     }
 
-    // The same where the tensor is the concatenation of x and skip.
+    // Locates the first element of a row's vector in the virtual concatenation of x and skip.
     DD_DEVICE ConcatElement concat_element(Index row) const {
         if constexpr (access == Access::channels_last) {
             const int64_t channel = first_channel + column * kLength;
@@ -202,12 +202,12 @@ struct Position {
     static constexpr bool kSameChannels = access == Access::channels_last;
 };
 
-// values[i], or `otherwise` where there are none.
+// Returns values[i], or `otherwise` where there are none.
 DD_DEVICE float parameter(const float* values, int64_t i, float otherwise) {
     return values == nullptr ? otherwise : values[i];
 }
 
-// The options of a channel, which is counted within the sample.
+// Returns the options of a channel, which is counted within the sample.
 DD_DEVICE ChannelOptions<float> channel_options(const Options& o, const NormShape& s, unsigned sample,
                                                 int64_t channel) {
     const int64_t i = sample * s.channels + channel;
@@ -215,8 +215,8 @@ DD_DEVICE ChannelOptions<float> channel_options(const Options& o, const NormShap
             parameter(o.scale, i, 0.0f), parameter(o.shift, i, 0.0f)};
 }
 
-// 1 / sqrt(v) to half an ulp and a little: one step of Newton's method, with an exact residual, from the value of two
-// roundings, which stays where the step gives NaN (v is 0 or inf).
+// Returns 1 / sqrt(v) to half an ulp and a little: one step of Newton's method, with an exact residual, from the value
+// of two roundings, which stays where the step gives NaN (v is 0 or inf).
 DD_DEVICE float reciprocal_sqrt(float v) {
     const float r = 1.0f / sqrt(v), product = v * r;
     const float residual = fma(-product, r, 1.0f) - fma(v, r, -product) * r;

@@ -70,7 +70,7 @@ struct Resident {
         visit_x(position, [&](int i, int64_t element) { packs[i].store(sum, element); });
     }
 
-    // For each position in the vector, first the mean, then the deviations from it.
+    // Computes the moments at each position in the vector: first the mean, then the deviations from it.
     DD_DEVICE Moments<kLength> moments(const Position& position, const float* pre_shift) const {
         Moments<kLength> m;
         const Index left = position.has(first) ? (position.end - first - 1) / position.step + 1 : 0;

@@ -1,5 +1,5 @@
-// GroupNorm with its shifts and scales, and their gradients; common/activation.h has what follows. Read once per
-// instruction set.
+// GroupNorm with its shifts and scales, and their gradients; common/activation.h has the activation that follows. Read
+// once per instruction set.
 
 #include "common/host_device.h"
 

@@ -80,7 +80,7 @@ void run(const Pass& pass) {
     }
 }
 
-// How to divide a call's tensors.
+// Returns how a call's tensors are divided into tiles.
 inline Tiling tiling_of(const Shape& s) {
     if (s.samples * s.channels * s.pixels == 0) return {0, s.channels};
     // With one pixel both layouts are the same memory, and vectors run along the channels.

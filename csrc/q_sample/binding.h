@@ -1,4 +1,4 @@
-// torch.ops.dd_kernels.q_sample, checked; run(arguments, x_start) is what a device does with it.
+// Registers torch.ops.dd_kernels.q_sample, with checks; run(arguments, x_start) runs a checked call on a device.
 #pragma once
 
 #include "common/tensor_checks.h"

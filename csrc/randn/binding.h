@@ -1,4 +1,4 @@
-// torch.ops.dd_kernels.randn, checked; run(arguments, z) is what a device does with it.
+// Registers torch.ops.dd_kernels.randn, with checks; run(arguments, z) runs a checked call on a device.
 #pragma once
 
 #include "common/tensor_checks.h"

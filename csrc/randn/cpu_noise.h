@@ -100,7 +100,7 @@ DD_INLINE void transpose(const float* rows, int64_t channels, int64_t pixels, fl
     }
 }
 
-// As above, for a number of channels that the compiler knows: it then shuffles whole vectors.
+// Transposes rows of a number of channels that the compiler knows, so that it shuffles whole vectors.
 template <int channels>
 DD_INLINE void transpose(const float* rows, int64_t pixels, float* z) {
     for (int64_t p = 0; p < pixels; ++p) {

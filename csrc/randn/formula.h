@@ -14,7 +14,7 @@ DD_HOST_DEVICE auto minus_two_log_uniform(Word radius_word) {
     return minus_two_log(minus_two_uniform(radius_word));
 }
 
-// The point at the angle 2 pi v on the circle around 0.
+// Computes the point at the angle 2 pi v on the circle of the given radius around 0.
 template <class Value, class Word>
 DD_HOST_DEVICE void on_circle(Value squared_radius, Word angle_word, Value& z0, Value& z1) {
     Value sine, cosine;

@@ -28,7 +28,7 @@ FORMAT = 2
 READABLE = (1, FORMAT)  # files of format 1 have no checksum
 KEY, KIND = "dd_kernels", "model"
 STATE = "training."
-# Of a schedule's length, which a header may say what it likes of; DDPM has 1,000.
+# The greatest length of a schedule, since a header can state any number; DDPM has 1,000.
 MOST_TIMESTEPS = 1_000_000
 
 
@@ -51,7 +51,7 @@ class ModelInfo:
         schedule, num_timesteps: name in ``SCHEDULES`` and T of the forward process that it was trained on.
         prediction: "epsilon", "x_start" or "v".
         classes: names of the classes, () if it has none.
-        training: options, steps done and loss of the training; for people, nothing reads it back.
+        training: options, steps done and loss of the training; for readers, no code uses it.
     """
 
     config: dict[str, Any]

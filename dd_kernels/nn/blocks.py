@@ -151,7 +151,7 @@ class ResBlock(nn.Module):
         h = self.norm1(x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        # norm2 adds conv1's bias, because it reads h anyway: that saves one pass over memory.
+        # norm2 adds conv1's bias, which saves a pass over memory, since norm2 reads h anyway.
         weight, conv_bias = self.conv1.weight, self.conv1.bias
         assert conv_bias is not None
         h = self.conv1._conv_forward(h, weight, None)

@@ -151,31 +151,31 @@ class UNetConfig:
 
     @property
     def factor(self) -> int:
-        """The image's side divided by that of the coarsest level."""
+        """Returns the image's side divided by that of the coarsest level."""
         return 2 ** (len(self.channels) - 1)
 
     @property
     def sinusoid_channels(self) -> int:
-        """Length of the sinusoidal timestep embedding."""
+        """Returns the length of the sinusoidal timestep embedding."""
         return self.channels[0] if self.embedding_channels is None else self.embedding_channels
 
     @property
     def embedding_width(self) -> int:
-        """Width of the time (and class) embedding that the residual blocks read."""
+        """Returns the width of the time (and class) embedding that the residual blocks read."""
         return 4 * self.sinusoid_channels if self.time_channels is None else self.time_channels
 
     @property
     def model_channels_out(self) -> int:
-        """Channels of the model's output, those of a learned variance included."""
+        """Returns the channels of the model's output, those of a learned variance included."""
         predicted = self.in_channels if self.out_channels is None else self.out_channels
         return predicted * (2 if self.learn_variance else 1)
 
     def heads(self, channels: int) -> int:
-        """Heads of an attention over ``channels``."""
+        """Returns the number of heads of an attention over ``channels``."""
         return self.num_heads if self.head_channels is None else channels // self.head_channels
 
     def has_attention(self, level: int) -> bool:
-        """Whether the level has self-attention."""
+        """Returns whether the level has self-attention."""
         return self.image_size >> level in self.attention_resolutions
 
 

@@ -28,7 +28,7 @@ class Sizes:
     elements_per_warp: int
 
 
-# Replace an entry to tune an op for a device. Sixteen elements per thread share what is worked out per sample.
+# Replace an entry to tune an op for a device. Sixteen elements per thread share what is computed once per sample.
 SIZES = {
     "randn": Sizes(1024, 512),
     "q_sample": Sizes(1024, 512),
@@ -45,12 +45,12 @@ class Launch:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a dense tensor (contiguous or channels_last) is not contiguous."""
+    """Returns whether a dense tensor (contiguous or channels_last) is not contiguous."""
     return not x.is_contiguous()
 
 
 def power_of_2(n: int) -> int:
-    """The smallest power of 2 that is at least ``n``."""
+    """Returns the smallest power of 2 that is at least ``n``."""
     return 1 << (n - 1).bit_length()
 
 
@@ -186,7 +186,7 @@ def sine_cosine(word):
 
 @triton.jit
 def fast_sine_cosine(word):
-    """The same to 2^-20.9 (PTX ISA) where NVIDIA has instructions for it."""
+    """Returns sin and cos of 2 pi word / 2^32, to 2^-20.9 (PTX ISA) where NVIDIA has instructions for them."""
     if ASSEMBLY:
         angle = word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-9  # pi / 2^31
         sine = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def _in_a_mode() -> bool:
-    """Whether torch's functions may do something else than usual in this thread."""
+    """Returns whether a mode, a transform or a device context changes what torch's functions do in this thread."""
     c = torch._C
     return (
         c._len_torch_dispatch_stack() > 0

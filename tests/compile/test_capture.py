@@ -104,7 +104,7 @@ def test_inference_mode():
 
 
 def test_a_batch_of_any_size_takes_few_graphs():
-    """One of the first size, one of any: batch 1 is a size of its own to Dynamo."""
+    """Dynamo captures one graph for the first size and one for any other; batch 1 is a size of its own."""
     model, _, _ = make("latent-diffusion")
     fast, report = compiled(model)
     for batch in (2, 3, 5, 7, 4):

@@ -186,7 +186,7 @@ def alike(op: str, a: Tensor, b: Tensor) -> bool:
 
 
 def call(ops: Any, op: str, given: Arguments) -> bool:
-    """Whether the op took the call, and then gave what it gives for copies."""
+    """Returns whether the op took the call; if so it must give what it gives for copies."""
     apart = copies(given)
     try:
         getattr(ops, op)(*given.values())

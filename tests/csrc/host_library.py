@@ -35,7 +35,7 @@ def build(sanitize: bool = False) -> Path:
 
 
 class Plan(NamedTuple):
-    """As in csrc/group_norm_silu/cuda_plan.h."""
+    """The fields of NormPlan in csrc/group_norm_silu/cuda_plan.h."""
 
     regime: str
     access: str
@@ -66,7 +66,7 @@ class HostLibrary:
         largest_cluster: int = 8,
         ptx_version: int = 90,
     ) -> None:
-        """The chip that kernels are planned for, and what they are compiled for; an H200 unless told otherwise."""
+        """Sets the chip that kernels are planned for, and the PTX that they are compiled to; by default an H200."""
         last = (ctypes.c_int(largest_cluster), ctypes.c_int(ptx_version))
         self._library.dd_host_chip(ctypes.c_int(sm_count), ctypes.c_int(major), ctypes.c_int64(l2_bytes), *last)
 
@@ -80,7 +80,7 @@ class HostLibrary:
         backward: bool = False,
         x_channels: int | None = None,
     ) -> Plan:
-        """How GroupNorm of x [N, C, ...] is cut for the chip that is set."""
+        """Returns the plan of GroupNorm of x [N, C, ...] for the chip that is set."""
         pixels = math.prod(shape[2:])
         numbers = [shape[0], shape[1], pixels, groups, channels_last, aligned, DTYPES.index(dtype), backward]
         numbers.append(shape[1] if x_channels is None else x_channels)
@@ -89,15 +89,15 @@ class HostLibrary:
         return Plan(REGIMES[plan[0]], ACCESSES[plan[1]], *plan[2:])
 
     def set_backwards(self, backwards: bool) -> None:
-        """Whether a block's last thread runs first, which a missing barrier does not survive."""
+        """Sets whether a block's last thread runs first, an order in which a missing barrier shows."""
         self._library.dd_host_backwards(ctypes.c_bool(backwards))
 
     def set_refuses(self, refuses: bool) -> None:
-        """Whether no kernel can be launched."""
+        """Sets whether every launch is refused."""
         self._library.dd_host_refuse(ctypes.c_bool(refuses))
 
     def launches(self, blocks: int) -> bool:
-        """Whether a grid of so many blocks is launched."""
+        """Returns whether a grid of so many blocks can be launched."""
         self._library.dd_host_launches.restype = ctypes.c_bool
         return self._library.dd_host_launches(ctypes.c_int64(blocks))
 

@@ -34,7 +34,7 @@ def run(op, given):
 
 @pytest.mark.parametrize("op", ["randn", "q_sample", "reverse_step"])
 def test_every_sample_may_start_anywhere(host, op):
-    """Reached by vectors of 16 bytes one that does not start at a multiple of them would end the process."""
+    """A sample that starts at no multiple of 16 bytes is read by elements: a vector access would end the process."""
     given = arguments(op)
     aligned = [v.clone() for v in run(op, given)]
     for name in [name for name, v in given.items() if isinstance(v, torch.Tensor) and v.shape == SHAPE]:
@@ -51,7 +51,7 @@ def test_an_index_beyond_the_table_gives_nan(host, op):
     given = arguments(op)
     index = "t" if op == "q_sample" else "step"
     tables = [name for name in ("rows", "timesteps") if name in given]
-    given |= {name: given[name][2:-2] for name in tables}  # numbers on either side
+    given |= {name: given[name][2:-2] for name in tables}  # the storage has numbers before and after the table
     given[index] = torch.tensor([-1, 5, len(given["rows"])])
     written = run(op, given)[0] if op == "q_sample" else torch.stack(run(op, given), 1)
     assert written[[0, 2]].isnan().all()
@@ -70,7 +70,7 @@ def test_more_samples_than_a_grid_has_rows(host):
 
 @pytest.mark.parametrize(("samples", "elements"), [(4100, 130), (2050, 3080), (2050, 3328)])
 def test_threads_take_turns_where_there_are_many_blocks(host, samples, elements):
-    """By elements, by vectors and by pairs of threads; the last turn is not every thread's."""
+    """Each thread handles several units, by elements, by vectors or in pairs; not every thread has a last one."""
     x, steps = torch.randn(samples, elements), torch.arange(samples) % 20
     for op in (
         lambda backend: dd.randn(x.shape, seed=1, backend=backend),

@@ -106,7 +106,7 @@ def memory_formats(shape):
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("chip", [H200, A100, TINY, NO_CLUSTERS], ids=["h200", "a100", "tiny", "no_clusters"])
 def test_workspace_suffices(host, chip, aligned):
-    """The workspace that Python allocates knows neither the chip nor where a tensor starts."""
+    """The workspace that Python allocates suffices whatever the chip is and wherever tensors start."""
     host.set_chip(**chip)
     fullest = {False: 0.0, True: 0.0}
     for channels in (3, 8, 60, 320, 1016, 3000, 40000):
@@ -140,7 +140,7 @@ def test_too_small_a_workspace_is_refused(host, missing):
 
 @pytest.mark.parametrize("which", range(4), ids=["of_one", "of_one_backward", "of_two", "of_two_backward"])
 def test_every_tensor_may_start_anywhere(host, which):
-    """Reached by vectors of 16 bytes one that does not start at a multiple of them would end the process."""
+    """A tensor that starts at no multiple of 16 bytes is read by elements: a vector access would end the process."""
     op = suite_of_two.OPERATORS[which % 2]
     arguments = [*suite.operators("cuda", "cpu"), *suite_of_two.operators("cpu")][which]
 
@@ -160,7 +160,7 @@ def test_every_tensor_may_start_anywhere(host, which):
 
 
 def test_one_channel_is_read_in_vectors(host):
-    """Contiguous and channels_last are one for it; element by element, its tiles would be split."""
+    """With one channel both layouts are the same memory; read element by element, its tiles would be split."""
     x, mean, rstd = torch.randn(2, 1, 8, 8), torch.empty(2, 1), torch.empty(2, 1)
     torch.ops.dd_kernels.group_norm_silu(*call(x, 1, {})[:9], torch.empty_like(x), mean, rstd)
 
@@ -217,7 +217,7 @@ X_CHANNELS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_regime_of_two_inputs(kernel, host, case, dtype):
-    """A sum's second reader sees what the first has written; a concatenation is never made, backward neither."""
+    """The second pass reads the sum that the first has written; no concatenation is made, forward or backward."""
     shape, groups, channels_last, chip = CASES[case]
     host.set_chip(**chip)
     row = (1, 1, 1, 1, 1, 1, channels_last)

@@ -28,14 +28,14 @@ globals().update({name: f for name, f in _collect() if not any(word in name for 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_opcheck_of_two(host, which):
-    """With a residual and a skip, which only the CUDA library takes."""
+    """Checks the ops with a residual and a skip, which only the CUDA library takes."""
     op = test_group_norm_silu_of_two.OPERATORS[which]
     arguments = test_group_norm_silu_of_two.operators("cpu")[which]
     torch.library.opcheck(getattr(torch.ops.dd_kernels_host, op).default, arguments)
 
 
 def test_a_kernel_that_cannot_start_is_named(host):
-    """And the op raises, whichever of its kernels it was."""
+    """An op raises if any of its kernels cannot start, and the error names the op."""
     x = torch.randn(2, 8, 4, 4, requires_grad=True)
     norm = dd.group_norm_silu(x, 2, backend="cuda")
     schedule = dd.linear_schedule(10)
@@ -53,6 +53,6 @@ def test_a_kernel_that_cannot_start_is_named(host):
 
 
 def test_no_grid_is_cut_short(host):
-    """CUDA's sizes have 32 bits."""
+    """A grid that CUDA's 32-bit sizes cannot hold is refused."""
     assert host.launches(1)
     assert not any(host.launches(blocks) for blocks in (1 << 31, (1 << 32) + 1))

@@ -28,13 +28,13 @@ def rounded(value: Tensor, error: Tensor, dtype: torch.dtype, truncated: bool) -
 
 
 def q_sample_error(x: Tensor, z: Tensor, rows: Tensor, noise_error: float) -> Tensor:
-    """Of x_t before it is rounded to its dtype; rows [N, 2], ``noise_error`` that of z, if it was drawn."""
+    """Returns the error of x_t before it is rounded; rows [N, 2], ``noise_error`` is that of a drawn z."""
     signal, noise = (column.reshape(-1, *[1] * (x.ndim - 1)) for column in rows.unbind(1))
     return gamma(4) * ((signal * x).abs() + (noise * z).abs()) + noise.abs() * noise_error
 
 
 def _threshold_error(e0: Tensor, threshold: Tensor) -> Tensor:
-    """Of a quantile, which moves no further than the values do, and is interpolated in float32."""
+    """Returns the error of a quantile, which moves no further than the values do, and is interpolated in float32."""
     return e0.flatten(1).amax(1).reshape(threshold.shape) + gamma(4) * threshold
 
 

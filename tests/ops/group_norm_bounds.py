@@ -40,7 +40,7 @@ _GATES: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Te
 
 
 def activation_errors(z: Tensor, activation: Activation, fast: bool) -> tuple[Tensor, Tensor]:
-    """Of the value and of the derivative, computed for an exact z; ``fast``: by a GPU's special functions."""
+    """Returns the errors of the value and of the derivative for an exact z; ``fast``: by a GPU's special functions."""
     if activation == Activation.NONE:
         return torch.zeros_like(z), torch.zeros_like(z)
     gate, exponent = (f(z) for f in _GATES[activation])
@@ -127,7 +127,7 @@ class Errors:
         return total.sum(0) if over_samples else total
 
     def by_name(self) -> dict[str, Tensor]:
-        """Of y, dx and the gradients of the options."""
+        """Returns the bounds of y, dx and the gradients of the options by name."""
         factor, e_product = 1 + self.scale.abs(), self.e_dz * self.n.abs() + self.dz.abs() * self.e_n
         scaled, of_weight = self.dz * (1 + self.scale), self.dz * self.n * factor
         of_scale = self.dz.abs() * ((self.n * self.weight).abs() + self.bias.abs())

@@ -71,7 +71,7 @@ def errors(kernel, x, dy, groups, options, activation):
 
 
 def check(kernel, x, dy, groups, options, activation):
-    """Everything against float64; y and dx keep the layout."""
+    """Compares every result with float64, and checks that y and dx keep the layout."""
     x, dy = x.to(kernel.device), dy.to(kernel.device)
     options = {name: v.to(kernel.device) for name, v in options.items()}
     wide = {name: v.double() for name, v in options.items()}

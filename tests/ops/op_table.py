@@ -44,13 +44,13 @@ class Row:
     scale: float = 1.0  # of the inputs after the first, so that no derivative overflows float16
 
     def inputs(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> tuple[Tensor, ...]:
-        """The same values at every call."""
+        """Returns the inputs, with the same values at every call."""
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.randn(shape, generator=generator).to(dtype) for shape in self.shapes]
         return LAYOUTS[layout](drawn[0]), *(self.scale * v for v in drawn[1:])
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Relative to the largest element: arithmetic in float32, and the result rounded to ``dtype``."""
+        """Returns the error allowed, relative to the largest element: of arithmetic in float32, and the rounding."""
         return self.roundings * 2.0**-24 + torch.finfo(dtype).eps
 
 
@@ -119,7 +119,7 @@ ROWS = {
 
 
 def double(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same values in float64."""
+    """Returns the same values in float64."""
     return tuple(v.detach().double() for v in values)
 
 
@@ -159,7 +159,7 @@ def exported(row: Row, backend: str, inputs: tuple[Tensor, ...]) -> None:
 
 
 def traced(row: Row, backend: str, inputs: tuple[Tensor, ...]) -> None:
-    """By torch.jit.trace, which warns of every number that it takes for a constant.
+    """Calls the op traced by torch.jit.trace, which warns of every number that it takes for a constant.
 
     Its own check traces again with copies of the inputs, which have other strides than strided ones.
     """
@@ -193,7 +193,7 @@ def jvp(row: Row, backend: str, inputs: tuple[Tensor, ...]) -> None:
 
 
 def grad(row: Row, backend: str, inputs: tuple[Tensor, ...]) -> None:
-    """Of the sum of squares, by autograd and by torch.func."""
+    """Compares the gradient of the sum of squares, by autograd and by torch.func."""
     exact = torch.func.grad(lambda *v: row.plain(*v).square().sum(), tuple(range(len(inputs))))(*double(inputs))
     leaves = tuple(v.detach().clone().requires_grad_() for v in inputs)
     by_autograd = torch.autograd.grad(row.call(backend, *leaves).double().square().sum(), leaves)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import dd_kernels as dd
 
-# 1, 3, 10, 12 and 40 channels per group; one pixel, fewer than a vector, odd, several pieces.
+# 1, 3, 10, 12 and 40 channels per group; one pixel, fewer than a vector, odd, several tiles.
 SHAPES = [
     ((2, 12, 5, 5), 4),
     ((3, 40, 4, 4), 4),
@@ -76,7 +76,7 @@ def test_pre_shift_that_takes_large_means_away(kernel, channels_last, apart):
 @pytest.mark.parametrize("apart", [0, 1000])
 @pytest.mark.parametrize("channels_last", [0, 1])
 def test_gradients_where_pre_shift_takes_large_means_away(kernel, channels_last, apart):
-    """The CPU's kernels give back there too what rounding takes; the others' gradients are off by that."""
+    """The CPU's kernels account for the centre's rounding in gradients too; CUDA's and Triton's are off by it."""
     x, dy, options, activation = make((2, 12, 6, 8), torch.float32, (1, 1, 1, 0, 0, 1, channels_last), mean=0)
     options["pre_shift"] = 100 + (1 + apart) * options["pre_shift"]
     x = x - options["pre_shift"][:, :, None, None]
@@ -92,7 +92,7 @@ def test_gradients_where_pre_shift_takes_large_means_away(kernel, channels_last,
 
 
 def test_a_first_value_far_from_the_rest(kernel):
-    """Statistics must not hang on a shift read from the data."""
+    """Statistics must not depend on the first value as a shift: here it is far from all others."""
     for channels_last in (0, 1):
         x, dy, options, activation = make((2, 8, 12, 12), torch.float32, (1, 1, 0, 0, 0, 0, channels_last))
         x[:, ::2, 0, 0] = 1e4
@@ -102,7 +102,9 @@ def test_a_first_value_far_from_the_rest(kernel):
 @pytest.mark.parametrize("pre_shift", [0, 1])
 @pytest.mark.parametrize("channels_last", [0, 1])
 def test_a_sample_of_the_values_far_from_the_rest(kernel, channels_last, pre_shift):
-    """Nor on one taken here and there, as the CPU's kernels do: every place that they look at is an outlier."""
+    """Statistics must not depend on the few values that the CPU's kernels estimate the mean from: here all of them are
+    outliers.
+    """
     if kernel.interpreted:
         pytest.skip("Triton's kernels take no sample")
     x, _, options, _ = make((32, 8, 16, 16), torch.float32, (0, 0, pre_shift, 0, 0, 0, channels_last))
@@ -130,7 +132,7 @@ def test_large_groups_keep_their_accuracy(kernel):
 
 
 def test_samples_beyond_the_cache(kernel):
-    """Where channels are last, these are visited in the order of memory."""
+    """In channels_last, samples larger than the cache are visited in the order of memory."""
     if kernel.name != "cpu":
         pytest.skip("only the CPU's kernels take another way")
     for dtype in DTYPES:
@@ -238,7 +240,7 @@ def test_constant_shifted_input_leaves_nothing(kernel, shape):
 
 @pytest.mark.parametrize("value", [3.7, 3.7e22])
 def test_constant_input(kernel, value):
-    """However large: the square of a mean, which overflows, is not multiplied by a count of 0."""
+    """A constant is normalised to 0, however large it is: its square overflows, and must not meet a count of 0."""
     x = torch.full((2, 8, 5, 5), value, device=kernel.device)
     bias = torch.arange(8.0, device=kernel.device)
     y = dd.group_norm_silu(x, 4, None, bias, activation="none", backend=kernel.name)

@@ -26,7 +26,7 @@ def test_only_the_gradients_that_are_wanted(kernel, channels_last):
 @pytest.mark.parametrize("samples", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_on_any_number_of_threads(kernel, dtype, samples, channels_last):
-    """Both ways of dividing the work: by samples or groups, and by pieces of them."""
+    """The work is divided in both ways: by samples or groups, and by parts of them."""
     size = 50 if kernel.name == "cpu" else 6
     for groups in (1, 4):
         shape, row = (samples, 12, size, size), (1, 1, 1, 1, 1, 1, channels_last)

@@ -59,7 +59,7 @@ def results(x, residual, skip, dy, dsum, groups, options, activation, backend, f
 
 
 def check(kernel, x, residual, skip, dy, dsum, groups, options, activation):
-    """Everything against float64; the sum to the bit; layouts kept."""
+    """Compares every result with float64 and the sum to the bit, and checks that layouts are kept."""
     x, residual, skip, dy, dsum = (v if v is None else v.to(kernel.device) for v in (x, residual, skip, dy, dsum))
     options = {name: v.to(kernel.device) for name, v in options.items()}
     tensors = (x, residual, skip, dy, dsum)

@@ -21,7 +21,7 @@ def run(row, backend, dtype, layout, way):
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("row", ROWS)
 def test_ways(row, way):
-    """Of float32 in the usual layout, on the backend that auto takes."""
+    """Runs every way in float32 and the usual layout, on the backend that auto takes."""
     run(row, "auto", torch.float32, "contiguous", way)
 
 

@@ -173,7 +173,7 @@ def test_one_graph_on_cuda_tensors():
 
 
 def test_one_graph_forward_and_one_backward_in_training():
-    """Of a residual block with two norms: one kernel each forward, and one for the parameters more backward."""
+    """A residual block has two norms: one kernel each forward, and one more for the parameters backward."""
     assert checks()["training_graphs"] == {"forward": 2, "backward": 4}
 
 
@@ -232,7 +232,7 @@ def test_split_groups_of_shifted_means(kernel, channels_last, monkeypatch):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("case", SPLIT_CASES)
 def test_split_groups(case, memory_format, monkeypatch):
-    """What large groups run, at small sizes: forward and every gradient."""
+    """Runs the kernels of large groups at small sizes: forward and every gradient."""
     split_everything(monkeypatch)
     shape, groups = SPLIT_CASES[case]
     n, c = shape[:2]

@@ -1,3 +1,5 @@
+"""The tables of the samplers against the equations of their papers, in float64."""
+
 import itertools
 
 import numpy as np
@@ -218,7 +220,7 @@ def test_bad_input_gets_one_clear_error(call, message):
 
 @pytest.mark.parametrize("sampler", [dd.ddpm, dd.ddim])
 def test_zero_snr_and_epsilon_need_a_clip(sampler):
-    """0 / 0 otherwise: a NaN that only a sample would show."""
+    """Without a clip x_0 is 0 / 0, a NaN that only a sample would show."""
     schedule = dd.rescale_zero_terminal_snr(dd.linear_schedule(20))
     with pytest.raises(ValueError, match=r"prediction must be 'v' or 'x_start', or x_0 be clipped.*clip=None"):
         sampler(schedule, 10, clip=None, spacing="trailing")

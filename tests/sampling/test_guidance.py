@@ -1,3 +1,5 @@
+"""Classifier-free and classifier guidance against closed forms."""
+
 import math
 
 import pytest
@@ -59,7 +61,7 @@ def test_guided_sampling_extrapolates_from_the_unconditional():
 
 
 def gaussian_epsilon(x, t):
-    """Exact for data N(0, 1): x_t is N(0, 1) too, and epsilon its share of the noise."""
+    """The exact epsilon for data N(0, 1): x_t is N(0, 1) too, and epsilon its share of the noise."""
     return math.sqrt(1 - SCHEDULE.alpha_bar[int(t[0])]) * x
 
 

@@ -1,3 +1,5 @@
+"""sample and sample_progressive: distributions, noise, batches, peers and errors."""
+
 import math
 
 import numpy as np

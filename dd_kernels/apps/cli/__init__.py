@@ -26,7 +26,7 @@ COMMANDS = {"train": train, "sample": sample, "interpolate": interpolate, "evalu
 
 
 class _TerminatedError(BaseException):
-    """SIGTERM or SIGHUP came. Like KeyboardInterrupt it is no Exception, so that only :func:`main` catches it."""
+    """Raised by SIGTERM and SIGHUP. Like KeyboardInterrupt it is no Exception, so that only :func:`main` catches it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +64,7 @@ def _failed(command: str, status: int, message: object) -> int:
     return status
 
 
-def _says(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """Returns an error's text; that of an OSError is its reason and its file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {str(error.filename)!r}" if error.filename is not None else error.strerror
@@ -145,9 +145,9 @@ def _run(args: argparse.Namespace) -> int:
     except MemoryError:
         return _failed(args.command, 2, "the memory of this machine is too small; try a smaller --batch-size")
     except (ValueError, TypeError, OSError, OverflowError, RecursionError, BackendUnavailableError) as error:
-        return _failed(args.command, 2, _says(error))
+        return _failed(args.command, 2, _error_text(error))
     except RuntimeError as error:
-        # How torch says that the CPU's memory is too small, or that a size does not fit 64 bits.
+        # torch's messages where the CPU's memory is too small, and where a size does not fit 64 bits.
         if not any(words in str(error) for words in ("not enough memory", "can't allocate memory", "overflow")):
             raise
         return _failed(args.command, 2, f"the images take more memory than there is: {str(error).splitlines()[0]}")

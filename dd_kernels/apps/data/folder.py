@@ -19,7 +19,7 @@ from .pictures import GREY, Colour, load_image
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Left by macOS and Windows; names that begin with a dot (._x.png, .ipynb_checkpoints) are ignored as well.
 IGNORED = ("__MACOSX", "Thumbs.db", "desktop.ini")
-# As many broken images are named in a message.
+# A message names at most this many broken images.
 NAMED = 5
 
 

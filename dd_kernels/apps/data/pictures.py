@@ -49,7 +49,7 @@ def load_image(path: PathLike, size: int, channels: int = 3, background: Colour 
 
 
 def decode_image(content: bytes, name: str, size: int, channels: int = 3, background: Colour = GREY) -> Tensor:
-    """Returns the same for an image file in memory; ``name`` is for the error."""
+    """Returns what :func:`load_image` returns, for an image file in memory; ``name`` is for the error."""
     return decoded(lambda: Image.open(io.BytesIO(content)), len(content), name, size, channels, background)
 
 

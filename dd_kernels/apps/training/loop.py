@@ -22,7 +22,7 @@ from ..files import PathLike, check_writable, only_writer, remove_leftovers, res
 from .options import TrainOptions
 from .trainer import Trainer, TrainingDivergedError
 
-# Losses are read from the device once in so many steps, so that the device rarely waits for the host.
+# The number of steps between two reads of the losses, so that the device rarely waits for the host.
 READ_EVERY = 10
 # The target of a prediction has a variance of at most 1, so a loss of 1 is that of predicting nothing.
 DIVERGED = 10.0

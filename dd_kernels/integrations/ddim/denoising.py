@@ -45,7 +45,7 @@ def _run(x: Tensor, model: Model, table: StepTable, device: torch.device) -> tup
     for index, timestep in enumerate(table.timesteps.tolist()):
         t = torch.full((len(state),), float(timestep), device=device)
         out = model(state, t)
-        # They draw at every step, also where sigma is 0: whoever samples next must find the same state.
+        # DDIM's code draws at every step, also where sigma is 0: a later draw finds the generator in the same state.
         noise = torch.randn_like(state)
         state, x0 = reverse_step(state, out, table, index, noise=noise if table.stochastic else None, return_x0=True)
         xs.append(state.to("cpu"))

@@ -64,7 +64,8 @@ class DDIMScheduler(FusedSchedulerWithVelocity, _DDIMScheduler):
 
     def _ddim(self, stride: int, prediction: str, clip: tuple | None, eta: float, clipped: bool) -> rows.StepTable:
         prev = self._all_timesteps() - stride
-        if hasattr(self, "previous_timestep"):  # of a diffusers that steps to the next in its list, as DDPM does
+        # Some versions of diffusers step to the next timestep in the list, as DDPM does.
+        if hasattr(self, "previous_timestep"):
             for value in self._values:
                 prev[value] = int(self.previous_timestep(value))
         alpha_bar_prev = self._alpha_bar(prev)

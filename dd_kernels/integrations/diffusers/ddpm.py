@@ -81,7 +81,8 @@ class DDPMScheduler(FusedSchedulerWithVelocity, _DDPMScheduler):
         prev, known = t - 1, torch.ones_like(t, dtype=torch.bool)
         if self._has_list():
             values = self._values
-            following = dict(reversed(list(zip(values, [*values[1:], -1], strict=True))))  # of two alike, the first
+            # Reversed, so that the first of equal timesteps counts.
+            following = dict(reversed(list(zip(values, [*values[1:], -1], strict=True))))
             known = torch.tensor([value in following for value in t.tolist()])
             prev = torch.tensor([following.get(value, -1) for value in t.tolist()])
         step = Transition.between(self._alpha_bar_of_rows(), self._alpha_bar(prev))

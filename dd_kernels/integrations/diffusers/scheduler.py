@@ -90,12 +90,12 @@ class FusedScheduler:
 
     def _place_timesteps(self, device: torch.device | str | None) -> None:
         """Moves the timesteps, which set_timesteps made on the CPU, and draws the seed of their noise."""
-        # Around __setattr__, which would read the values back from the device; they are known already.
+        # Bypasses __setattr__, which would read the values back from the device; they are known already.
         object.__setattr__(self, "timesteps", self.timesteps.to(device))
         self._seed = self._drawn_seed()
 
     def _ends_below_0(self) -> bool:
-        """Whether timestep -1 is among the timesteps, as in some of diffusers' "trailing" spacings."""
+        """Returns whether timestep -1 is among the timesteps, as in some of diffusers' "trailing" spacings."""
         return -1 in self._values[:1] + self._values[-1:]
 
     def _all_timesteps(self) -> Tensor:
@@ -134,7 +134,7 @@ class FusedScheduler:
         return value % (steps + 1)
 
     def _watch(self, alphas_cumprod: Tensor) -> None:
-        """Notes how often it was written to in place; torch does not count for inference tensors."""
+        """Returns how often a tensor was written to in place; torch does not count for inference tensors."""
         self._counts_writes = not alphas_cumprod.is_inference()
         self._known_version = alphas_cumprod._version if self._counts_writes else 0
 

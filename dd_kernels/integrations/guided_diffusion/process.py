@@ -69,13 +69,13 @@ class Process:
         self.posterior_variance = self.fixed_variance = s.posterior_variance.copy()
         self.posterior_log_variance_clipped = self.fixed_log_variance = s.posterior_log_variance_clipped.copy()
         if self.model_var_type == ModelVarType.FIXED_LARGE:
-            # At t = 0 the small one, with which the decoder has a better likelihood.
+            # At t = 0 the variance is the small one, with which the decoder has a better likelihood.
             self.fixed_log_variance = np.append(s.posterior_log_variance_clipped[:1], self.log_betas[1:])
             self.fixed_variance = np.exp(self.fixed_log_variance)
 
     @property
     def _learned(self) -> bool:
-        """Whether the second half of the model's output is the variance."""
+        """Returns whether the second half of the model's output is the variance."""
         return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Sampler(Process):
         self, kind: str, x: Tensor, out: Tensor, t: Tensor, seed: int | None, first_sample: int, **table: Any
     ) -> dict[str, Tensor]:
         """Takes a step by one reverse_step, with noise from torch's generator or from the seed."""
-        # guided-diffusion draws at every step, also where sigma is 0: whoever samples next must find the same state.
+        # guided-diffusion draws at every step, also where sigma is 0: later draws find the same state.
         noise = torch.randn_like(x) if seed is None else None
         rows = self._table(kind, **table)
         noise = noise if rows.stochastic else None

@@ -83,7 +83,7 @@ class DDIMSampler(DDIMSchedule):
                 raise ValueError("score_corrector must be None for a model that predicts v")
             out = score_corrector.modify_score(self.model, out, x, t, c, **(corrector_kwargs or {}))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        # latent-diffusion draws at every step, also where sigma is 0: whoever samples next must find the same state.
+        # latent-diffusion draws at every step, also where sigma is 0: later draws find the same state.
         noise = torch.randn((1 if repeat_noise else x.shape[0], *x.shape[1:]), device=x.device).expand(x.shape)
         if noise_dropout > 0:
             noise = F.dropout(noise, p=noise_dropout)

@@ -15,7 +15,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * multiplier; int64 holds no 64-bit unsigned product, so by halves."""
+    """Returns the high and low 32 bits of a * multiplier, by halves, since int64 holds no 64-bit unsigned product."""
     high = (a * (multiplier >> 16) + ((a * (multiplier & 0xFFFF)) >> 16)) >> 16
     return high, (a * multiplier) & _MASK
 

@@ -1,4 +1,4 @@
-"""Commands as a user types them, with tiny models: what runs them, and what they must fail with."""
+"""Runs commands as a user types them, with tiny models, and checks what they fail with."""
 
 import pathlib
 
@@ -34,7 +34,7 @@ def fails(capsys, *arguments):
 
 
 def sample(models, *arguments, name="digits"):
-    """Draws, over what an earlier call has drawn."""
+    """Runs the command ``sample``, which may overwrite what an earlier call has drawn."""
     return run("sample", "--model", models[name], "--no-progress", "--overwrite", *arguments)
 
 

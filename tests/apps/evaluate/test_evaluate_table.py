@@ -74,7 +74,7 @@ class TestTable:
             sampler_table(SCHEDULE, "small", 10)
 
     def test_an_ideal_model_reaches_the_floor_by_ddim_only(self, judge):
-        """The figures mean something: 10 steps of DDIM draw digits, 10 of DDPM with the larger variance do not."""
+        """10 steps of DDIM reach the floor; 10 of DDPM with the larger variance do not."""
         model = IdealDenoiser(data.digits("train"), SCHEDULE)
         n = 100
         result = evaluate(

@@ -15,7 +15,7 @@ def random_gaussian(size, seed):
 
 class TestFrechet:
     def test_one_dimension(self):
-        """(m - m')^2 + (s - s')^2."""
+        """In one dimension the distance is (m - m')^2 + (s - s')^2."""
         assert frechet_distance([1.0], [[4.0]], [-2.0], [[9.0]]) == pytest.approx(9 + 1)
 
     def test_commuting_covariances(self):

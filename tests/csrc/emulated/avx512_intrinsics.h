@@ -59,7 +59,7 @@ EMULATED Ints blend(__mmask16 mask, Ints a, Ints b) {
     return a;
 }
 
-// The second operand where one is NaN, as the processor does.
+// Return the second operand where one is NaN, as the processor does.
 EMULATED Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 EMULATED Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 

@@ -105,7 +105,7 @@ struct Chip {
     int ptx_version = 90;     // that its kernels were compiled for
 };
 
-// One grid runs at a time, cluster by cluster.
+// The device: one grid runs at a time, cluster by cluster.
 struct Device {
     fibers::Scheduler scheduler;
     std::vector<Block> cluster;
@@ -133,7 +133,7 @@ inline void begin_block(Block& block, dim3 index, size_t shared_bytes) {
     block.running = blockDim.x;
 }
 
-// Of a block that has ended another in its cluster reads NaN.
+// Fills the shared memory of a block that has ended with NaN, which another block of its cluster then reads.
 inline void end_thread(Block& block) {
     if (--block.running == 0) std::fill(block.shared.begin(), block.shared.end(), static_cast<char>(0xff));
 }
@@ -244,7 +244,7 @@ void __stcs(T* p, T value) {
     *p = value;
 }
 
-// What common/cuda_device.cuh writes in PTX.
+// The functions that common/cuda_device.cuh writes in PTX.
 namespace dd::cuda {
 
 inline void store_16_bytes(void* p, uint4 words) { *static_cast<uint4*>(p) = words; }

@@ -22,7 +22,7 @@
 
 namespace fibers {
 
-// What AddressSanitizer must be told where one stack is left, and where the other is reached.
+// Tells AddressSanitizer that one stack is left for another, and that the other is reached.
 #ifdef __SANITIZE_ADDRESS__
 inline void leave_for(const void* stack, size_t bytes) { __sanitizer_start_switch_fiber(nullptr, stack, bytes); }
 inline void reached(const void** from, size_t* bytes) { __sanitizer_finish_switch_fiber(nullptr, from, bytes); }
@@ -61,7 +61,7 @@ public:
 
     int current() const { return current_; }
 
-    // The barrier's generation, which ends when all have arrived.
+    // Arrives at a barrier and returns its generation, which ends when all have arrived.
     static unsigned arrive(Barrier& barrier) {
         const unsigned generation = barrier.generation;
         if (++barrier.arrived == barrier.expected) {
@@ -73,7 +73,7 @@ public:
 
     void wait(Barrier& barrier) { wait(barrier, arrive(barrier)); }
 
-    // For the end of that generation.
+    // Waits for the end of a generation of the barrier.
     void wait(Barrier& barrier, unsigned generation) {
         if (barrier.generation != generation) return;
         Thread& thread = threads_[static_cast<size_t>(current_)];
@@ -88,7 +88,7 @@ public:
 private:
     static constexpr size_t kStackBytes = 128 * 1024;
 
-    // Entered by its context the first time and by a jump from then on, which costs no system call.
+    // A fiber, entered by its context the first time and by a jump from then on, which costs no system call.
     struct Fiber {
         ucontext_t context;
         jmp_buf where;
@@ -167,7 +167,7 @@ private:
         self->loop();
     }
 
-    // What a fiber does: threads that have not started, one after another, until it must leave for a waiting one.
+    // Runs in a fiber: starts threads that have not started, one after another, until a waiting one must go on.
     void loop() {
         for (;;) {
             Thread& thread = threads_[static_cast<size_t>(current_)];

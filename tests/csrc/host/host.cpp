@@ -1,4 +1,4 @@
-// What tests set and ask of the CUDA kernels on the host, through ctypes.
+// Functions by which tests control the CUDA kernels on the host, through ctypes.
 #include <cuda_runtime.h>
 
 #include <iterator>
@@ -11,19 +11,19 @@ static void nothing(int) {}
 #pragma GCC visibility push(default)
 extern "C" {
 
-// The chip that kernels are planned for.
+// Sets the chip that kernels are planned for.
 void dd_host_chip(int sm_count, int major, int64_t l2_bytes, int largest_cluster, int ptx_version) {
     host_cuda::device.chip = {sm_count, major, l2_bytes, largest_cluster, ptx_version};
     ++host_cuda::device.ordinal;
 }
 
-// Whether a block's last thread runs first.
+// Sets whether a block's last thread runs first.
 void dd_host_backwards(bool backwards) { host_cuda::device.backwards = backwards; }
 
-// Whether no kernel can be launched.
+// Sets whether every launch is refused.
 void dd_host_refuse(bool refuses) { host_cuda::device.refuses = refuses; }
 
-// Whether a grid of so many blocks is launched.
+// Returns whether a grid of so many blocks can be launched.
 bool dd_host_launches(int64_t blocks) try {
     dd::cuda::launch("nothing", &nothing, {blocks, 1, static_cast<int>(host_cuda::kWarp)}, nullptr, 0);
     return true;

@@ -97,7 +97,7 @@ def test_no_step_asks_the_device(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_step_of_theirs_does(name: str) -> None:
+def test_every_step_of_diffusers_asks_the_device(name: str) -> None:
     with pytest.raises((RuntimeError, NotImplementedError), match=r"item\(\)|nonzero\(\)|touches the host"):
         _denoise_on_device(getattr(theirs, name)(), {}, {})
 
