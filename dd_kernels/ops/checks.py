@@ -84,8 +84,7 @@ def visit(
     shape, device, on_cpu, contiguous = x.shape, x.device, x.is_cpu, x.is_contiguous()
     if not shape:
         raise ValueError(f"{names[0]} must be [N, ...], N samples; got a tensor of shape []")
-    records = torch.is_grad_enabled()
-    with_gradient, wide = records and x.requires_grad, x.dtype is _FLOAT64
+    with_gradient, wide = x.requires_grad, x.dtype is _FLOAT64
     for i, y in enumerate(tensors):
         if y is None or i == 0:
             continue
@@ -96,14 +95,15 @@ def visit(
             y = tensors[i] = _like(names[i], y, names[0], x)
             wide = wide or y.dtype is _FLOAT64
         contiguous = contiguous and y.is_contiguous()
-        with_gradient = with_gradient or (records and y.requires_grad)
+        with_gradient = with_gradient or y.requires_grad
     if output is not None:
         if output is not x:
             _check_output(names[-1], output, names[0], x)
             ordinary = ordinary and type(output) is Tensor
-        if records and output.requires_grad:
+        if output.requires_grad and torch.is_grad_enabled():
             check_not_leaf(names[-1], output)
             with_gradient = True
+    with_gradient = with_gradient and torch.is_grad_enabled()
 
     reason = None
     if wide or with_gradient:

@@ -32,7 +32,7 @@ _SCHEMAS = {
         "Tensor(g!)? partials=None, Tensor? skip=None, Tensor? dsum=None, Tensor(h!)? dskip=None) -> ()"
     ),
 }
-_ACTIVATION, _OPTION_COUNT = 8, 9  # x and the options, as both schemas and Arguments begin
+_OPTION_COUNT = 9  # x and the options, as both schemas and Arguments begin
 _DIFFERENTIABLE = ("x", "weight", "bias", "pre_shift", "scale", "shift", "skip")
 READ_TWO = ("cuda",)  # the backends whose kernels take a residual and a skip
 
@@ -249,13 +249,13 @@ def group_norm_silu(chosen: str, a: Arguments, ready: bool, needs_grad: bool) ->
     is_single = a.residual is None and a.skip is None
     if not is_single and chosen not in READ_TWO:
         return _joined(chosen, a, ready, needs_grad)
-    if not (ready and is_single and checks.dense(a.x) is a.x):
+    if not (ready and is_single and checks.is_dense(a.x)):
         a = _prepared(chosen, a)
     if needs_grad:
         return _GroupNormSiLU.apply(chosen, *a)
     if chosen == "cpu":  # nobody will read the statistics
         y = torch.empty_like(a.x)
-        FORWARD(*a[:_ACTIVATION], int(a.activation), y)  # to convert an IntEnum costs the op a microsecond
+        FORWARD(*a[:_OPTION_COUNT], y)
         return y
     y, total, _, _ = forward(chosen, a)
     return y if total is None else (y, total)

@@ -154,14 +154,14 @@ def reverse_step(
     if table.learned_variance:
         out, variance = _split(out, x, "out")
         uncond = None if uncond is None else _split(uncond, x, "uncond")[0]
-    elif out is None:  # visit() takes None for a tensor that is left out
-        check_float("out", out)
     if noise is not None and seed is not None:
         raise ValueError("only one of noise and seed may be given; got both")
     draws = noise is None and table.stochastic
     if draws and seed is None:
         raise ValueError("noise or seed must be given for a table that adds noise; got neither")
     tensors: list[Any] = [x, out, variance, uncond, noise]
+    if tensors[1] is None:  # which visit() takes for a tensor that is left out
+        check_float("out", out)
     names: tuple[str, ...] = _NAMES
     slots: tuple[Tensor, ...] = ()
     if table.history:
