@@ -73,7 +73,7 @@ class Graph:
 
     def replay(self) -> None:
         self.fake.replays += 1
-        with torch.no_grad():
+        with torch.inference_mode():  # which may write to what was made in it
             self.recorder.replay()
 
 
@@ -114,11 +114,11 @@ class FakeCuda:
     def graph(self, graph: Graph, capture_error_mode: str) -> Any:
         graph.recorder, self.capturing = Recorder(self.refused), True
         try:
-            with graph.recorder:
+            with torch.random.fork_rng([]), graph.recorder:  # nothing is drawn while capturing
                 yield
         finally:
             self.capturing = False
-        with torch.no_grad():
+        with torch.inference_mode():
             graph.recorder.end()
         self.captures += 1
         self.reserved += self.bytes_each

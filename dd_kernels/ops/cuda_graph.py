@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
 
 T = TypeVar("T")
 
@@ -47,7 +46,7 @@ class Capture(Generic[T]):
     The function runs twice before it is captured, as PyTorch asks; the state of random generators is then put back.
     """
 
-    def __init__(self, run: Callable[[], T], device: torch.device, inputs: list[Tensor]) -> None:
+    def __init__(self, run: Callable[[], T], device: torch.device, inputs: Any) -> None:
         self.inputs = inputs
         stream = cuda.Stream(device)
         stream.wait_stream(cuda.current_stream(device))

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..ops.reverse_step.table import StepTable
+from .captured import steps
 from .guidance import Model
 from .requests import Noise, Request, Step
 
@@ -41,6 +42,7 @@ def sample(
     callback: Callable[[Step], None] | None = None,
     progress: bool = False,
     backend: str = "auto",
+    cuda_graph: bool | str = "auto",
 ) -> Tensor:
     """Draws samples from a diffusion model with the sampler that ``table`` is.
 
@@ -65,6 +67,10 @@ def sample(
         callback: called with a :class:`Step` after every step, x0 included.
         progress: show a tqdm bar.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
+        cuda_graph: on CUDA, "auto" captures a module and its step as one CUDA graph at the first call and replays it
+            for every step, also with other seeds, conditions and tables of one length; a module that has changed is
+            captured anew. What cannot be captured, hooks and functions run as they are, and the log says why. True
+            captures functions too, whose Python code then runs at the capture alone; False captures nothing.
 
     Returns:
         The samples, of the shape and dtype of x_T. Neither ``shape_or_x`` nor an x that the model saw is written to.
@@ -75,14 +81,14 @@ def sample(
     """
     request = Request(
         model, shape_or_x, table, seed, first_sample, noise, generator,
-        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend,
+        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend, cuda_graph,
     )  # fmt: skip
     batches = request.batches(batch_size)
     results = []
     with _bar(len(table) * len(batches), progress) as bar:
         for batch in batches:
             x = request.start(batch)
-            for step in request.steps(x, batch, return_x0=callback is not None):
+            for step in steps(request, x, batch, return_x0=callback is not None):
                 bar.update()
                 x = step.x
                 if callback is not None:
@@ -109,14 +115,15 @@ def sample_progressive(
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
     backend: str = "auto",
+    cuda_graph: bool | str = "auto",
 ) -> Iterator[Step]:
     """As :func:`sample`, in one batch, but yields a :class:`Step` (index, timestep, x, x0) after every step."""
     request = Request(
         model, shape_or_x, table, seed, first_sample, noise, generator,
-        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend,
+        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend, cuda_graph,
     )  # fmt: skip
     (batch,) = request.batches(None)
     with _bar(len(table), progress) as bar:
-        for step in request.steps(request.start(batch), batch, return_x0=True):
+        for step in steps(request, request.start(batch), batch, return_x0=True):
             bar.update()
             yield step

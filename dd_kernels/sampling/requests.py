@@ -91,6 +91,7 @@ class Request:
     device: torch.device | str | None
     dtype: torch.dtype
     backend: str
+    cuda_graph: bool | str = "auto"
     source: _Source = field(init=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +101,8 @@ class Request:
             raise ValueError(f"guidance_rescale must lie in [0, 1]; got {self.guidance_rescale}")
         if not isinstance(self.table, StepTable):
             raise TypeError(f"table must be a StepTable, as ddpm() and ddim() make it; got {type(self.table).__name__}")
+        if self.cuda_graph not in (True, False, "auto"):
+            raise ValueError(f"cuda_graph must be True, False or 'auto'; got {self.cuda_graph!r}")
         given = isinstance(self.shape_or_x, Tensor)
         source = _Source.checked(self.table, self.noise, self.generator, self.seed, draws_x_T=not given)
         object.__setattr__(self, "source", source)
@@ -133,25 +136,40 @@ class Request:
         cut = {k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and len(v) == self.total}
         return {k: v[batch] if k in cut else v for k, v in kwargs.items()}
 
-    def steps(self, x: Tensor, batch: slice, return_x0: bool) -> Iterator[Step]:
-        """Runs the rows in order, from ``x``; yields after every step.
+    def arguments(self, batch: slice) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Returns the model's arguments for a batch, and those without the condition."""
+        uncond_kwargs = None if self.uncond_kwargs is None else self._of_batch(self.uncond_kwargs, batch)
+        return self._of_batch(self.model_kwargs or {}, batch), uncond_kwargs
+
+    def model_dtype(self, x: Tensor) -> torch.dtype:
+        """Returns the dtype that the model takes ``x`` in."""
+        parameter = float_parameter(self.model)
+        return x.dtype if parameter is None else parameter.dtype
+
+    def predict(
+        self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the model's output with the condition, or with the guidance applied, and that without, if any."""
+        out, uncond = predict(self.model, x.to(self.model_dtype(x)), t, kwargs, uncond_kwargs)
+        if uncond is not None and self.guidance_rescale:
+            return rescaled(out, uncond, self.guidance_scale, self.guidance_rescale, x.shape[1]), None
+        return out, uncond
+
+    def steps(
+        self, x: Tensor, batch: slice, return_x0: bool, first: int = 0, history: Sequence[Tensor] | None = None
+    ) -> Iterator[Step]:
+        """Runs the rows in order, from ``x`` at row ``first``, with that row's history; yields after every step.
 
         Every x is a new tensor: the model, the callback and the caller may have kept the one before.
         """
-        parameter = float_parameter(self.model)
-        model_dtype = x.dtype if parameter is None else parameter.dtype
-        kwargs = self._of_batch(self.model_kwargs or {}, batch)
-        uncond_kwargs = None if self.uncond_kwargs is None else self._of_batch(self.uncond_kwargs, batch)
+        kwargs, uncond_kwargs = self.arguments(batch)
         times = self.table.on(x.device).times
         sigmas = self.table.column("sigma").tolist()
         options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
-        options["history"] = self.table.history_like(x)
-        for index, timestep in enumerate(self.table.timesteps.tolist()):
+        options["history"] = self.table.history_like(x) if history is None else history
+        for index, timestep in enumerate(self.table.timesteps[first:].tolist(), first):
             t = times[index].expand(x.shape[0])
-            out, uncond = predict(self.model, x.to(model_dtype), t, kwargs, uncond_kwargs)
-            if uncond is not None and self.guidance_rescale:
-                out = rescaled(out, uncond, self.guidance_scale, self.guidance_rescale, x.shape[1])
-                uncond = None
+            out, uncond = self.predict(x, t, kwargs, uncond_kwargs)
             noise = self.source.of_step(index, x, batch) if sigmas[index] != 0 else None
             result = reverse_step(
                 x,
