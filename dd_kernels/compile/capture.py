@@ -19,6 +19,7 @@ from torch import fx
 from ..ops import cuda_graph
 from .convolution import find_convolutions, replace_convolutions
 from .cuda_graph import CudaGraphs, devices_of
+from .fused_convolution import Numbers
 from .identity import relax_views, remove_identities
 from .norm import fuse_norms
 from .report import GraphReport, Report
@@ -36,7 +37,7 @@ def rewrite(module: fx.GraphModule, accuracy: str = "default") -> GraphReport:
             identities += remove_identities(part.graph)
             found = find_convolutions(part.graph, accuracy)
             norms += fuse_norms(part.graph, channels_last=bool(found))
-            copies += replace_convolutions(part.graph, found, accuracy)
+            copies += replace_convolutions(part.graph, found, Numbers(accuracy))
             convolutions += len(found)
             relax_views(part.graph)
             part.graph.lint()

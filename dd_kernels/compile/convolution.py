@@ -1,11 +1,13 @@
-"""Rewrite: convolutions on a CPU run in channels_last by our kernel, with the residual that is added to them.
+"""Rewrite: convolutions on a CPU run in channels_last by our kernel, with the norm before them and the sum after.
 
     conv2d(x, weight, bias, stride, padding)      ->  conv2d in channels_last
     conv2d(h, weight, bias, stride, padding) + x  ->  conv2d with residual=x
+    conv2d(act(norm(x)), weight, ...)             ->  conv2d of x, which applies the norm as it reads x
 
-Equal without dilation or groups, where only the sum reads the convolution. It pays for 3 x 3 filters of stride 1; for
-others PyTorch's convolution is up to a fifth faster, and in channels_last less exact: they are ours where
-accuracy="high" is asked for. What follows keeps the layout, and what was contiguous where it leaves the graph stays so.
+Equal without dilation or groups, where only the sum reads the convolution, and only the convolution the norm. It pays
+for 3 x 3 filters of stride 1; for others PyTorch's convolution is up to a fifth faster, and in channels_last less
+exact: they are ours where accuracy="high" is asked for. What follows keeps the layout, and what was contiguous where it
+leaves the graph stays so.
 """
 
 from __future__ import annotations
@@ -15,15 +17,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from .. import backend
-from ..ops import conv2d
+from .fused_convolution import Numbers, channels_last_conv2d, norm_conv2d
+from .fused_norm import checked_norm
 from .graph import (
     ADD,
     Calls,
     argument,
     between,
+    elements,
     equal,
     hint,
     is_barrier,
@@ -51,20 +55,6 @@ class Convolution:
     node: fx.Node
     total: fx.Node | None = None
     residual: fx.Node | None = None
-
-
-def channels_last_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: tuple[int, int],
-    residual: Tensor | None,
-    accuracy: str,
-) -> Tensor:
-    """Calls :func:`dd_kernels.ops.conv2d` on x in channels_last, and leaves the result so."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    return conv2d(x, weight, bias, stride, padding, residual=residual, accuracy=accuracy)
 
 
 def _pair(value: Any) -> tuple[int, int] | None:
@@ -111,19 +101,35 @@ def find_convolutions(graph: fx.Graph, accuracy: str) -> list[fx.Node]:
     return [node for node in graph.nodes if node in _CONVOLUTIONS and _serves(node, accuracy)]
 
 
-def _replace(graph: fx.Graph, found: Convolution, accuracy: str) -> None:
+def _norm_before(node: fx.Node, last: fx.Node) -> fx.Node | None:
+    """Returns the norm whose result only this convolution reads, if it may be computed at ``last``."""
+    norm, weight = argument(node, 0, "input"), tensor(argument(node, 1, "weight"))
+    if norm.target is not checked_norm or only_user(norm) is not node or weight is None or elements(weight) == 0:
+        return None
+    read = tensor(norm.args[0])
+    if read is None or read.dtype != torch.float32 or elements(read) == 0:
+        return None
+    return None if any(is_barrier(other) for other in between(norm, last)) else norm
+
+
+def _replace(graph: fx.Graph, found: Convolution, numbers: Numbers) -> None:
     """Puts our convolution in the place of the node, or of its sum with the residual."""
     node, last = found.node, found.total or found.node
-    inputs = (argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias"))
+    x, filters = argument(node, 0, "input"), (argument(node, 1, "weight"), argument(node, 2, "bias"))
     stride, padding = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 4, "padding", 0))
     assert stride is not None
+    arguments = (*filters, stride[0], padding, found.residual, tuple(numbers))
+    norm = _norm_before(node, last)
     with graph.inserting_before(last):
-        result = graph.call_function(channels_last_conv2d, (*inputs, stride[0], padding, found.residual, accuracy))
+        if norm is None:
+            result = graph.call_function(channels_last_conv2d, (x, *arguments))
+        else:
+            result = graph.call_function(norm_conv2d, (norm.args, dict(norm.kwargs), *arguments))
     result.meta = {**node.meta, "example_value": tensor(last)}
     last.replace_all_uses_with(result)
-    graph.erase_node(last)
-    if last is not node:
-        graph.erase_node(node)
+    for covered in (last, node, norm):
+        if covered is not None and not covered._erased:
+            graph.erase_node(covered)
 
 
 def _keep_contiguous(graph: fx.Graph) -> int:
@@ -145,10 +151,10 @@ def _keep_contiguous(graph: fx.Graph) -> int:
     return copies
 
 
-def replace_convolutions(graph: fx.Graph, nodes: list[fx.Node], accuracy: str) -> int:
+def replace_convolutions(graph: fx.Graph, nodes: list[fx.Node], numbers: Numbers) -> int:
     """Replaces convolutions that :func:`find_convolutions` found; returns how many copies of layout are left."""
     copies = len({argument(node, 0, "input") for node in nodes if argument(node, 0, "input").op == "placeholder"})
     for node in nodes:
         pair = _residual_of(node)
-        _replace(graph, Convolution(node, *pair) if pair else Convolution(node), accuracy)
+        _replace(graph, Convolution(node, *pair) if pair else Convolution(node), numbers)
     return copies + _keep_contiguous(graph) if nodes else 0

@@ -71,8 +71,93 @@ def graph_of(model, *inputs):
 
 def test_the_residual_is_added_by_the_convolution():
     calls = graph_of(Block(), torch.randn(2, 32, 8, 8))
-    assert calls.count("channels_last_conv2d") == 2
+    assert calls.count("norm_conv2d") == 2
     assert "add" not in calls
+
+
+class Embedded(nn.Module):
+    """A residual block of guided-diffusion's kind: an embedding before a norm, another's scale and shift after it."""
+
+    def __init__(self, channels=32, activation=F.silu):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(8, channels) for _ in range(2))
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.activation = activation
+
+    def forward(self, x, embedding):
+        e = embedding[:, :, None, None]
+        h = self.convolutions[0](self.activation(self.norms[0](x + e)))
+        return x + self.convolutions[1](self.activation(self.norms[1](h) * (1 + e) + e))
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.mish, F.gelu])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_norm_is_applied_by_the_convolution(activation, layout):
+    model, x = Embedded(activation=activation), torch.randn(2, 32, 9, 7).contiguous(memory_format=layout)
+    embedding = torch.randn(2, 32)
+    calls = graph_of(model, x, embedding)
+    assert calls.count("norm_conv2d") == 2
+    assert "checked_norm" not in calls
+    torch._dynamo.reset()
+    check(model, x, embedding, count=2)
+
+
+class Read(nn.Module):
+    """A norm whose result something else may read, or that a write stands beside."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.norm, self.convolution = nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x * 1.5, self.norm, self.convolution)
+
+
+def read_twice(x, norm, convolution):
+    h = F.silu(norm(x))
+    return convolution(h) * 1.5 + h
+
+
+def used_twice(x, norm, convolution):
+    h = F.silu(norm(x))
+    return F.conv2d(h, h[:1, :, :3, :3].expand(4, -1, -1, -1), padding=1)
+
+
+def written_between(x, norm, convolution):
+    h = F.silu(norm(x))
+    x.mul_(2)
+    return convolution(h) * x
+
+
+@pytest.mark.parametrize("function", [read_twice, used_twice, written_between])
+def test_a_norm_that_something_else_needs_stays(function):
+    model, x = Read(function), torch.randn(2, 16, 6, 5)
+    calls = graph_of(model, x)
+    assert "norm_conv2d" not in calls
+    assert "checked_norm" in calls
+    torch._dynamo.reset()
+    check(model, x, count=1)
+
+
+def test_a_norm_of_another_dtype_stays():
+    """What the norm reads is then not what the convolution would."""
+    model, x = Read(lambda x, norm, convolution: convolution(F.silu(norm(x)))), torch.randn(2, 16, 6, 5)
+    model.norm.double()
+    model.function = lambda x, norm, convolution: convolution(F.silu(norm(x.double())).float())
+    assert "norm_conv2d" not in graph_of(model, x)
+
+
+def test_a_norm_and_convolution_under_other_backends_and_transforms():
+    model, x = Embedded(), torch.randn(2, 32, 9, 7)
+    run, embedding = compiled(model)[0], torch.randn(2, 32)
+    with torch.no_grad():
+        wanted = run(x, embedding)
+        with backends.use_backend("reference"):
+            other = run(x, embedding)
+    # Both are within 1e-5 of the exact result; only the kernels agree in every bit.
+    torch.testing.assert_close(other, wanted, rtol=0, atol=2e-5)
+    assert not other.equal(wanted)
 
 
 class Function(nn.Module):

@@ -1,4 +1,4 @@
-"""Calls randn, q_sample, reverse_step and group_norm_silu, as torch.ops has them, with tensors that are often wrong.
+"""Calls randn, q_sample, reverse_step, the norm and conv2d, as torch.ops has them, with tensors that are often wrong.
 
     python tests/csrc/fuzz_raw_ops.py CALLS SEED [LIBRARY]
 
@@ -17,14 +17,16 @@ import host_library
 import torch
 from torch import Tensor
 
+import dd_kernels.ops.conv2d
 import dd_kernels.ops.group_norm_silu
 import dd_kernels.ops.q_sample
 import dd_kernels.ops.randn
 import dd_kernels.ops.reverse_step  # noqa: F401
 
 OPS = ("randn", "q_sample", "reverse_step", "group_norm_silu", "group_norm_silu_backward")
+OPS_OF_A_CPU = ("group_norm_affine", "conv2d", "conv2d_weight_gradient")
 NORM_GRADIENTS = ("dx", "dweight", "dbias", "dpre_shift", "dscale", "dshift", "dskip")
-WRITTEN = ("z", "x_t", "noise_out", "x_prev", "x0", "y", "mean", "rstd", "sum", *NORM_GRADIENTS)
+WRITTEN = ("z", "x_t", "noise_out", "x_prev", "x0", "y", "mean", "rstd", "sum", "factor", "term", *NORM_GRADIENTS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OTHER_DTYPES = (torch.float64, torch.int64, torch.int32, torch.bool, torch.complex64)
 Arguments = dict[str, Any]
@@ -38,7 +40,7 @@ def tensor(shape: list[int], channels_last: bool, dtype: torch.dtype) -> Tensor:
 def norm_arguments(op: str) -> Arguments:
     """Arguments of the norm's forward or backward op; half of the time with a residual and a skip."""
     samples, groups, x_channels = random.choice([0, 1, 2, 3]), random.choice([1, 2]), random.choice([2, 4, 8])
-    of_two = random.random() < 0.5
+    of_two = op != "group_norm_affine" and random.random() < 0.5
     skips = random.choice([2, 8]) if of_two else 0
     pixels = random.choice([[], [7], [4, 5], [8, 8], [2, 3, 4]])
     channels, last, dtype = x_channels + skips, len(pixels) == 2 and random.random() < 0.5, random.choice(DTYPES)
@@ -56,6 +58,10 @@ def norm_arguments(op: str) -> Arguments:
     statistics = {"mean": torch.randn(samples, groups), "rstd": torch.rand(samples, groups) + 0.5}
     x, partials = image(x_channels), torch.zeros(1 << 12)
     skip, second = image(skips) if of_two else None, image(x_channels) if of_two else None
+    if op == "group_norm_affine":
+        last_one = options.popitem()
+        assert last_one[0] == "activation"
+        return {"x": x, **options, "factor": torch.zeros(samples, x_channels), "term": torch.zeros(samples, x_channels)}
     if op == "group_norm_silu":
         written = {"y": image(channels), **statistics, "partials": partials}
         return {"x": x, **options, **written, "residual": second, "skip": skip, "sum": x.clone() if of_two else None}
@@ -65,10 +71,33 @@ def norm_arguments(op: str) -> Arguments:
     return {"dy": image(channels), "x": x, **statistics, **options, **written, "partials": partials, **last_ones}
 
 
+def convolution_arguments(op: str) -> Arguments:
+    """Arguments of a convolution or of its weights' gradient."""
+    samples, channels, outputs = (random.choice([1, 2, 5, 17]) for _ in range(3))
+    size, top, left = random.choice([1, 3]), random.choice([0, 1]), random.choice([0, 1])
+    height, width, dtype = random.choice([3, 4, 9]), random.choice([3, 7, 8]), random.choice(DTYPES)
+    plain = op == "conv2d_weight_gradient"
+    stride, turned = (1, False) if plain else (random.choice([1, 2]), random.random() < 0.3)
+    size, turned = (3, False) if plain else (size, turned)
+    out = [samples, outputs, (height + 2 * top - size) // stride + 1, (width + 2 * left - size) // stride + 1]
+    x, y = tensor([samples, channels, height, width], True, dtype), tensor(out, True, dtype)
+    weight = tensor([channels, outputs, size, size] if turned else [outputs, channels, size, size], True, torch.float32)
+    if plain:
+        return {"dy": y, "x": x, "top": top, "left": left, "method": random.randrange(5), "dweight": weight}
+    affine = random.random() < 0.5
+    before = {name: torch.randn(samples, channels) if affine else None for name in ("scale", "shift")}
+    after = {"activation": random.randrange(5), "residual": y.clone() if random.random() < 0.5 else None}
+    bias = torch.randn(outputs) if random.random() < 0.5 else None
+    how = {"stride": stride, "top": top, "left": left, "turned": turned, "method": random.randrange(5)}
+    return {"x": x, "weight": weight, "bias": bias, **before, **after, **how, "bfloat16": False, "y": y}
+
+
 def right_arguments(op: str) -> Arguments:
     """Arguments that the op takes, by name and in the order of its schema."""
-    if op.startswith("group_norm_silu"):
+    if op.startswith("group_norm"):
         return norm_arguments(op)
+    if op.startswith("conv2d"):
+        return convolution_arguments(op)
     shape = [random.choice([0, 1, 2, 3, 5])]
     shape += random.choice([[], [7], [3, 4, 5], [4, 8, 8], [8, 4, 4], [1, 5, 3], [16, 9, 9]])
     channels_last = len(shape) == 4 and random.random() < 0.5
@@ -179,7 +208,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def alike(op: str, a: Tensor, b: Tensor) -> bool:
     """The same bits; of the norm's sums, whose order on a GPU follows from alignment, the same but for rounding."""
-    if not op.startswith("group_norm_silu") or a.numel() == 0:
+    if not op.startswith("group_norm") or a.numel() == 0:
         return same_bits(a, b)
     a, b = (v.double().nan_to_num(posinf=7.0, neginf=7.0) for v in (a, b))
     return bool((a - b).abs().max() <= b.abs().max() * 2.0**-7)
@@ -208,9 +237,9 @@ def main(calls: int, seed: int, library: str | None = None) -> None:
         host_library.define_ops()
         torch.ops.load_library(library)
         ops = torch.ops.dd_kernels_host
-    taken = 0
+    taken, names = 0, OPS if library is not None else OPS + OPS_OF_A_CPU
     for _ in range(calls):
-        op = random.choice(OPS)
+        op = random.choice(names)
         given = right_arguments(op)
         for _ in range(random.choice([0, 1, 1, 1, 2])):
             spoil(given)

@@ -13,7 +13,13 @@ from ..activation import activation_of
 from . import op, reference
 from .reference import Padding
 
-_METHODS = {"fast": op.Method.FASTEST, "default": op.Method.FASTEST, "high": op.Method.ACCURATE}
+ACCURACIES = ("fast", "default", "high")
+
+
+def method_of(accuracy: str, products: str) -> op.Method:
+    """Returns the methods that the cost model may choose among; see :func:`conv2d`."""
+    exact = accuracy == "high" or (accuracy == "default" and products == "bfloat16")
+    return op.Method.ACCURATE if exact else op.Method.FASTEST
 
 
 def _padding_of(padding: int | Sequence[int]) -> Padding:
@@ -141,7 +147,7 @@ def conv2d(
     """
     sides = _padding_of(padding)
     _check(x, weight, bias, stride, sides, input_scale, input_shift, residual)
-    if accuracy not in _METHODS:
+    if accuracy not in ACCURACIES:
         raise ValueError(f"accuracy must be 'default', 'high' or 'fast'; got {accuracy!r}")
     if products not in ("float32", "bfloat16"):
         raise ValueError(f"products must be 'float32' or 'bfloat16'; got {products!r}")
@@ -152,10 +158,7 @@ def conv2d(
         z = reference.prologue(x, input_scale, input_shift, activation)
         return reference.conv2d(z, weight, bias, stride, sides, residual)
 
-    method = _METHODS[accuracy]
-    bfloat16 = products == "bfloat16"
-    if accuracy == "default" and bfloat16:
-        method = op.Method.ACCURATE
+    method, bfloat16 = method_of(accuracy, products), products == "bfloat16"
     if checks.needs_grad(x, weight, *options):
         x = reference.prologue(x, input_scale, input_shift, activation)
         y: Tensor = op.Conv2d.apply(x, weight, bias, residual, stride, sides, method, bfloat16)

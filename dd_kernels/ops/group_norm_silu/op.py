@@ -31,6 +31,11 @@ _SCHEMAS = {
         "Tensor(c!)? dbias=None, Tensor(d!)? dpre_shift=None, Tensor(e!)? dscale=None, Tensor(f!)? dshift=None, "
         "Tensor(g!)? partials=None, Tensor? skip=None, Tensor? dsum=None, Tensor(h!)? dskip=None) -> ()"
     ),
+    # The norm as a map of each channel of a sample, factor * x + term, for what reads x next; on a CPU.
+    "group_norm_affine": (
+        "(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? pre_shift, Tensor? scale, "
+        "Tensor? shift, Tensor(a!) factor, Tensor(b!) term) -> ()"
+    ),
 }
 _OPTION_COUNT = 9  # x and the options, as both schemas and Arguments begin
 _DIFFERENTIABLE = ("x", "weight", "bias", "pre_shift", "scale", "shift", "skip")
@@ -47,6 +52,7 @@ for _name, _schema in _SCHEMAS.items():
 
 # The overloads themselves: to look one up costs a microsecond per call.
 FORWARD = torch.ops.dd_kernels.group_norm_silu.default
+AFFINE = torch.ops.dd_kernels.group_norm_affine.default
 _BACKWARD = torch.ops.dd_kernels.group_norm_silu_backward.default
 
 

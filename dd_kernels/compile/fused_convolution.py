@@ -1,0 +1,85 @@
+"""What a rewritten graph calls for a convolution on a CPU: in channels_last, with the norm before it if there is one.
+
+A norm and its activation are applied as the convolution reads its input,
+
+    conv2d(activation(norm(x)))  =  conv2d(activation(factor x + term)),
+
+with factor and term [N, C] from the moments of x: the normalised tensor is neither written nor read. Factor and term
+are rounded once each, which is off by an ulp of term, the mean of x in standard deviations: what x's own rounding is
+worth. Where a gradient is asked for, the norm is a pass of its own, because the backward pass reads its result.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backend
+from ..ops import conv2d
+from ..ops.checks import transform_reason
+from ..ops.conv2d import method_of, op
+from ..ops.group_norm_silu.op import AFFINE
+from .fused_norm import checked_norm
+
+
+class Numbers(NamedTuple):
+    """How exact convolutions are: see ``accuracy`` and ``products`` of :func:`dd_kernels.ops.conv2d`."""
+
+    accuracy: str = "default"
+    products: str = "float32"
+
+
+def _records() -> bool:
+    """Returns whether a call must go by the public functions: it is recorded, transformed, or a backend is asked for.
+
+    What else these check, the rewrite has checked.
+    """
+    return torch.is_grad_enabled() or not backend.is_free() or transform_reason() is not None
+
+
+def _run(
+    x: Tensor,
+    before: tuple[Tensor | None, Tensor | None, int],
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: tuple[int, int],
+    residual: Tensor | None,
+    numbers: Numbers,
+) -> Tensor:
+    """Calls the kernel; ``before`` is what x passes first."""
+    (top, left), numbers = padding, Numbers(*numbers)
+    sides = (left, left, top, top)
+    method = method_of(*numbers)
+    return op.forward(x, weight, bias, *before, residual, stride, sides, method, numbers.products == "bfloat16")
+
+
+def channels_last_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: tuple[int, int],
+    residual: Tensor | None,
+    numbers: Numbers,
+) -> Tensor:
+    """Convolves x in channels_last, and leaves the result so."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not _records():
+        return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers)
+    return conv2d(x, weight, bias, stride, padding, residual=residual, **Numbers(*numbers)._asdict())
+
+
+def norm_conv2d(norm: tuple[Any, ...], options: dict[str, Any], *convolution: Any) -> Tensor:
+    """Does what :func:`channels_last_conv2d` does with the result of ``checked_norm(*norm, **options)`` as its x."""
+    x, num_groups, weight, bias, eps, activation = norm
+    x = x.contiguous(memory_format=torch.channels_last)
+    if _records():
+        return channels_last_conv2d(checked_norm(x, *norm[1:], **options), *convolution)
+    small = [None if (v := options.get(name)) is None else v.contiguous() for name in ("pre_shift", "scale", "shift")]
+    factor = torch.empty(x.shape[0], x.shape[1], dtype=torch.float32)
+    term = torch.empty_like(factor)
+    AFFINE(x, num_groups, weight, bias, eps, *small, factor, term)
+    return _run(x, (factor, term, activation), *convolution)
