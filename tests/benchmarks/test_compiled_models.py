@@ -1,15 +1,20 @@
 """The table of whole models: every model is known by name, and a row says what was captured."""
 
 import pytest
+import torch
 
-from benchmarks import compiled_models
+from benchmarks import compiled_models, public_models
+from dd_kernels.compile import GraphReport, NormReport, Report
 
 
 @pytest.mark.parametrize("name", ["latent-diffusion", "lucidrains"])
 def test_a_row(name):
-    found, norms, graphs, seconds, errors, one, two = compiled_models.row(name, [1, 2], False, False, at_least=0.0)
+    found, norms, why_not, graphs, seconds, errors, one, two = compiled_models.row(
+        name, [1, 2], False, False, at_least=0.0
+    )
     assert found == name
-    assert norms == ("8 / 8 / 0" if name == "latent-diffusion" else "0 / 0 / 0")
+    assert norms == ("8 / 8" if name == "latent-diffusion" else "0 / 0")
+    assert why_not == "-"
     assert graphs == "1"
     assert float(seconds) > 0
     ours, eager = map(float, errors.split(" / "))
@@ -17,6 +22,38 @@ def test_a_row(name):
     assert 0 < eager < 1e-3
     assert float(one) > 0
     assert float(two) > 0
+
+
+def test_why_not():
+    norms = [
+        NormReport(str(i), (), kept, left)
+        for i, (kept, left) in enumerate([(None, ()), ("small", ()), ("small", ("relu",))])
+    ]
+    report = Report(graphs=[GraphReport(tuple(norms), 0, 0, 0, 0.0)])
+    assert compiled_models.why_not(report) == "2: small; 1: relu"
+
+
+def test_a_large_model_runs_one_sample_and_only_where_it_is_named(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(compiled_models, "row", lambda name, batches, *rest: asked.append((name, batches)) or [name])
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    for names in (["vae 512", "glide"], []):
+        monkeypatch.setattr("sys.argv", ["compiled_models", *names])
+        compiled_models.main()
+    assert asked[:2] == [("vae 512", [1]), ("glide", [1, 8])]
+    assert [name for name, _ in asked[2:]] == list(public_models.MODELS)
+    assert "| vae 512 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*public_models.MODELS, *public_models.LARGE])
+def test_every_model_is_built_and_fits_its_inputs(name):
+    """On a device without memory, so that public widths cost nothing; the temporal decoder makes tensors on the CPU."""
+    of_blocks, on_cpu = name in public_models.STYLES, name == "temporal decoder"
+    for full in (False, True)[: 1 + (not of_blocks and not on_cpu)]:
+        with torch.device("cpu" if on_cpu else "meta"), torch.no_grad():
+            build = public_models.LARGE.get(name)
+            model, inputs_of = public_models.MODELS[name](full) if build is None else build()
+            assert model.eval()(*inputs_of(2)).shape[0] >= 2
 
 
 def test_an_unknown_model(capsys, monkeypatch):

@@ -47,7 +47,7 @@ class AdmBlock(nn.Module):
 
 
 class SwishBlock(nn.Module):
-    """latent-diffusion's and DDIM's repository: x * sigmoid(x) written out, the embedding added before the norm."""
+    """latent-diffusion's: x * sigmoid(x) written out, the embedding added before the norm."""
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
@@ -64,6 +64,19 @@ class SwishBlock(nn.Module):
         h = self.conv1(self.nonlinearity(self.norm1(x)))
         h = h + self.temb_proj(self.nonlinearity(emb))[:, :, None, None]
         return x + self.conv2(self.dropout(self.nonlinearity(self.norm2(h))))
+
+
+class DdimBlock(SwishBlock):
+    """DDIM's repository: as latent-diffusion's, between a strided convolution of padded maps and an interpolation."""
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__(channels, embedding)
+        self.down = nn.Conv2d(channels, channels, 3, stride=2)
+        self.shortcut = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = super().forward(self.down(F.pad(x, (0, 1, 0, 1))), emb)
+        return self.shortcut(x) + F.interpolate(h, scale_factor=2.0, mode="nearest")
 
 
 class GlideBlock(nn.Module):
@@ -161,6 +174,7 @@ CHANNELS, EMBEDDING, SIDE = 32, 16, 12
 STYLES: dict[str, tuple[type[nn.Module], int, dict[tuple[str, ...], int]]] = {
     "guided-diffusion": (AdmBlock, 2, {("silu",): 1, ("scale-shift", "silu"): 1}),
     "latent-diffusion": (SwishBlock, 2, {("silu",): 1, ("silu", "embedding"): 1}),
+    "ddim": (DdimBlock, 2, {("silu",): 1, ("silu", "embedding"): 1}),
     "glide": (GlideBlock, 2, {("silu",): 1, ("scale-shift", "silu"): 1}),
     "score_sde": (ScoreBlock, 2, {("silu",): 1, ("silu", "embedding"): 1}),
     "diffusion policy": (PolicyBlock, 1, {("mish",): 2}),
