@@ -93,6 +93,8 @@ def heun(
         schedule, prediction, clip, spacing, timesteps, learned_variance: as in :func:`dpm_solver`.
     """
     levels = visits(schedule, steps, spacing, timesteps)
+    if levels.alpha_bar[0] == 0:
+        raise ValueError("schedule must leave some signal at every visited timestep for Heun's slopes; got alpha_bar 0")
     level, after = levels.level, levels.after
     count = len(levels.times)
     euler_rows = rows.line_columns(level, after)

@@ -89,6 +89,16 @@ def rescaled(out: Tensor, uncond: Tensor, scale: float, amount: float, channels:
     return guided if out.shape[1] == channels else torch.cat((guided, out[:, channels:]), dim=1)
 
 
+def _noise_at(schedule: Schedule, t: Tensor) -> Tensor:
+    r"""\sqrt{1 - \bar\alpha} at t [N]; between timesteps the log of the signal-to-noise ratio is linear."""
+    signal, noise = schedule.on(t.device).rows.unbind(1)
+    if not t.is_floating_point():
+        return noise[t]
+    log_ratio, below = (noise / signal).log(), t.floor().long()
+    between = torch.lerp(log_ratio[below], log_ratio[t.ceil().long()], t - below)
+    return torch.sigmoid(2 * between) ** 0.5
+
+
 def classifier_guided(
     model: Model, log_probability: Callable[..., Tensor], schedule: Schedule, scale: float = 1.0
 ) -> Model:
@@ -112,7 +122,7 @@ def classifier_guided(
             x_in = x.detach().requires_grad_()
             gradient = torch.autograd.grad(log_probability(x_in, t, **kwargs).sum(), x_in)[0]
         channels = x.shape[1]
-        sigma = schedule.on(x.device).rows[t, 1].reshape(-1, *[1] * (x.ndim - 1))
+        sigma = _noise_at(schedule, t.to(x.device)).reshape(-1, *[1] * (x.ndim - 1))
         epsilon = out[:, :channels] - (scale * sigma * gradient).to(out.dtype)
         return epsilon if out.shape[1] == channels else torch.cat((epsilon, out[:, channels:]), dim=1)
 

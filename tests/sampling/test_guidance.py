@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dd_kernels as dd
-from dd_kernels.sampling.guidance import classifier_guided, predict
+from dd_kernels.sampling.guidance import classifier_guided, predict, rescaled
 
 SCHEDULE = dd.linear_schedule(1000)
 SHAPE = (3, 2, 4, 4)
@@ -89,3 +89,44 @@ def test_classifier_guidance_keeps_the_learned_variance_and_scale_0_the_model():
     assert torch.equal(out[:, 2:], learned(x, t)[:, 2:])
     assert not torch.equal(out[:, :2], learned(x, t)[:, :2])
     assert torch.equal(classifier_guided(learned, log_probability, SCHEDULE, scale=0.0)(x, t), learned(x, t))
+
+
+def test_classifier_guidance_between_timesteps():
+    """At a timestep's float it is that of the timestep, and it samples the same posterior."""
+    x, t = torch.randn(SHAPE), torch.full((3,), 400)
+    epsilon = lambda x, t: x  # noqa: E731
+    guided = classifier_guided(epsilon, lambda x, t: x.flatten(1).sum(1), SCHEDULE)
+    torch.testing.assert_close(guided(x, t.float()), guided(x, t), rtol=1e-5, atol=1e-5)
+    low, between, high = (float((x - guided(x, t + d))[0].flatten()[0]) for d in (0, 0.5, 1))
+    assert low < between < high
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_guidance_is_rescaled_to_the_conditional_deviation(channels):
+    """Eq. 15 and 16 of Lin et al. (2023); a learned variance behind the prediction stays."""
+    out, uncond = torch.randn(2, 3, channels, 4, 5).unbind(0)
+    guided = (uncond + 3.0 * (out - uncond))[:, :2]
+    full = rescaled(out, uncond, 3.0, 1.0, 2)
+    torch.testing.assert_close(full[:, :2].std((1, 2, 3)), out[:, :2].std((1, 2, 3)))
+    torch.testing.assert_close(rescaled(out, uncond, 3.0, 0.0, 2)[:, :2], guided)
+    torch.testing.assert_close(rescaled(out, uncond, 3.0, 0.25, 2)[:, :2], 0.25 * full[:, :2] + 0.75 * guided)
+    assert full[:, 2:].equal(out[:, 2:])
+    assert rescaled(out.half(), uncond.half(), 3.0, 1.0, 2).dtype is torch.float16
+
+
+def test_sample_rescales_guidance():
+    scale = {"model_kwargs": {"y": torch.ones(2)}, "uncond_kwargs": {"y": torch.zeros(2)}, "guidance_scale": 4.0}
+
+    def model(x, t, y):
+        return torch.tanh(x + y.reshape(-1, 1, 1, 1))
+
+    def run(amount):
+        return dd.sample(model, (2, 1, 4, 4), dd.ddim(SCHEDULE, 3), seed=0, guidance_rescale=amount, **scale)
+
+    def by_hand(x, t):
+        return rescaled(model(x, t, torch.ones(2)), model(x, t, torch.zeros(2)), 4.0, 0.7, 1)
+
+    torch.testing.assert_close(run(0.7), dd.sample(by_hand, (2, 1, 4, 4), dd.ddim(SCHEDULE, 3), seed=0))
+    assert not run(0.7).equal(run(0.0))
+    with pytest.raises(ValueError, match=r"guidance_rescale must lie in \[0, 1\]; got 1.5"):
+        run(1.5)

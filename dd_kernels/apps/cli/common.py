@@ -176,10 +176,12 @@ def clip(text: str) -> float | DynamicThreshold | None:
     return value
 
 
-def add_step_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+def add_step_arguments(parser: argparse.ArgumentParser, default: str, more_spacings: Sequence[str] = ()) -> None:
     """Adds --steps and --spacing."""
     parser.add_argument("--steps", type=count, help=f"model calls per image (default: {default})")
-    parser.add_argument("--spacing", choices=SPACINGS, help="(default: leading; linspace for ddpm)")
+    own = "; for few-step samplers their own" if more_spacings else ""
+    spacings = (*SPACINGS, *more_spacings)
+    parser.add_argument("--spacing", choices=spacings, help=f"(default: leading; linspace for ddpm{own})")
 
 
 def ddim_options(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.timesteps import SPACINGS
 from .. import data
 from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown, sampler_table
@@ -27,15 +28,16 @@ WRITERS: dict[str, Callable[..., str]] = {".md": markdown, ".json": as_json}
 
 
 def row(text: str) -> float | str:
-    """An argparse type: eta, or "fixed_large"."""
-    if text == LARGE:
+    """An argparse type: eta, "fixed_large", or a sampler for few steps."""
+    if text == LARGE or text in FEW_STEP_SAMPLERS:
         return text
     try:
         eta = float(text)
     except ValueError:
         eta = math.nan
     if not 0 <= eta <= 1:
-        raise argparse.ArgumentTypeError(f"must be numbers in [0, 1] or {LARGE}; got {text!r}")
+        names = ", ".join(FEW_STEP_SAMPLERS)
+        raise argparse.ArgumentTypeError(f"must be numbers in [0, 1], {LARGE} or {names}; got {text!r}")
     return eta
 
 
@@ -46,10 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--etas",
+        "--rows",
         type=row,
         nargs="+",
         default=ROWS,
-        help="the rows: DDIM's eta, or fixed_large for DDPM's larger variance (default: 0 0.2 0.5 1 fixed_large)",
+        help="the rows: DDIM's eta, fixed_large for DDPM's larger variance, or a sampler for few steps: "
+        f"{', '.join(FEW_STEP_SAMPLERS)} (default: 0 0.2 0.5 1 fixed_large dpm++)",
     )
     parser.add_argument(
         "-n",

@@ -14,6 +14,8 @@ import torch
 
 from ...ops.reverse_step.table import StepTable
 from ...samplers import ddim, ddpm
+from ...samplers.named import FEW_STEP_SAMPLERS
+from ...samplers.noise_levels import SIGMA_SPACINGS
 from ...sampling import sample
 from ..images import Output
 from . import common
@@ -25,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--num-samples", type=common.count, default=64, help="how many (default: 64)")
     common.add_output_arguments(parser, "samples.png")
     parser.add_argument("--columns", type=common.count, help="images per row of the grid (default: a square)")
-    parser.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="(default: ddim)")
-    common.add_step_arguments(parser, "50 for ddim, all of the model's for ddpm")
+    samplers = ("ddim", "ddpm", *FEW_STEP_SAMPLERS)
+    parser.add_argument("--sampler", choices=samplers, default="ddim", help="(default: ddim)")
+    defaults = "50 for ddim, all of the model's for ddpm, 10 for dpm++ and unipc, 25 for euler"
+    common.add_step_arguments(parser, defaults, SIGMA_SPACINGS)
     parser.add_argument("--eta", type=common.number, help="ddim: noise of each step, in [0, 1] (default: 0)")
     parser.add_argument("--variance", choices=("fixed_small", "fixed_large"), help="ddpm (default: fixed_small)")
     parser.add_argument("--clip", type=common.clip, default=1.0, help="x0 to this range, none or dynamic (default: 1)")
@@ -37,10 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
     """Returns the sampler that the arguments name."""
-    unfit = {"ddim": "variance", "ddpm": "eta"}[args.sampler]
-    if getattr(args, unfit) is not None:
-        raise ValueError(f"--{unfit} must be left out with --sampler {args.sampler}; got {getattr(args, unfit)}")
+    for option, owner in (("variance", "ddpm"), ("eta", "ddim")):
+        if args.sampler != owner and getattr(args, option) is not None:
+            raise ValueError(f"--{option} must be left out with --sampler {args.sampler}; got {getattr(args, option)}")
     schedule = loaded.info.make_schedule()
+    if args.sampler in FEW_STEP_SAMPLERS:
+        given = {"steps": args.steps, "spacing": args.spacing}
+        options = {name: value for name, value in given.items() if value is not None}
+        return FEW_STEP_SAMPLERS[args.sampler](schedule, prediction=loaded.info.prediction, clip=args.clip, **options)
     if args.sampler == "ddim":
         return ddim(schedule, eta=args.eta or 0.0, clip=args.clip, **common.ddim_options(loaded, args))
     return ddpm(

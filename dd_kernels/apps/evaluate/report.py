@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...samplers.named import FEW_STEP_SAMPLERS
 from .table import LARGE, Cell, Evaluation, row_name
 
 TITLES = {
@@ -51,11 +52,14 @@ def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
     facts = dataclasses.asdict(evaluation)
     parts = [f"**{title.format(**facts)}**\n\n{_grid(evaluation, name)}" for name, title in TITLES.items()]
     large = any(cell.row == LARGE for cell in evaluation.cells)
+    solvers = [row for row in dict.fromkeys(cell.row for cell in evaluation.cells) if row in FEW_STEP_SAMPLERS]
+    choose = f" {', '.join(map(str, solvers))}: noise levels of their own spacing." if solvers else ""
     notes = [
         f"{evaluation.samples} samples per cell, seed {evaluation.settings['seed']}, "
         f"timesteps {evaluation.settings['spacing']}, of {evaluation.settings['timesteps']}. "
         "eta 0 is DDIM, eta 1 is DDPM with the posterior variance"
-        + ("; DDPM's larger variance is beta of the steps taken." if large else "."),
+        + ("; DDPM's larger variance is beta of the steps taken." if large else ".")
+        + choose,
         f"Features: the {evaluation.features} inputs of the last layer of a classifier trained on real training "
         f"images, accuracy {evaluation.accuracy:.1%} on {evaluation.test_images} held-out ones; "
         f"sure is a probability of at least {evaluation.sure_probability:g}.",

@@ -16,19 +16,22 @@ from tqdm import tqdm
 from ...ops.reverse_step.table import StepTable
 from ...samplers.ddim import ddim
 from ...samplers.ddpm import ddpm
+from ...samplers.named import FEW_STEP_SAMPLERS
 from ...sampling.loop import sample
 from ...schedules import Schedule
 from .judge import FEATURES, SURE, Judge
 
 LARGE = "fixed_large"
 STEPS = (10, 20, 50, 100, 1000)
-ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, LARGE)
+ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, LARGE, "dpm++")
 SAMPLES = 200
 
 
 def row_name(row: float | str) -> str:
     """Returns the title of a row."""
-    return "DDPM, larger variance" if row == LARGE else f"eta {row:g}"
+    if isinstance(row, str):
+        return "DDPM, larger variance" if row == LARGE else row
+    return f"eta {row:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Cell:
     """One sampler at one number of steps.
 
     Attributes:
-        row: eta, or "fixed_large" for DDPM with its larger variance.
+        row: eta, "fixed_large" for DDPM with its larger variance, or a name of ``FEW_STEP_SAMPLERS``.
         steps: model calls per sample.
         distance: Fréchet distance to the held-out images.
         sure: share of the samples that the classifier is sure of.
@@ -90,16 +93,19 @@ def sampler_table(
 ) -> StepTable:
     """Returns DDIM with ``row`` as eta, or DDPM with its larger variance ("fixed_large"), on the same timesteps.
 
-    A learned variance is ignored: the row decides the variance.
+    A name of ``FEW_STEP_SAMPLERS`` is that sampler, on noise levels of its own spacing. A learned variance is ignored:
+    the row decides the variance.
 
     Raises:
-        ValueError: ``row`` is neither in [0, 1] nor "fixed_large"; steps or spacing do not fit the schedule.
+        ValueError: ``row`` is none of these; steps or spacing do not fit the schedule.
     """
+    if row in FEW_STEP_SAMPLERS:
+        return FEW_STEP_SAMPLERS[str(row)](schedule, steps, prediction=prediction, learned_variance=learned_variance)
     if row == LARGE:
         table = ddpm(schedule, steps, variance=LARGE, spacing=spacing, prediction=prediction)
         return dataclasses.replace(table, learned_variance=learned_variance)
     if isinstance(row, str):
-        raise ValueError(f"rows must be eta in [0, 1] or {LARGE!r}; got {row!r}")
+        raise ValueError(f"rows must be eta in [0, 1], {LARGE!r} or {', '.join(FEW_STEP_SAMPLERS)}; got {row!r}")
     return ddim(schedule, steps, eta=row, learned_variance=learned_variance, spacing=spacing, prediction=prediction)
 
 
@@ -142,9 +148,11 @@ def evaluate(
         judge: holds the real images, and the classifier in whose features samples are compared with them.
         n: samples per cell, at least 2.
         steps: the columns: model calls per sample, in [1, T].
-        rows: DDIM's eta in [0, 1], or "fixed_large": DDPM with the larger variance, \hat\sigma in the paper.
+        rows: DDIM's eta in [0, 1]; "fixed_large": DDPM with the larger variance, \hat\sigma in the paper; or a name of
+            ``FEW_STEP_SAMPLERS``, such as "dpm++".
         learned_variance: the model's output is [N, 2 C, ...]; its second half is ignored.
-        spacing: see :func:`dd_kernels.timestep_sequence`; "leading" is the paper's floor(c i).
+        spacing: of DDIM's and DDPM's timesteps, see :func:`dd_kernels.timestep_sequence`; "leading" is the paper's
+            floor(c i).
         seed: of the samples; all cells start from the same x_T.
         progress: show a tqdm bar.
         options: batch_size, model_kwargs, uncond_kwargs, guidance_scale, backend, as in :func:`dd_kernels.sample`.

@@ -39,18 +39,19 @@ class TestCommand:
         report = tmp_path / "report"
         assert printed == (report / "evaluation.md").read_text(encoding="utf-8")
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
-        rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "DDPM, larger variance"]
+        rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "DDPM, larger variance", "dpm++"]
         assert [line[0] for line in lines if line[0] and not line[0].startswith("-")] == rows * 3
         assert [line[1:] for line in lines if not line[0]] == [["2 steps", "3 steps"]] * 3
 
         found = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
-        etas = [0.0, 0.2, 0.5, 1.0, "fixed_large"]
+        etas = [0.0, 0.2, 0.5, 1.0, "fixed_large", "dpm++"]
         assert [(c["row"], c["steps"]) for c in found["cells"]] == [(row, s) for row in etas for s in (2, 3)]
         assert found["samples"] == 12
         assert found["settings"]["seed"] == 5
         assert found["run"]["backend"] in ("cpu", "reference")
         assert {"device", "threads", "torch", "numpy", "python", "model", "dtype", "guidance"} <= found["run"].keys()
         assert f"the floor is {found['floor']:.1f}" in printed
+        assert "dpm++: noise levels of their own spacing." in printed
         assert f"accuracy {found['accuracy']:.1%}" in printed
         assert sorted(p.name for p in report.iterdir()) == ["evaluation.json", "evaluation.md"]
 
@@ -91,7 +92,7 @@ class TestCommand:
     @pytest.mark.parametrize("overrides", [{"num_classes": None, "null_class": False}, {"learn_variance": True}])
     def test_other_models(self, run, tmp_path, overrides):
         model = tiny_model(tmp_path / "model.safetensors", **overrides)
-        assert run("--model", model, "--steps", "2", "--etas", "0", "fixed_large") == 0
+        assert run("--model", model, "--steps", "2", "--rows", "0", "fixed_large", "unipc", "euler_ancestral") == 0
 
     @pytest.mark.parametrize(
         ("overrides", "arguments", "message"),

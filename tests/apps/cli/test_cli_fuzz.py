@@ -40,13 +40,13 @@ FLAGS = {
     ),
 }
 GOOD = {
-    "--sampler": ["ddim", "ddpm"],
-    "--spacing": ["leading", "trailing", "linspace"],
+    "--sampler": ["ddim", "ddpm", "dpm++", "unipc"],
+    "--spacing": ["leading", "trailing", "linspace", "karras"],
     "--variance": ["fixed_large"],
     "--dtype": ["bf16"],
     "--classes": ["1,2"],
     "--npz-names": ["arr"],
-    "--etas": ["fixed_large"],
+    "--etas": ["fixed_large", "dpm++"],
     "--schedule": ["cosine"],
     "--prediction": ["v"],
     "--config": ["digits"],

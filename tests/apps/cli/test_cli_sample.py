@@ -52,6 +52,8 @@ def test_default_steps(models, capsys):
     assert "ddim with 20 steps" in capsys.readouterr().out  # the model has no 50 timesteps
     assert sample(models, "-n", 1, "--sampler", "ddpm") == 0
     assert "ddpm with 20 steps" in capsys.readouterr().out
+    assert sample(models, "-n", 1, "--sampler", "dpm++") == 0
+    assert "dpm++ with 10 steps" in capsys.readouterr().out
 
 
 def test_every_flag_of_sample_changes_the_samples(models):
@@ -65,6 +67,10 @@ def test_every_flag_of_sample_changes_the_samples(models):
             ["--spacing", "trailing"],
             ["--sampler", "ddpm"],
             ["--sampler", "ddpm", "--variance", "fixed_large"],
+            *(["--sampler", name] for name in ("dpm++", "dpm++sde", "unipc", "euler", "euler_ancestral")),
+            ["--sampler", "dpm++3m", "--steps", 6],  # fewer leave no step of third order
+            ["--sampler", "dpm++", "--spacing", "karras"],
+            ["--sampler", "dpm++", "--clip", 0.3],
             ["--clip", 0.3],
             ["--clip", "none"],
             ["--clip", "dynamic"],
@@ -76,8 +82,8 @@ def test_every_flag_of_sample_changes_the_samples(models):
         )
     ):
         assert sample(models, *fast, *flags, "--out", f"{i}.npz") == 0
-    seen = {pixels(f"{i}.npz").tobytes() for i in range(15)}
-    assert len(seen) == 15
+    seen = {pixels(f"{i}.npz").tobytes() for i in range(23)}
+    assert len(seen) == 23
 
 
 def test_batch_size_does_not_change_the_samples_and_first_sample_continues_them(models):
@@ -145,6 +151,9 @@ def test_classes_by_name_and_backend(models, tmp_path, capsys):
         (["--eta", "2"], "eta must lie in [0, 1]; got 2.0"),
         (["--eta", "nan"], "argument --eta: must be a number; got 'nan'"),
         (["--eta", "0", "--sampler", "ddpm"], "--eta must be left out with --sampler ddpm; got 0.0"),
+        (["--eta", "0", "--sampler", "dpm++"], "--eta must be left out with --sampler dpm++; got 0.0"),
+        (["--variance", "fixed_small", "--sampler", "unipc"], "--variance must be left out with --sampler unipc"),
+        (["--spacing", "karras"], "spacing must be one of linspace, leading, trailing, quadratic; got 'karras'"),
         (["--variance", "fixed_large"], "--variance must be left out with --sampler ddim; got fixed_large"),
         (["--clip", "-1"], "argument --clip: must be none, dynamic or a positive number; got '-1'"),
         (["--clip", "tight"], "argument --clip: must be a number; got 'tight'"),

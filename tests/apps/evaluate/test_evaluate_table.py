@@ -54,6 +54,9 @@ class TestTable:
         large = sampler_table(SCHEDULE, "fixed_large", 10, **options)
         assert torch.equal(large.rows, dd.ddpm(SCHEDULE, 10, variance="fixed_large", **options).rows)
         assert torch.equal(ddim.timesteps, large.timesteps)
+        solver = sampler_table(SCHEDULE, "dpm++", 10, learned_variance=True, **options)
+        assert torch.equal(solver.rows, dd.dpm_solver(SCHEDULE, 10, prediction="v").rows)
+        assert solver.learned_variance
 
     @pytest.mark.parametrize("row", [0.0, "fixed_large"])
     def test_learned_variance_plays_no_part(self, row):
