@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.randn import randn
 from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
+from .buffers import Buffers
 from .guidance import Model, device_of, float_parameter, predict, rescaled
 
 Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
@@ -160,13 +161,14 @@ class Request:
     ) -> Iterator[Step]:
         """Runs the rows in order, from ``x`` at row ``first``, with that row's history; yields after every step.
 
-        Every x is a new tensor: the model, the callback and the caller may have kept the one before.
+        No x is written to while anybody holds it: the model, the callback and the caller may have kept the one before.
         """
         kwargs, uncond_kwargs = self.arguments(batch)
         times = self.table.on(x.device).times
         sigmas = self.table.column("sigma").tolist()
         options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
         options["history"] = self.table.history_like(x) if history is None else history
+        buffers = Buffers()
         for index, timestep in enumerate(self.table.timesteps[first:].tolist(), first):
             t = times[index].expand(x.shape[0])
             out, uncond = self.predict(x, t, kwargs, uncond_kwargs)
@@ -181,7 +183,9 @@ class Request:
                 noise=noise,
                 seed=self.source.seed if noise is None else None,
                 first_sample=self.first_sample + batch.start,
+                x_prev=buffers.free(x),
                 **options,
             )
             x, x0 = result if isinstance(result, tuple) else (result, None)
+            buffers.keep(x)
             yield Step(index, timestep, x, x0)
