@@ -138,6 +138,8 @@ def _makers() -> dict[str, Callable[[Network], Forward]]:
         "dd_kernels, torch.compile": _by_our_compiler,
         "dd_kernels, accelerate": _accelerated,
         "dd_kernels, accelerate, high accuracy": partial(_accelerated, accuracy="high"),
+        "dd_kernels, accelerate, bfloat16": partial(_accelerated, dtype="bfloat16"),
+        "dd_kernels, accelerate, bfloat16, fast": partial(_accelerated, dtype="bfloat16", accuracy="fast"),
         "diffusers bfloat16": _bfloat16,
         "OpenVINO bfloat16": partial(_openvino, precision="bf16"),
     }

@@ -19,25 +19,24 @@ from torch import fx
 from ..ops import cuda_graph
 from .convolution import find_convolutions, replace_convolutions
 from .cuda_graph import CudaGraphs, devices_of
-from .fused_convolution import Numbers
+from .fused_convolution import FLOAT32, Numbers, numbers_of
 from .identity import relax_views, remove_identities
 from .norm import fuse_norms
 from .report import GraphReport, Report
 
 _log = logging.getLogger(__name__)
-ACCURACIES = ("default", "high")
-_OPTIONS = ("accuracy", "cuda_graphs", "inductor", "report")
+_OPTIONS = ("accuracy", "cuda_graphs", "dtype", "inductor", "report")
 
 
-def rewrite(module: fx.GraphModule, accuracy: str = "default") -> GraphReport:
-    """Rewrites a graph that Dynamo captured, and the graphs within it, in place; ``accuracy`` is the convolutions'."""
+def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
+    """Rewrites a graph that Dynamo captured, and the graphs within it, in place; ``numbers`` are the convolutions'."""
     started, identities, convolutions, copies, norms = time.perf_counter(), 0, 0, 0, []
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
             identities += remove_identities(part.graph)
-            found = find_convolutions(part.graph, accuracy)
+            found = find_convolutions(part.graph, numbers)
             norms += fuse_norms(part.graph, channels_last=bool(found))
-            copies += replace_convolutions(part.graph, found, Numbers(accuracy))
+            copies += replace_convolutions(part.graph, found, numbers)
             convolutions += len(found)
             relax_views(part.graph)
             part.graph.lint()
@@ -60,20 +59,19 @@ def dd_kernels(
         options: ``{"inductor": True}`` hands the rewritten graph on to Inductor; ``{"cuda_graphs": False}`` captures
             no CUDA graph, as is done otherwise on CUDA where no gradient is asked for; ``{"report": Report()}`` takes
             an entry per graph: see :class:`dd_kernels.compile.Report`; ``{"accuracy": "high"}`` makes convolutions on
-            a CPU at least as exact as eager's, see :func:`dd_kernels.ops.conv2d`.
+            a CPU at least as exact as eager's, see :func:`dd_kernels.ops.conv2d`; ``{"dtype": "bfloat16"}`` lets them
+            multiply in bfloat16, see :func:`dd_kernels.accelerate`.
 
     Raises:
-        ValueError: an option of another name, or another accuracy.
+        ValueError: an option of another name, or another accuracy or dtype.
     """
     options = options or {}
-    accuracy = options.get("accuracy", "default")
-    if accuracy not in ACCURACIES:
-        raise ValueError(f"accuracy must be one of {', '.join(map(repr, ACCURACIES))}; got {accuracy!r}")
+    numbers = numbers_of(options.get("accuracy", "default"), options.get("dtype"))
     unknown = [name for name in options if name not in _OPTIONS]
     if unknown:
         raise ValueError(f"options must be among {', '.join(map(repr, _OPTIONS))}; got {', '.join(map(repr, unknown))}")
     report: Report = options.get("report") or Report()
-    report.graphs.append(rewrite(module, accuracy))
+    report.graphs.append(rewrite(module, numbers))
     _log.info("%s", report)
     call: Any = module.forward
     graphs = CudaGraphs(module, report.notes) if options.get("cuda_graphs", True) and _has_gpu(example_inputs) else None

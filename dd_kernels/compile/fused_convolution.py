@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import backend
 from ..ops import conv2d
 from ..ops.checks import transform_reason
-from ..ops.conv2d import method_of, op
+from ..ops.conv2d import ACCURACIES, method_of, op
 from ..ops.group_norm_silu.op import AFFINE
 from .fused_norm import checked_norm
 
@@ -29,6 +29,22 @@ class Numbers(NamedTuple):
 
     accuracy: str = "default"
     products: str = "float32"
+
+
+FLOAT32 = Numbers()
+
+
+def numbers_of(accuracy: str, dtype: str | torch.dtype | None) -> Numbers:
+    """Returns the numbers that the options ``accuracy`` and ``dtype`` of a compiled model ask for.
+
+    Raises:
+        ValueError: another accuracy or dtype.
+    """
+    if accuracy not in ACCURACIES:
+        raise ValueError(f"accuracy must be one of {', '.join(map(repr, ACCURACIES))}; got {accuracy!r}")
+    if dtype not in (None, "bfloat16", torch.bfloat16):
+        raise ValueError(f"dtype must be None or 'bfloat16'; got {dtype!r}")
+    return Numbers(accuracy, "float32" if dtype is None else "bfloat16")
 
 
 def _records() -> bool:

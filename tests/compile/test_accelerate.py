@@ -182,8 +182,10 @@ def test_handed_on_to_inductor():
 
 def test_accuracy():
     model, x, emb = make("latent-diffusion", blocks=1)
-    with pytest.raises(ValueError, match=r"accuracy must be one of 'default', 'high'; got 'low'"):
+    with pytest.raises(ValueError, match=r"accuracy must be one of 'default', 'high', 'fast'; got 'low'"):
         dd.accelerate(model, accuracy="low")
+    with pytest.raises(ValueError, match=r"dtype must be None or 'bfloat16'; got torch.float16"):
+        dd.accelerate(model, dtype=torch.float16)
     with torch.no_grad():
         plain, exact = model(x, emb), copy.deepcopy(model).double()(x.double(), emb.double())
         dd.accelerate(model, accuracy="high")

@@ -8,6 +8,7 @@ from torch import nn
 from dd_kernels import backend as backends
 from dd_kernels.compile import Report
 from dd_kernels.compile import dd_kernels as dynamo_backend
+from dd_kernels.ops import conv2d
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
 
@@ -276,5 +277,41 @@ def test_accuracy_reaches_the_kernel():
     torch._dynamo.reset()
     results.append(check(model, x, count=1, accuracy="high"))
     assert not results[0].equal(results[1])
-    with pytest.raises(Exception, match="accuracy must be one of 'default', 'high'; got 'low'"):
+    with pytest.raises(Exception, match="accuracy must be one of 'default', 'high', 'fast'; got 'low'"):
         compiled(model, accuracy="low")[0](x[:1])
+
+
+@pytest.mark.parametrize("accuracy", ["default", "high", "fast"])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_products_of_bfloat16(accuracy, dtype, size, recorded):
+    """The compiled model is the op with the same options, also without Winograd."""
+    model = Function(lambda x, w: F.conv2d(x, w, padding=size // 2), 16, 16, size, size)
+    x = torch.randn(2, 16, 16, 16)
+    run, report = compiled(model, accuracy=accuracy, dtype=dtype)
+    with torch.set_grad_enabled(recorded):
+        actual = run(x)
+    assert convolutions(report) == 1
+    assert actual.equal(conv2d(x, model.weight, padding=size // 2, accuracy=accuracy, products="bfloat16"))
+
+
+def test_a_norm_before_products_of_bfloat16():
+    model, x, embedding = Embedded(), torch.randn(2, 32, 16, 16), torch.randn(2, 32)
+    run, report = compiled(model, dtype="bfloat16")
+    with torch.no_grad():
+        e = embedding[:, :, None, None]
+        h = conv2d(F.silu(model.norms[0](x + e)), model.convolutions[0].weight, padding=1, products="bfloat16")
+        h = h + model.convolutions[0].bias[:, None, None]
+        z = F.silu(model.norms[1](h) * (1 + e) + e)
+        wanted = x + conv2d(z, model.convolutions[1].weight, model.convolutions[1].bias, padding=1, products="bfloat16")
+        actual = run(x, embedding)
+    assert convolutions(report) == 2
+    # A rounding to bfloat16 that falls on the other side moves a product by 2^-8 of itself.
+    assert (actual - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+
+
+def test_another_dtype_is_refused():
+    model, x = Function(lambda x, w: F.conv2d(x, w, padding=1)), torch.randn(2, 16, 6, 5)
+    with pytest.raises(Exception, match="dtype must be None or 'bfloat16'; got 'float16'"):
+        compiled(model, dtype="float16")[0](x)

@@ -13,7 +13,7 @@ from ..activation import activation_of
 from . import op, reference
 from .reference import Padding
 
-ACCURACIES = ("fast", "default", "high")
+ACCURACIES = ("default", "high", "fast")
 
 
 def method_of(accuracy: str, products: str) -> op.Method:
