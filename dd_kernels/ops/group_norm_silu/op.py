@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks
+from ..tracing import untraced
 from . import reference
 from .arguments import Arguments
 
@@ -53,6 +55,7 @@ for _name, _schema in _SCHEMAS.items():
 # The overloads themselves: to look one up costs a microsecond per call.
 FORWARD = torch.ops.dd_kernels.group_norm_silu.default
 AFFINE = torch.ops.dd_kernels.group_norm_affine.default
+_UNTRACED = untraced(FORWARD)
 _BACKWARD = torch.ops.dd_kernels.group_norm_silu_backward.default
 
 
@@ -261,7 +264,7 @@ def group_norm_silu(chosen: str, a: Arguments, ready: bool, needs_grad: bool) ->
         return _GroupNormSiLU.apply(chosen, *a)
     if chosen == "cpu":  # nobody will read the statistics
         y = torch.empty_like(a.x)
-        FORWARD(*a[:_OPTION_COUNT], y)
+        (FORWARD if is_compiling() else _UNTRACED)(*a[:_OPTION_COUNT], y)
         return y
     y, total, _, _ = forward(chosen, a)
     return y if total is None else (y, total)

@@ -6,12 +6,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..checks import deliver, timestep_index, visit
 from ..randn.key import noise_key
 from ..tracing import as_traced
 from . import reference
-from .op import OP, Arguments
+from .op import OP, UNTRACED, Arguments
 from .table import MarginalTable
 
 _NAMES = ("x_start", "noise", "x_t")
@@ -108,7 +109,7 @@ def q_sample(
 
         triton.q_sample(Arguments(*call))
     else:
-        OP(*call)
+        (OP if is_compiling() else UNTRACED)(*call)
     if x_t is not None:
         result = deliver(result, x_t)
     if not return_noise:

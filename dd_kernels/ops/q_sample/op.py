@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..tracing import untraced
+
 torch.library.define(
     "dd_kernels::q_sample",
     "(Tensor x_start, Tensor? noise, Tensor rows, Tensor t, Tensor? key, Tensor(a!) x_t, Tensor(b!)? noise_out) -> ()",
@@ -27,6 +29,7 @@ def _(
 
 
 OP = torch.ops.dd_kernels.q_sample.default  # to look it up takes as long as a check
+UNTRACED = untraced(OP)
 
 
 class Arguments(NamedTuple):

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..tracing import untraced
+
 torch.library.define(
     "dd_kernels::reverse_step",
     "(Tensor x, Tensor out, Tensor? variance, Tensor? uncond, float guidance_scale, Tensor? noise, "
     "Tensor? threshold, Tensor rows, Tensor timesteps, Tensor step, Tensor? key, "
-    "Tensor(a!) x_prev, Tensor(b!)? x0, Tensor(c!)? even=None, Tensor(d!)? odd=None) -> ()",
+    "Tensor(a!) x_prev, Tensor(b!)? x0=None, Tensor(c!)? even=None, Tensor(d!)? odd=None) -> ()",
 )
 
 
@@ -29,7 +31,7 @@ def _(
     step: Tensor,
     key: Tensor | None,
     x_prev: Tensor,
-    x0: Tensor | None,
+    x0: Tensor | None = None,
     even: Tensor | None = None,
     odd: Tensor | None = None,
 ) -> None:
@@ -37,6 +39,7 @@ def _(
 
 
 OP = torch.ops.dd_kernels.reverse_step.default  # to look it up takes as long as a check
+UNTRACED = untraced(OP)
 
 
 class Arguments(NamedTuple):
