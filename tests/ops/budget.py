@@ -12,29 +12,6 @@ FAST_NORMAL_ERROR = NORMAL_ERROR + 6.67 * FAST_SINE_ERROR  # sqrt(2 ln 2^32) is 
 SENTINEL = 7.0
 
 
-def assert_within_budget(
-    actual: Tensor,
-    exact: Tensor,
-    plain: Tensor,
-    noise_scale: float = 0.0,
-    truncated: bool = False,
-    normal_error: float = NORMAL_ERROR,
-) -> None:
-    """The error against float64 is at most twice that of plain PyTorch, plus one rounding of the output.
-
-    ``noise_scale`` is what multiplies normals that the kernel drew itself, each ``normal_error`` off at most;
-    ``truncated`` says that the output was cut to its dtype rather than rounded.
-    """
-    assert actual.dtype == plain.dtype
-    assert actual.shape == exact.shape
-    assert not actual.isnan().any()
-    if actual.numel() == 0:
-        return
-    error, plain_error = ((x.double() - exact).abs().max() for x in (actual, plain))
-    rounding = exact.abs().max() * torch.finfo(actual.dtype).eps / (1 if truncated else 2)
-    assert error <= 2 * plain_error + rounding + noise_scale * normal_error
-
-
 def within_sentinels(shape: tuple[int, ...], dtype: torch.dtype, device: str, fill: float = float("nan")) -> Tensor:
     """A contiguous tensor of ``fill`` in the middle of a storage of sentinels, off any alignment."""
     size = torch.Size(shape).numel()
