@@ -64,7 +64,7 @@ def _whole_groups(
     )
     value = tl.load(x + base + place, mask=mask, other=0.0).to(tl.float32)
     added = channel_values(pre_shift, n * CHANNELS + channel, inside, 0.0, BLOCK_C)
-    count = (pixels * GROUP).to(tl.float32)
+    count = tl.cast(pixels * GROUP, tl.float32)
     mu = group_sum(tl.sum(value, 1) + pixels * added, GROUP, BLOCK_C) / count
     centred = tl.where(mask, centre(value, pre_shift, n * CHANNELS + channel, inside, mu, BLOCK_C), 0.0)
     # The mean of what is centred is the rounding error of mu, which matters where mu is much larger than the deviation.
@@ -153,7 +153,7 @@ def _combine_moments(
         count = tl.minimum(pixels - (first + s).to(tl.int64) * span, span).to(tl.float32)[:, None]
         part = tl.load(partials + first * 2 * CHANNELS, mask=mask, other=0.0)
         total += tl.where(mask, count * (part - pivot), 0.0)
-    elements = pixels.to(tl.float32) * GROUP
+    elements = tl.cast(pixels, tl.float32) * GROUP
     mu = pivot + tl.sum(total) / elements
 
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)

@@ -57,7 +57,7 @@ def _whole_groups_backward(
     by_dz = tl.sum(dz, 1)
     by_product = tl.sum(dz * xhat, 1)
     by_xhat = tl.sum(xhat if FULL else tl.where(mask, xhat, 0.0), 1)  # rows beyond the last channel are never stored
-    count = (pixels * GROUP).to(tl.float32)
+    count = tl.cast(pixels * GROUP, tl.float32)
     m1 = group_sum(gain * by_dz, GROUP, BLOCK_C) / count
     m2 = group_sum(gain * by_product, GROUP, BLOCK_C) / count
     result = input_gradient(xhat, dz, gain, reciprocal, m1, m2)

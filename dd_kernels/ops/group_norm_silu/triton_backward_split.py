@@ -93,7 +93,7 @@ def _combine_sums(
     by_xhat = sum_rows(at + 2 * CHANNELS, splits, inside, row, BLOCK_S, BLOCK_C)
 
     gain, _ = affine(weight, bias, scale, shift, n, channel, inside, CHANNELS, BLOCK_C)
-    pixel_count = pixels.to(tl.float32)
+    pixel_count = tl.cast(pixels, tl.float32)
     m1 = tl.sum(gain * by_dz) / (pixel_count * GROUP)
     m2 = tl.sum(gain * by_product) / (pixel_count * GROUP)
     tl.store(means + 2 * tl.program_id(0), m1)
