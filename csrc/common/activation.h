@@ -28,14 +28,18 @@ struct Identity {
     }
 };
 
-// silu(z) = z s with s = sigmoid(z) = 1 / e, e = 1 + e^-z; silu'(z) = s (1 + z (1 - s)).
-struct Silu {
+// What the activations that are made of s = sigmoid(z) share: e = 1 + e^-z, so that s = 1 / e.
+struct OfSigmoid {
     static constexpr bool kIdentity = false;
 
     template <class Value, int n>
     DD_HOST_DEVICE static void exponentials(const Value (&z)[n], Value (&e)[n]) {
         one_plus_exp_minus(z, e);
     }
+};
+
+// silu(z) = z s with s = sigmoid(z) = 1 / e, e = 1 + e^-z; silu'(z) = s (1 + z (1 - s)).
+struct Silu : OfSigmoid {
     template <class Value>
     DD_HOST_DEVICE static Value value(Value z, Value e) {
         return z / e;
@@ -49,13 +53,7 @@ struct Silu {
 
 // mish(z) = z tanh(ln(1 + e^z)). With s = sigmoid(z) and t = s (2 - s) = 1 - (1 - s)^2 that is z t / (2 - t), in which
 // nothing cancels or overflows, and mish'(z) = t / (2 - t) + 4 z s ((1 - s) / (2 - t))^2.
-struct Mish {
-    static constexpr bool kIdentity = false;
-
-    template <class Value, int n>
-    DD_HOST_DEVICE static void exponentials(const Value (&z)[n], Value (&e)[n]) {
-        one_plus_exp_minus(z, e);
-    }
+struct Mish : OfSigmoid {
     template <class Value>
     DD_HOST_DEVICE static Value value(Value z, Value e) {
         const Value s = 1.0f / e, t = s * (2.0f - s);
