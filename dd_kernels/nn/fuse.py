@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..ops import group_norm_silu
+from ..ops.activation import Activation
 from .fused import FusedSequential, is_watched
 
-_ACTIVATIONS = ("silu", "mish", "gelu", "gelu_tanh")
+_ACTIVATIONS = [activation.name.lower() for activation in Activation if activation != Activation.NONE]
 
 
 def _activation_of(norm: nn.Module, act: nn.Module) -> str | None:

@@ -6,6 +6,7 @@ from budget import DTYPES, sentinels_survive, within_sentinels
 from group_norm_cases import NAMES, ROWS, call, make, op, results
 
 import dd_kernels as dd
+from dd_kernels.ops.activation import Activation
 
 
 @pytest.mark.parametrize("channels_last", [0, 1])
@@ -122,7 +123,7 @@ def penalty_gradients(x, options, dtype, activation, backend, **more):
     return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)]
 
 
-@pytest.mark.parametrize("activation", ["none", "silu", "mish", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", [activation.name.lower() for activation in Activation])
 def test_second_derivatives(kernel, activation):
     x, residual, options, _ = make((2, 8, 5, 6), torch.float32, ROWS[0], device=kernel.device)
     for more in ({}, {"residual": residual}):
@@ -156,7 +157,7 @@ X = torch.zeros(2, 8, 3, 3)
         (ValueError, "eps must be at least 0; got nan", (X, 2), {"eps": float("nan")}),
         (
             ValueError,
-            "activation must be one of 'none', 'silu', 'mish', 'gelu', 'gelu_tanh'; got 'relu'",
+            "activation must be one of 'none', 'silu', .*; got 'relu'",
             (X, 2),
             {"activation": "relu"},
         ),

@@ -43,6 +43,7 @@ def bounds(z: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, torch
         density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
         distribution = 6 * U
         return z.abs() * distribution, distribution + (z * density).abs() * (EXP + (z * z + 5) * U)
+    assert activation == Activation.GELU_TANH, f"{activation.name} has no bound yet"
     v = 2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)  # v is 6 U off, which exp(v) multiplies by |v|
     s = torch.sigmoid(v)
     relative = EXP + (6 * v.abs() + 6) * U
