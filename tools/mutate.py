@@ -149,7 +149,13 @@ def mirrors(path: str, root: Path = ROOT) -> list[list[str]]:
     here = root.joinpath("tests", *folders)
     while not here.is_dir():
         here = here.parent
-    near = sorted({str(file.relative_to(root)) for name in names for file in here.glob(f"test_{name}*.py")})
+    places = (
+        [place for place in (here, *here.parents) if place.is_relative_to(root / "tests" / folders[0])]
+        if folders
+        else [here]
+    )
+    found = {file for place in places for name in names for file in place.glob(f"test_{name}*.py")}
+    near = sorted(str(file.relative_to(root)) for file in found)
     folder = [str(here.relative_to(root))]
     return [near] if near and not folders else [near, folder] if near else [folder]
 

@@ -234,6 +234,27 @@ def residual_read_before(x):
     return F.silu(y * early.mean()) + F.silu(y) + early
 
 
+def residual_scaled(x):
+    total = torch.add(x.sin(), x.cos(), alpha=2)
+    return F.silu(group_norm(total)) + total
+
+
+def residual_in_place(x):
+    total = x.sin()
+    total += x.cos()
+    return F.silu(group_norm(total)) + total
+
+
+def residual_of_a_number(x):
+    total = x.sin() + 2
+    return F.silu(group_norm(total)) + total
+
+
+def residual_subtracted(x):
+    total = x.sin() - x.cos()
+    return F.silu(group_norm(total)) + total
+
+
 def residual_that_broadcasts(x):
     total = x.sin() + x[:, :1]
     return F.silu(group_norm(total)) + total
@@ -256,6 +277,10 @@ TWO_INPUTS = {
     "residual": (residual_stream, ("silu", "residual")),
     "residual, the sum read before": (residual_read_before, ("residual",)),
     "residual that broadcasts": (residual_that_broadcasts, SILU),
+    "residual with a factor": (residual_scaled, SILU),
+    "residual added in place": (residual_in_place, SILU),
+    "residual of a number": (residual_of_a_number, SILU),
+    "residual subtracted": (residual_subtracted, SILU),
     "skip": (skip_connection, ("silu", "skip")),
     "skip read twice": (skip_read_twice, SILU),
     "skip along the rows": (skip_along_rows, SILU),

@@ -105,3 +105,14 @@ def test_a_float_timestep_is_a_type_error() -> None:
     for t in (1.0, torch.tensor(1.0)):
         with pytest.raises(TypeError):
             _ready("DDIMScheduler").step(X, t, X)
+
+
+def test_unclip_knows_which_steps_its_table_holds():
+    """Where the host knows the timesteps, the device does not look for the step's row."""
+    scheduler = _ready("UnCLIPScheduler")
+    first, second = scheduler._values[:2]
+    assert scheduler._pairs(first, None) == "adjacent"
+    assert scheduler._pairs(first, first - 1) == "adjacent"
+    assert scheduler._pairs(first, second) == "listed"
+    assert scheduler._pairs(first, second - 1) == (first, second - 1)
+    assert scheduler._pairs(None, second) is None
