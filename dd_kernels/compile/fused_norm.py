@@ -29,10 +29,7 @@ def per_sample(x: Tensor, *values: Tensor | None) -> Tensor:
 
 
 def fused_norm(x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, **options: Any) -> Any:
-    """Calls :func:`dd_kernels.group_norm_silu`; tokens [N, C, L] that lie as [N, L, C] are an image of one row."""
-    if x.ndim == 3 and not x.is_contiguous() and "skip" not in options and "residual" not in options:
-        y: Any = group_norm_silu(x.unsqueeze(2), num_groups, weight, bias, eps, **options)
-        return y.squeeze(2)
+    """Calls :func:`dd_kernels.group_norm_silu`."""
     return group_norm_silu(x, num_groups, weight, bias, eps, **options)
 
 

@@ -249,6 +249,19 @@ def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
+def image_of(x: Tensor) -> Tensor | None:
+    """Returns a video [N, C, D, H, W] or tokens [N, C, L] as an image, where that is a view in channels_last.
+
+    None of an image, and of what is contiguous or has other strides.
+    """
+    if x.ndim not in (3, 5) or x.is_contiguous():
+        return None
+    if x.ndim == 5 and not x.is_contiguous(memory_format=torch.channels_last_3d):
+        return None
+    image = x.unsqueeze(2) if x.ndim == 3 else x.flatten(2, 3)
+    return image if image.is_contiguous(memory_format=torch.channels_last) else None
+
+
 def dense(x: Tensor) -> Tensor:
     """``x`` itself where it is contiguous or channels_last, else a contiguous copy."""
     return x if is_dense(x) else x.contiguous()

@@ -114,7 +114,7 @@ def test_without_the_cpu_library(monkeypatch):
 
 
 @NEEDS_CPU_LIBRARY
-@pytest.mark.parametrize("style", ["guided-diffusion", "latent-diffusion", "diffusion policy", "video"])
+@pytest.mark.parametrize("style", ["diffusion policy", "video"])  # convolutions in 2-D take their norm along
 def test_a_model_in_inference_skips_the_checks(style, called):
     model, x, emb = make(style)
     fast = torch.compile(model, backend="dd_kernels")

@@ -8,8 +8,23 @@ from torch import Tensor
 
 from ... import backend as backends
 from ..activation import activation_of
+from ..checks import image_of
 from . import op, reference
 from .arguments import Arguments, check
+
+
+def _of_image(a: Arguments, image: Tensor, activation: str, backend: str) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns the results for a video or tokens, of which ``image`` is a view."""
+    x = a.x
+    residual, skip = (None if v is None else v.reshape(*v.shape[:2], *image.shape[2:]) for v in (a.residual, a.skip))
+    options = {"pre_shift": a.pre_shift, "scale": a.scale, "shift": a.shift, "residual": residual, "skip": skip}
+    result = group_norm_silu(
+        image, a.num_groups, a.weight, a.bias, a.eps, **options, activation=activation, backend=backend
+    )  # type: ignore[call-overload]  # the overloads tell a residual from None
+    if residual is None:
+        return result.unflatten(2, x.shape[2:-1]) if x.ndim > 3 else result.squeeze(2)
+    y, total = (v.unflatten(2, x.shape[2:-1]) if x.ndim > 3 else v.squeeze(2) for v in result)
+    return y, total
 
 
 @overload
@@ -86,8 +101,9 @@ def group_norm_silu(
     add and concatenate first.
 
     Args:
-        x: [N, C, ...], float32, bfloat16 or float16 (float64 on the reference); contiguous and
-            channels_last are kept, any strides are right. Statistics are float32 in every case.
+        x: [N, C, ...], float32, bfloat16 or float16 (float64 on the reference); contiguous and channels_last, that of
+            tokens [N, C, L] and of videos [N, C, D, H, W] too, are kept, any strides are right. Statistics are float32
+            in every case.
         num_groups: G, a divisor of C.
         weight, bias: [C], any float dtype.
         eps: added to the variance. 1e-5 in diffusers' U-Nets, 1e-6 in the original DDPM.
@@ -107,5 +123,7 @@ def group_norm_silu(
     act = activation_of(activation)
     a = Arguments(x, num_groups, weight, bias, eps, pre_shift, scale, shift, act, residual, skip)
     reason, ready, needs_grad = check(a)
+    if (image := image_of(x)) is not None:
+        return _of_image(a, image, activation, backend)
     chosen = backends.choose("group_norm_silu", backend, x.device, reason)
     return reference.group_norm_silu(a) if chosen == "reference" else op.group_norm_silu(chosen, a, ready, needs_grad)
