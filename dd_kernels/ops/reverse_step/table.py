@@ -179,6 +179,10 @@ def from_columns(
         # There is no quantile of x_0 = +-inf; a finite x_0 as large is clipped to the same.
         denominator = rows[:, COLUMNS.index("x0_den")]
         np.maximum(denominator, 2.0**-64, out=denominator)
-    steps = torch.from_numpy(timesteps.astype(np.int64))
-    model_times = None if times is None else torch.from_numpy(times.astype(np.float64))
-    return real(lambda: StepTable(torch.from_numpy(rows), steps, learned_variance, threshold, model_times))
+
+    def make() -> StepTable:
+        steps = torch.from_numpy(timesteps.astype(np.int64))
+        model_times = None if times is None else torch.from_numpy(times.astype(np.float64))
+        return StepTable(torch.from_numpy(rows), steps, learned_variance, threshold, model_times)
+
+    return real(make)
