@@ -54,7 +54,7 @@ def norms_of_pairs(device: str, backend: str) -> int:
 def steps(device: str, backend: str) -> int:
     """Runs randn, q_sample and reverse_step, noise drawn and given, in place and not; returns the number of cases."""
     schedule, done = dd.linear_schedule(), 0
-    table = dd.ddpm(schedule)
+    table, solver = dd.ddpm(schedule), dd.dpm_solver(schedule, order=3)
     for shape, layout, dtype in itertools.product(IMAGES, LAYOUTS, DTYPES):
         x, out = (_tensor(shape, device, d, layout) for d in (torch.float32, dtype))
         t = torch.arange(shape[0]).to(device)
@@ -63,6 +63,8 @@ def steps(device: str, backend: str) -> int:
         dd.q_sample(x, t, schedule, z, backend=backend)
         dd.reverse_step(x, out, table, 500, seed=1, return_x0=True, backend=backend)
         dd.reverse_step(x, out, table, t, noise=z, uncond=out, guidance_scale=2.0, x_prev=x, backend=backend)
+        history = [torch.zeros_like(v) for v in (out, out)]
+        dd.reverse_step(x, out, solver, t % 10, history=history, backend=backend)
         done += 1
     return done
 

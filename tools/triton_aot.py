@@ -87,7 +87,7 @@ def reverse_step(channels: int, side: int, batch: int, dtype: torch.dtype, last:
     out = _empty(batch, channels, side, side, dtype=dtype, last=last)
     integers = _empty(50, dtype=torch.int64)
     key = None if guided else integers[:3]
-    arguments = (_empty(50, 10), integers, integers[:1], key, x, None)
+    arguments = (_empty(50, 12), integers, integers[:1], key, x, None)
     op.reverse_step(Arguments(x, out, None, out if guided else None, 7.5, None, None, *arguments))
 
 

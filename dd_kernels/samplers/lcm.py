@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..ops.reverse_step.table import DynamicThreshold, StepTable, from_columns
+from ..ops.reverse_step.table import DynamicThreshold, StepTable
 from ..schedules import Schedule
 from . import rows
-from .timesteps import timestep_sequence
+from .noise_levels import visits
+from .solver_table import solver_table
 
 
 def _distilled(num_timesteps: int, steps: int, original_steps: int) -> np.ndarray:
@@ -48,19 +49,9 @@ def lcm(
         sigma_data, timestep_scaling: of the boundary condition.
         prediction, clip, timesteps: as in :func:`ddpm`; latents are not clipped.
     """
-    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
     if timesteps is None:
         timesteps = _distilled(len(schedule), steps, original_steps).tolist()
-    sequence = timestep_sequence(len(schedule), timesteps=timesteps)[::-1]
-    if (sequence[1:] == sequence[:-1]).any():
-        raise ValueError(f"timesteps must differ from one another; got {sequence.tolist()}")
-    alpha_bar = schedule.alpha_bar[sequence]
-    rows.check_signal(prediction, alpha_bar, clip)
-    after = rows.Level.of_alpha_bar(np.append(alpha_bar[1:], 1.0))
-    draws = np.arange(len(sequence)) < len(sequence) - 1
-    return from_columns(
-        sequence,
-        **rows.x0_columns(prediction, alpha_bar),
-        **rows.clip_columns(clip),
-        **rows.consistency_columns(sequence.astype(np.float64), after, sigma_data, timestep_scaling, draws),
-    )
+    levels = visits(schedule, steps, "leading", timesteps)
+    draws = np.arange(len(levels.times)) < len(levels.times) - 1
+    columns = rows.consistency_columns(levels.times, levels.after, sigma_data, timestep_scaling, draws)
+    return solver_table(levels, columns, prediction, clip)

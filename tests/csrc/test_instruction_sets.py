@@ -10,7 +10,12 @@ import dd_kernels as dd
 from dd_kernels import backend as backends
 
 SCHEDULE = dd.linear_schedule(50)
-TABLES = {"ddpm": dd.ddpm(SCHEDULE, 20), "learned": dd.ddpm(SCHEDULE, 20, variance="learned_range")}
+TABLES = {
+    "ddpm": dd.ddpm(SCHEDULE, 20),
+    "learned": dd.ddpm(SCHEDULE, 20, variance="learned_range"),
+    "one x_0 kept": dd.dpm_solver(SCHEDULE, 20, stochastic=True),
+    "two x_0 kept": dd.dpm_solver(SCHEDULE, 20, order=3),
+}
 
 
 @pytest.fixture
@@ -40,6 +45,10 @@ def test_the_same_bits(force, shape, dtype, channels_last):
         yield dd.q_sample(x, 30, SCHEDULE, out, backend="cpu")
         yield from dd.reverse_step(x, out, TABLES["ddpm"], 7, seed=5, uncond=x, return_x0=True, backend="cpu")
         yield dd.reverse_step(x, both, TABLES["learned"], 7, seed=5, backend="cpu")
+        for name in ("one x_0 kept", "two x_0 kept"):
+            history = [x.clone() for _ in range(TABLES[name].history)]
+            yield dd.reverse_step(x, out, TABLES[name], 7, seed=5, history=history, backend="cpu")
+            yield from history
 
     sets = []
     for name in (b"avx2", b"avx512", b""):

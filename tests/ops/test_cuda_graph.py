@@ -12,7 +12,13 @@ import dd_kernels as dd
 
 pytestmark = NEEDS_CUDA
 SCHEDULE = dd.linear_schedule(100)
-TABLES = {"ddpm": dd.ddpm(SCHEDULE, 6), "ddim": dd.ddim(SCHEDULE, 6), "eta": dd.ddim(SCHEDULE, 6, eta=1.0)}
+TABLES = {
+    "ddpm": dd.ddpm(SCHEDULE, 6),
+    "ddim": dd.ddim(SCHEDULE, 6),
+    "eta": dd.ddim(SCHEDULE, 6, eta=1.0),
+    "dpm++ sde": dd.dpm_solver(SCHEDULE, 6, stochastic=True),
+    "dpm++ of third order": dd.dpm_solver(SCHEDULE, 6, order=3),
+}
 
 
 def model(x: Tensor, t: Tensor | None = None) -> Tensor:
@@ -37,6 +43,7 @@ def test_a_loop_takes_another_seed_at_every_replay(kernel, name):
     def loop(seed: int | Tensor, first_sample: int = 0) -> Tensor:
         x = start.clone()
         options = {"first_sample": first_sample, "x_prev": x, "backend": kernel.name}
+        options["history"] = table.history_like(x)
         for step in range(len(table)):
             dd.reverse_step(x, model(x), table, step, seed=seed, **options)
         return x
@@ -48,12 +55,14 @@ def test_a_loop_takes_another_seed_at_every_replay(kernel, name):
         assert x.equal(loop(value, first_sample))
 
 
-def test_one_step_captured_is_every_step(kernel):
-    table, x, step = TABLES["ddpm"], torch.randn(2, 3, 8, 8, device="cuda"), torch.zeros(1, dtype=torch.int64).cuda()
-    start = x.clone()
+@pytest.mark.parametrize("name", ["ddpm", "dpm++ sde", "dpm++ of third order"])
+def test_one_step_captured_is_every_step(kernel, name):
+    table, x, step = TABLES[name], torch.randn(2, 3, 8, 8, device="cuda"), torch.zeros(1, dtype=torch.int64).cuda()
+    start, history = x.clone(), table.history_like(x)
+    options = {"seed": 5, "history": history, "backend": kernel.name}
 
     def one() -> None:
-        dd.reverse_step(x, model(x), table, step, seed=5, x_prev=x, backend=kernel.name)
+        dd.reverse_step(x, model(x), table, step, x_prev=x, **options)
         step.add_(1)
 
     graph, _ = capture(one)
@@ -62,7 +71,7 @@ def test_one_step_captured_is_every_step(kernel):
     for _ in range(len(table)):
         graph.replay()
     for index in range(len(table)):
-        dd.reverse_step(start, model(start), table, index, seed=5, x_prev=start, backend=kernel.name)
+        dd.reverse_step(start, model(start), table, index, x_prev=start, **options)
     assert x.equal(start)
 
 

@@ -36,7 +36,7 @@ def _steps_and_seeds(batch: int, step: int, seed: int, scale: float) -> None:
     x = torch.empty(batch, 3, 32, 32)
     key = torch.tensor([0, seed, batch, step])[1:]
     row = torch.arange(50)[step : step + 1]
-    rows, timesteps = torch.zeros(50, 10), torch.arange(50)
+    rows, timesteps = torch.zeros(50, 12), torch.arange(50)
     step_op.reverse_step(Arguments(x, x, None, x, scale, None, None, rows, timesteps, row, key, x, None))
 
 
