@@ -13,18 +13,22 @@ from . import op, reference
 from .arguments import Arguments, check
 
 
-def _of_image(a: Arguments, image: Tensor, activation: str, backend: str) -> Tensor | tuple[Tensor, Tensor]:
+def _of_image(
+    chosen: str, a: Arguments, image: Tensor, ready: bool, needs_grad: bool
+) -> Tensor | tuple[Tensor, Tensor]:
     """Returns the results for a video or tokens, of which ``image`` is a view."""
-    x = a.x
+    sizes = a.x.shape[2:-1]  # of a video; tokens are an image of one row
+
+    def laid_out(y: Tensor) -> Tensor:
+        return y.unflatten(2, sizes) if sizes else y.squeeze(2)
+
     residual, skip = (None if v is None else v.reshape(*v.shape[:2], *image.shape[2:]) for v in (a.residual, a.skip))
-    options = {"pre_shift": a.pre_shift, "scale": a.scale, "shift": a.shift, "residual": residual, "skip": skip}
-    result = group_norm_silu(
-        image, a.num_groups, a.weight, a.bias, a.eps, **options, activation=activation, backend=backend
-    )  # type: ignore[call-overload]  # the overloads tell a residual from None
-    if residual is None:
-        return result.unflatten(2, x.shape[2:-1]) if x.ndim > 3 else result.squeeze(2)
-    y, total = (v.unflatten(2, x.shape[2:-1]) if x.ndim > 3 else v.squeeze(2) for v in result)
-    return y, total
+    result = _run(chosen, a._replace(x=image, residual=residual, skip=skip), ready, needs_grad)
+    return laid_out(result) if isinstance(result, Tensor) else (laid_out(result[0]), laid_out(result[1]))
+
+
+def _run(chosen: str, a: Arguments, ready: bool, needs_grad: bool) -> Tensor | tuple[Tensor, Tensor]:
+    return reference.group_norm_silu(a) if chosen == "reference" else op.group_norm_silu(chosen, a, ready, needs_grad)
 
 
 @overload
@@ -123,7 +127,7 @@ def group_norm_silu(
     act = activation_of(activation)
     a = Arguments(x, num_groups, weight, bias, eps, pre_shift, scale, shift, act, residual, skip)
     reason, ready, needs_grad = check(a)
-    if (image := image_of(x)) is not None:
-        return _of_image(a, image, activation, backend)
     chosen = backends.choose("group_norm_silu", backend, x.device, reason)
-    return reference.group_norm_silu(a) if chosen == "reference" else op.group_norm_silu(chosen, a, ready, needs_grad)
+    if x.ndim != 4 and (image := image_of(x)) is not None:
+        return _of_image(chosen, a, image, ready, needs_grad)
+    return _run(chosen, a, ready, needs_grad)
