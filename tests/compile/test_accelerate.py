@@ -111,12 +111,44 @@ def test_a_pipeline():
     assert len(report.networks[0].graphs) == 1
     lines = str(report).splitlines()
     assert lines[0].startswith("unet: 1 graph, 21 norms, ")
-    assert lines[-1] == "scheduler: dd_kernels' DDIMScheduler"
+    assert lines[-1].startswith("scheduler: dd_kernels' DDIMScheduler (")
+    assert "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)" in lines[-1]
     assert 0.7 < report.share < 1
     dd.restore(pipe)
     assert pipe.scheduler is scheduler
     assert pipe.unet._compiled_call_impl is None
     assert (draw(pipe) == wanted).all()
+
+
+def test_a_constructor_that_puts_their_scheduler_back():
+    """What the report says to write after it is what keeps ours."""
+    config = {"num_train_timesteps": 100}
+    pipe = pipeline(ours.DDIMScheduler(**config))
+    assert type(pipe.scheduler) is diffusers.DDIMScheduler
+    line = dd.accelerate(pipe)[1].notes[0].split("write ")[1].split(", or")[0]
+    pipe = pipeline(ours.DDIMScheduler(**config))
+    exec(line, {"pipe": pipe, "DDIMScheduler": ours.DDIMScheduler})
+    assert type(pipe.scheduler) is ours.DDIMScheduler
+
+
+def test_a_controlnet_is_compiled_too():
+    """Of a pipeline with a U-Net, a ControlNet and an autoencoder each; the text encoder stays."""
+    from dd_kernels.integrations.diffusers.accelerate import take_apart
+
+    torch.manual_seed(3)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "block_out_channels": (8, 16)}
+    sizes = {"cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1}
+    net = diffusers.UNet2DConditionModel(up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **blocks, **sizes)
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **kinds)
+    control = diffusers.ControlNetModel.from_unet(net, conditioning_embedding_out_channels=(8, 8))
+    pipe = diffusers.StableDiffusionControlNetPipeline(
+        vae, None, None, net, control, diffusers.DDIMScheduler(), None, None, requires_safety_checker=False
+    )
+    networks, _, notes = take_apart(pipe)
+    assert {name for name, _ in networks} == {"vae.encoder", "vae.decoder", "unet", "controlnet"}
+    assert type(pipe.scheduler) is ours.DDIMScheduler
+    assert len(notes) == 1
 
 
 def test_an_autoencoder_is_compiled_by_halves():

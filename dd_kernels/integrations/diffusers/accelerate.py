@@ -39,13 +39,22 @@ def _put_back(pipeline: weakref.ref[Any], name: str, component: Any) -> None:
         setattr(owner, name, component)
 
 
+def _note(name: str, scheduler: str) -> str:
+    """Returns what the report says of a scheduler that was replaced."""
+    line = f"pipe.{name} = {scheduler}.from_config(pipe.{name}.config)"
+    return (
+        f"{name}: dd_kernels' {scheduler} (a pipeline's constructor may put diffusers' class back, as DDIMPipeline's"
+        f" does: after it write {line}, or accelerate the pipeline)"
+    )
+
+
 def _swap_schedulers(pipeline: Any) -> Iterator[tuple[Callable[[], None], str]]:
     """Puts this package's schedulers in; yields for each what undoes it, and a note."""
     for name, component in list(pipeline.components.items()):
         ours = _SCHEDULERS.get(type(component))
         if ours is not None:
             setattr(pipeline, name, ours.from_config(component.config))
-            yield partial(_put_back, weakref.ref(pipeline), name, component), f"{name}: dd_kernels' {ours.__name__}"
+            yield partial(_put_back, weakref.ref(pipeline), name, component), _note(name, ours.__name__)
         elif isinstance(component, diffusers.SchedulerMixin) and not isinstance(component, tuple(_SCHEDULERS.values())):
             yield lambda: None, f"{name}: {type(component).__name__} stays, there is no kernel for it"
 
