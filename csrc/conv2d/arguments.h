@@ -69,6 +69,9 @@ constexpr int64_t filter_plane(const Plan& plan, int64_t panel) { return plan.de
 // Floats between two points' planes of the products of a slice.
 constexpr int64_t product_plane(const Plan& plan, int64_t panel) { return plan.slice * plan.rows * panel + kPlaneGap; }
 
+// Floats of a panel's packed filters.
+constexpr int64_t panel_size(const Plan& plan, int64_t panel) { return plan.points * filter_plane(plan, panel); }
+
 // Where a thread's workspace of a panel begins, in floats: the filters of one vector as they are read, those of the
 // panel as they are packed, and the products of a slice.
 struct PanelScratch {
@@ -77,7 +80,7 @@ struct PanelScratch {
 
 inline PanelScratch panel_scratch(const Shape& shape, const Plan& plan, int64_t lanes) {
     int64_t panel = 2 * lanes, filters = shape.taps() * lanes * lanes;
-    int64_t products = filters + plan.points * filter_plane(plan, panel);
+    int64_t products = filters + panel_size(plan, panel);
     return {filters, products, products + plan.points * product_plane(plan, panel)};
 }
 
@@ -93,6 +96,7 @@ struct Forward {
     const float *scale, *shift;  // [samples][channels], or null
     int64_t activation;
     Filters filters;
+    const float* kept;  // the packed filters of all panels, or null: each panel packs its own
     const float* bias;  // [outputs], or null
     Operand residual, y;
 };

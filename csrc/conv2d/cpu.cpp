@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "common/cpu.h"
 #include "conv2d/bindings.h"
 #include "conv2d/cpu_bfloat16.h"
@@ -13,20 +15,63 @@ namespace {
 // The kernels of one instruction set.
 struct Kernels {
     decltype(&baseline::conv2d_pack) pack;
+    decltype(&baseline::conv2d_pack_filters) pack_filters;
     decltype(&baseline::conv2d_multiply) multiply;
 };
 
 // Products are of bfloat16 where that is asked for and the processor has them, else of float32.
 Kernels kernels_for(bool bfloat16) {
-    if (bfloat16 && has_dot_bfloat16()) return {dot_bfloat16_pack, dot_bfloat16_multiply};
-    return {DD_CHOOSE(conv2d_pack), DD_CHOOSE(conv2d_multiply)};
+    if (bfloat16 && has_dot_bfloat16()) return {dot_bfloat16_pack, dot_bfloat16_pack_filters, dot_bfloat16_multiply};
+    return {DD_CHOOSE(conv2d_pack), DD_CHOOSE(conv2d_pack_filters), DD_CHOOSE(conv2d_multiply)};
 }
 
-void run(Forward a, Method method, bool bfloat16) {
-    const Target target = DD_CHOOSE(conv2d_target)(threads_of(a.shape));
+Target target_of(const Shape& shape) { return DD_CHOOSE(conv2d_target)(threads_of(shape)); }
+
+// What stands before kept filters: what they were packed from, and how. Weights may change behind torch's version
+// counter (`weight.data`), so that some of them are compared too.
+struct KeptHeader {
+    static constexpr int64_t samples = 60;
+    int32_t method, lanes, bfloat16, turned;
+    float weights[samples];
+};
+constexpr int64_t kHeaderFloats = sizeof(KeptHeader) / sizeof(float);
+
+// Beyond, packing the filters in each call takes 3 % of its time and less.
+constexpr int64_t kManyTiles = 160;
+
+// Floats that kept filters take, or 0 where keeping them does not pay.
+int64_t kept_size(const Shape& shape, const Plan& plan, const Target& target) {
+    if (plan.method != Method::direct && plan.tiles(shape) > kManyTiles) return 0;
+    if (plan.method == Method::direct && plan.tiles(shape) > 4 * kManyTiles) return 0;
+    return kHeaderFloats + plan.panels * panel_size(plan, target.panel());
+}
+
+// Packs all filters unless `kept` holds them, and makes the panels read them there.
+void keep_filters(Forward& a, const Kernels& kernels, const Target& target, bool bfloat16, float* kept) {
+    KeptHeader header{
+        static_cast<int32_t>(a.plan.method), static_cast<int32_t>(target.lanes), bfloat16, a.filters.turned, {}};
+    const int64_t count = a.shape.outputs * a.shape.channels * a.shape.taps();
+    for (int64_t i = 0; i < KeptHeader::samples; ++i) header.weights[i] = a.filters.data[i * count / header.samples];
+    a.kept = kept + kHeaderFloats;
+    if (std::memcmp(kept, &header, sizeof header) == 0) return;
+    on_threads(a.plan.panels, target, [&](int64_t from, int64_t to) {
+        float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, a.plan, target.lanes).size);
+        kernels.pack_filters(a, from, to, kept + kHeaderFloats, scratch);
+    });
+    std::memcpy(kept, &header, sizeof header);
+}
+
+void run(Forward a, Method method, bool bfloat16, float* kept, int64_t kept_floats) {
+    const Target target = target_of(a.shape);
     const Kernels kernels = kernels_for(bfloat16);
     a.plan = plan_of(a.shape, choose(a.shape, method, target), target);
     const Plan& plan = a.plan;
+    if (kept != nullptr) {
+        const int64_t size = kept_size(a.shape, plan, target);
+        STD_TORCH_CHECK(size > 0 && kept_floats == size, "conv2d: kept must have ", size, " elements; got ",
+                        kept_floats);
+        keep_filters(a, kernels, target, bfloat16 && has_dot_bfloat16(), kept);
+    }
     int64_t chunks = plan.method == Method::direct ? 1 : divide_up(a.shape.channels, kChunk);
     int64_t in_parts = plan.input_parts * chunks, out_parts = plan.panels * plan.panel_parts;
     float* packed = Workspace::of(Workspace::input, packed_size(plan));
@@ -46,7 +91,8 @@ void run(Forward a, Method method, bool bfloat16) {
 
 void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale,
             std::optional<Tensor> shift, int64_t activation, std::optional<Tensor> residual, int64_t stride,
-            int64_t top, int64_t left, bool turned, int64_t method, bool bfloat16, Tensor y) {
+            int64_t top, int64_t left, bool turned, int64_t method, bool bfloat16, Tensor y,
+            std::optional<Tensor> kept) {
     Forward a{};
     a.shape = shape_of(x, weight, turned, y, stride, top, left);
     check_floats("bias", bias, {a.shape.outputs});
@@ -62,6 +108,13 @@ void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
     for (const std::optional<Tensor>& other : {bias, scale, shift, residual}) {
         if (other.has_value()) check_apart("an option", *other, "y", y);
     }
+    if (kept.has_value()) {
+        check_floats("kept", kept, {kept->numel()});
+        for (const std::optional<Tensor>& other : {std::optional<Tensor>(x), std::optional<Tensor>(weight), bias, scale,
+                                                   shift, residual, std::optional<Tensor>(y)}) {
+            if (other.has_value()) check_apart("a tensor", *other, "kept", *kept);
+        }
+    }
     if (y.numel() == 0) return;
     a.x = operand(x);
     a.scale = data<float>(scale);
@@ -71,10 +124,23 @@ void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
     a.bias = data<float>(bias);
     a.residual = operand(residual);
     a.y = operand(y);
-    run(a, method_of(method, a.shape), bfloat16);
+    float* kept_floats = kept.has_value() ? static_cast<float*>(kept->mutable_data_ptr()) : nullptr;
+    run(a, method_of(method, a.shape), bfloat16, kept_floats, kept.has_value() ? kept->numel() : 0);
+}
+
+int64_t conv2d_kept_size(Tensor x, Tensor weight, int64_t stride, int64_t top, int64_t left, bool turned,
+                         int64_t method, Tensor y) {
+    const Shape shape = shape_of(x, weight, turned, y, stride, top, left);
+    const Method wanted = method_of(method, shape);
+    if (y.numel() == 0) return 0;
+    const Target target = target_of(shape);
+    return kept_size(shape, plan_of(shape, choose(shape, wanted, target), target), target);
 }
 
 }  // namespace
 }  // namespace dd::conv2d
 
-STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) { m.impl("conv2d", TORCH_BOX(&dd::conv2d::conv2d)); }
+STABLE_TORCH_LIBRARY_IMPL(dd_kernels, CPU, m) {
+    m.impl("conv2d", TORCH_BOX(&dd::conv2d::conv2d));
+    m.impl("conv2d_kept_size", TORCH_BOX(&dd::conv2d::conv2d_kept_size));
+}

@@ -10,6 +10,7 @@ bool has_dot_bfloat16();
 
 void dot_bfloat16_pack(const Forward& a, const Block& block, int64_t first, int64_t last, float* memory,
                        float* scratch);
+void dot_bfloat16_pack_filters(const Forward& a, int64_t first, int64_t last, float* kept, float* scratch);
 void dot_bfloat16_multiply(const Forward& a, const Block& block, int64_t first, int64_t last, const float* memory,
                            float* scratch);
 

@@ -55,6 +55,14 @@ DD_INLINE void pack_filters(const Forward& a, int64_t panel, float* scratch, Pac
     }
 }
 
+// Packs the filters of panels [first, last) to `kept`; scratch as panel_scratch() says.
+void conv2d_pack_filters(const Forward& a, int64_t first, int64_t last, float* kept, float* scratch) {
+    for (int64_t panel = first; panel < last; ++panel) {
+        float* to = kept + panel * conv2d::panel_size(a.plan, kPanel);
+        pack_filters(a, panel, scratch, reinterpret_cast<Packed*>(to));
+    }
+}
+
 // Multiplies groups [first, last) of a block by a panel: products [points][groups][rows][kPanel], the planes
 // product_plane() apart. The filters of a point stay in the cache for all groups, whose packed rows follow each other.
 DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_t last, const Packed* packed,
@@ -89,14 +97,19 @@ void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_
                      float* scratch) {
     const Plan& plan = a.plan;
     const conv2d::PanelScratch at = conv2d::panel_scratch(a.shape, plan, kLanes);
-    Packed* filters = reinterpret_cast<Packed*>(scratch + at.filters);
     float* products = scratch + at.products;
     int64_t groups = conv2d::divide_up(block.tiles, plan.rows);
     for (int64_t part = first; part < last; ++part) {
         int64_t panel = part / plan.panel_parts, piece = part % plan.panel_parts;
         int64_t from = piece * groups / plan.panel_parts, to = (piece + 1) * groups / plan.panel_parts;
         bool two = a.shape.outputs - panel * kPanel > kLanes;
-        pack_filters(a, panel, scratch, filters);
+        const float* memory_of_filters = scratch + at.filters;
+        if (a.kept != nullptr) {
+            memory_of_filters = a.kept + panel * conv2d::panel_size(plan, kPanel);
+        } else {
+            pack_filters(a, panel, scratch, reinterpret_cast<Packed*>(scratch + at.filters));
+        }
+        const Packed* filters = reinterpret_cast<const Packed*>(memory_of_filters);
         for (int64_t group = from; group < to; group += plan.slice) {
             int64_t end = group + plan.slice < to ? group + plan.slice : to;
             multiply_groups(a, two, group, end, reinterpret_cast<const Packed*>(memory), filters, products);

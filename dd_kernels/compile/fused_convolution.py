@@ -11,10 +11,12 @@ worth. Where a gradient is asked for, the norm is a pass of its own, because the
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import backend
 from ..ops import conv2d
@@ -22,6 +24,7 @@ from ..ops.checks import transform_reason
 from ..ops.conv2d import ACCURACIES, method_of, op
 from ..ops.group_norm_silu.op import AFFINE
 from .fused_norm import checked_norm
+from .kept_filters import keep
 
 
 class Numbers(NamedTuple):
@@ -69,7 +72,10 @@ def _run(
     (top, left), numbers = padding, Numbers(*numbers)
     sides = (left, left, top, top)
     method = method_of(*numbers)
-    return op.forward(x, weight, bias, *before, residual, stride, sides, method, numbers.products == "bfloat16")
+    bfloat16 = numbers.products == "bfloat16"
+    call = (*x.shape, stride, sides, method, torch.get_num_threads())
+    memory = None if is_compiling() else partial(keep, weight, call, bfloat16)
+    return op.forward(x, weight, bias, *before, residual, stride, sides, method, bfloat16, memory)
 
 
 def channels_last_conv2d(

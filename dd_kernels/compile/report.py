@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .kept_filters import LIMIT, held
+
 
 @dataclass(frozen=True)
 class NormReport:
@@ -81,4 +83,5 @@ class AccelerateReport:
         return sum(norm.kept is None for norm in norms) / len(norms) if norms else 1.0
 
     def __str__(self) -> str:
-        return "\n".join([*map(str, self.networks), *self.notes])
+        kept = [f"{held() >> 20} MiB of packed filters kept, of {LIMIT >> 20} at most"] if held() > 0 else []
+        return "\n".join([*map(str, self.networks), *kept, *self.notes])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import sentinels_survive
+from budget import sentinels_survive, within_sentinels
 from conv2d_cases import SAME
 from guard_page import guard_page
 
@@ -36,6 +36,43 @@ def test_the_cost_model_chooses():
     assert method_that_ran(*wide, Method.ACCURATE) == [Method.WINOGRAD2]
     pixel = torch.randn(1, 64, 1, 1), torch.randn(64, 64, 3, 3)
     assert method_that_ran(*pixel, Method.FASTEST) == [Method.DIRECT]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_kept_filters(method, bfloat16):
+    """The second call reads what the first packed, and packs anew where the weights or the way of packing differ."""
+    x, weight = op.channels_last(torch.randn(1, 20, 9, 8)), torch.randn(40, 20, 3, 3)
+
+    def call(weight, kept=None, turned=False):
+        y = op.channels_last(torch.empty(1, 40, 9, 8))
+        FORWARD(x, weight, None, None, None, 0, None, 1, 1, 1, turned, method, bfloat16, y, kept)
+        return y
+
+    size = torch.ops.dd_kernels.conv2d_kept_size(x, weight, 1, 1, 1, False, method, call(weight))
+    kept = within_sentinels((size,), torch.float32, "cpu")
+    assert call(weight, kept).equal(call(weight))
+    assert sentinels_survive(kept)
+    kept[64:] += 1  # beyond the header: what is kept is read
+    assert not call(weight, kept).equal(call(weight))
+    for other, turned in ((weight * 2, False), (weight.transpose(0, 1).contiguous(), True), (weight, False)):
+        assert call(other, kept, turned).equal(call(other, None, turned))
+    with pytest.raises(RuntimeError, match=f"conv2d: kept must have {size} elements; got {size - 1}"):
+        call(weight, kept[1:])
+    with pytest.raises(RuntimeError, match="conv2d: kept must be contiguous float32"):
+        call(weight, kept.double())
+    memory = torch.zeros(size + weight.numel())
+    with pytest.raises(RuntimeError, match="conv2d: a tensor and kept must not overlap"):
+        call(memory[: weight.numel()].view_as(weight), memory[8 : size + 8])
+
+
+def test_many_tiles_keep_nothing():
+    for method, side in ((Method.WINOGRAD4, 64), (Method.WINOGRAD2, 32), (Method.DIRECT, 32)):
+        x = op.channels_last(torch.randn(1, 16, side, side))
+        few = op.channels_last(torch.randn(1, 16, 8, 8))
+        weight = torch.randn(16, 16, 3, 3)
+        assert torch.ops.dd_kernels.conv2d_kept_size(x, weight, 1, 1, 1, False, method, x) == 0
+        assert torch.ops.dd_kernels.conv2d_kept_size(few, weight, 1, 1, 1, False, method, few) > 0
 
 
 def test_accuracy_names_the_method():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from . import reference
 from .reference import Padding
+
+Keep = Callable[[Callable[[], int]], Tensor | None]
 
 
 class Method(enum.IntEnum):
@@ -25,7 +28,12 @@ class Method(enum.IntEnum):
 torch.library.define(
     "dd_kernels::conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int activation, Tensor? residual, "
-    "int stride, int top, int left, bool turned, int method, bool bfloat16, Tensor(a!) y) -> ()",
+    "int stride, int top, int left, bool turned, int method, bool bfloat16, Tensor(a!) y, Tensor(b!)? kept=None) -> ()",
+)
+# The elements of ``kept``, in which a call leaves its packed filters to the next one; 0 where that does not pay.
+torch.library.define(
+    "dd_kernels::conv2d_kept_size",
+    "(Tensor x, Tensor weight, int stride, int top, int left, bool turned, int method, Tensor y) -> int",
 )
 
 
@@ -45,6 +53,7 @@ def _(
     method: int,
     bfloat16: bool,
     y: Tensor,
+    kept: Tensor | None = None,
 ) -> None:
     return None
 
@@ -61,6 +70,7 @@ def _(dy: Tensor, x: Tensor, top: int, left: int, method: int, dweight: Tensor) 
 
 
 _FORWARD = torch.ops.dd_kernels.conv2d.default
+_KEPT_SIZE = torch.ops.dd_kernels.conv2d_kept_size.default
 _WEIGHT_GRADIENT = torch.ops.dd_kernels.conv2d_weight_gradient.default
 
 
@@ -99,13 +109,21 @@ def forward(
     padding: Padding,
     method: int,
     bfloat16: bool = False,
+    keep: Keep | None = None,
 ) -> Tensor:
-    """Runs the kernel, on request with products of bfloat16; the result is channels_last."""
+    """Runs the kernel, on request with products of bfloat16; the result is channels_last.
+
+    ``keep`` returns the memory in which packed filters stay for the next call, given their size.
+    """
     size = (x.shape[0], weight.shape[0], *out_size(x, weight, stride, padding))
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     residual = None if residual is None else channels_last(residual)
     small = (_float32(scale), _float32(shift), activation, residual, stride, padding[2], padding[0])
-    _FORWARD(channels_last(x), _weight_for_kernels(weight), _float32(bias), *small, False, method, bfloat16, y)
+    x, filters = channels_last(x), _weight_for_kernels(weight)
+    kept = None
+    if keep is not None and filters is weight:
+        kept = keep(lambda: _KEPT_SIZE(x, weight, stride, padding[2], padding[0], False, method, y))
+    _FORWARD(x, filters, _float32(bias), *small, False, method, bfloat16, y, kept)
     return y
 
 

@@ -1,0 +1,64 @@
+"""Filters that convolutions have transformed and packed, kept from one call to the next where there are few tiles.
+
+At 4 to 64 tiles to transform the filters takes a fifth to a half of a convolution; F(4x4)'s are four times the weights.
+They are kept of parameters alone, in inference, at most LIMIT bytes of the process, as long as their parameter lives.
+A change in place is seen by the version counter, one through ``.data`` by sixty weights that the kernel compares. What
+is computed is the same in every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LIMIT = 512 << 20
+
+
+@dataclass
+class _Kept:
+    """Of one parameter, as it was at the version ``of``: how many floats which calls keep, and where."""
+
+    of: tuple[int, int]
+    floats: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    memory: dict[tuple[int, bool], Tensor | None] = field(default_factory=dict)  # None: there was no room
+
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def held() -> int:
+    """Returns the bytes that kept filters take."""
+    return sum(v.nbytes for kept in _kept.values() for v in kept.memory.values() if v is not None)
+
+
+def keep(weight: Tensor, call: tuple[Any, ...], bfloat16: bool, size: Callable[[], int]) -> Tensor | None:
+    """Returns the memory for the filters of a parameter in calls of one kind; None where they are not to be kept.
+
+    Args:
+        weight: the filters.
+        call: what tells calls of one plan from others: shapes, options, threads.
+        bfloat16: whether they are packed in bfloat16.
+        size: returns how many floats they take, 0 where that does not pay.
+    """
+    if type(weight) is not Parameter:
+        return None
+    now = weight._version, weight.data_ptr()
+    kept: _Kept | None = _kept.get(weight)
+    if kept is None or kept.of != now:
+        kept = _kept[weight] = _Kept(now)
+    floats = kept.floats.get(call)
+    if floats is None:
+        floats = kept.floats[call] = size()
+    if floats == 0:
+        return None
+    key = floats, bfloat16  # the number of floats tells the methods apart
+    if key not in kept.memory:
+        room = held() + 4 * floats <= LIMIT
+        kept.memory[key] = torch.zeros(floats, dtype=torch.float32) if room else None
+    return kept.memory[key]

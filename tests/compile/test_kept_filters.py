@@ -1,0 +1,120 @@
+"""Filters kept packed between calls: the same bits, changes are seen, and memory is bounded and given back."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dd_kernels as dd
+from dd_kernels import backend as backends
+from dd_kernels.compile import dd_kernels as dynamo_backend
+from dd_kernels.compile import kept_filters
+from dd_kernels.ops import conv2d
+
+pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept(monkeypatch):
+    torch._dynamo.reset()
+    gc.collect()
+    monkeypatch.setattr(kept_filters, "_kept", type(kept_filters._kept)())
+
+
+class Layer(nn.Module):
+    def __init__(self, size=3, channels=32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels, channels, size, size) / channels)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, padding=self.weight.shape[2] // 2)
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend=dynamo_backend, options=options, dynamic=False)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("accuracy", ["default", "high"])
+@pytest.mark.parametrize(("size", "side"), [(3, 4), (3, 16), (3, 15), (1, 8)])
+def test_same_bits(size, side, accuracy, dtype):
+    model, x = Layer(size), torch.randn(2, 32, side, side)
+    run, products = compiled(model, accuracy=accuracy, dtype=dtype), "bfloat16" if dtype else "float32"
+    ours = size == 3 or accuracy == "high" or dtype == "bfloat16"
+    wanted = conv2d(x, model.weight.detach(), padding=size // 2, accuracy=accuracy, products=products)
+    with torch.no_grad():
+        for _ in range(3):
+            assert not ours or run(x).equal(wanted)
+    assert (kept_filters.held() > 0) == ours
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.mul_(2),
+        lambda weight: setattr(weight, "data", weight.data * 2),
+        lambda weight: weight.copy_(weight * 2),
+    ],
+)
+def test_a_change_is_seen(change):
+    model, x = Layer(), torch.randn(1, 32, 16, 16)
+    run = compiled(model)
+    with torch.no_grad():
+        first = run(x)
+        before = kept_filters.held()
+        change(model.weight)
+        assert run(x).equal(2 * first)
+    assert kept_filters.held() == before > 0
+
+
+def test_calls_of_one_method_share_their_memory():
+    model = Layer()
+    run = compiled(model)
+    with torch.no_grad():
+        for samples, side in ((1, 16), (2, 16), (1, 20)):
+            x = torch.randn(samples, 32, side, side)
+            assert run(x).equal(conv2d(x, model.weight.detach(), padding=1))
+    (kept,) = kept_filters._kept.values()
+    assert (len(kept.floats), len(kept.memory)) == (3, 1)
+
+
+def test_what_is_not_kept():
+    model, x = Layer(), torch.randn(1, 32, 16, 16)
+    run = compiled(model)
+    run(x)  # a gradient may be asked for
+    with torch.no_grad():
+        run(torch.randn(4, 32, 64, 64))  # many tiles
+        assert all(not kept.memory for kept in kept_filters._kept.values())
+        computed = torch.compile(lambda x, w: F.conv2d(x, w * 2, padding=1), backend=dynamo_backend)
+        computed(x, model.weight.detach())
+    assert kept_filters.held() == 0
+
+
+def test_no_more_than_the_limit(monkeypatch):
+    model, x = nn.Sequential(Layer(), Layer()), torch.randn(1, 32, 16, 16)
+    one = 4 * (64 + 36 * (32 * 32 + 32))  # a header and 36 points' planes on AVX-512; more where panels are narrower
+    monkeypatch.setattr(kept_filters, "LIMIT", 2 * one - 1)
+    run = compiled(model)
+    with torch.no_grad():
+        wanted = conv2d(conv2d(x, model[0].weight, padding=1), model[1].weight, padding=1)
+        assert run(x).equal(wanted)
+        assert run(x).equal(wanted)
+    assert kept_filters.held() <= 2 * one - 1
+
+
+def test_it_goes_with_the_model_and_the_report_tells():
+    model, x = dd.accelerate(Layer()), torch.randn(1, 32, 16, 16)
+    model, report = model
+    assert "packed filters" not in str(report)
+    with torch.no_grad():
+        model(x)
+        assert "MiB of packed filters kept, of 512 at most" in str(report)
+        copy.deepcopy(dd.restore(model))(x)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert kept_filters.held() == 0
