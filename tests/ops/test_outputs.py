@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dd_kernels as dd
+from dd_kernels import backend as backends
 
 SCHEDULE = dd.linear_schedule(50)
 TABLE = dd.ddim(SCHEDULE, 10)
@@ -49,6 +50,19 @@ def test_in_inference_mode_there_is_nothing_to_count(op):
     with torch.inference_mode():
         x = torch.randn(2, 3)
         assert op(x, x) is x
+
+
+@OPS
+def test_kernels_write_a_leaf_where_no_gradient_is_recorded(op):
+    """And any other output where one is; a backend that is asked for by name runs or raises."""
+    if backends.unavailable("cpu") is not None:
+        pytest.skip("the CPU library was not built")
+    x, leaf = torch.randn(2, 3), torch.empty(2, 3, requires_grad=True)
+    with torch.no_grad():
+        assert op(x, leaf, backend="cpu") is leaf
+    output = torch.empty(2, 3)
+    assert op(x, output, backend="cpu") is output
+    assert output.equal(leaf)
 
 
 @OPS

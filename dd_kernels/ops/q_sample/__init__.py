@@ -67,6 +67,8 @@ def q_sample(
 
     .. math:: x_t = \sqrt{\bar\alpha_t}\, x_0 + \sqrt{1 - \bar\alpha_t}\, z, \qquad z \sim N(0, I)
 
+    Finite wherever float32 holds the result, whatever finite x_0 and z are.
+
     Args:
         x_start: x_0, [N, ...] (images [N, C, H, W]), float32, bfloat16 or float16; float64 on the reference.
         t: timesteps in [0, T): one integer, or an integer tensor, array or list [N] or [1].

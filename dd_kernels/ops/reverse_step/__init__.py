@@ -118,7 +118,9 @@ def reverse_step(
     With the rows of :func:`dd_kernels.ddpm` this is eq. 7 and 11 of DDPM (Ho et al., 2020); with
     those of :func:`dd_kernels.ddim` eq. 12 and 16 of DDIM (Song et al., 2021); x_0^{last} and x_0^{older}, x_0 of the
     last step and of the one before, serve the multistep solvers, such as :func:`dd_kernels.dpm_solver`. A term whose
-    coefficient is 0 is left out, so that the last step draws no noise.
+    coefficient is 0 is left out, so that the last step draws no noise. With a clip x_{t-1} is finite wherever float32
+    holds it. Without one the guided output and x_0, which is up to 1 / d times x_t, must be numbers of float32 too:
+    where they are +-inf, x_{t-1} is no number, though its terms might cancel.
 
     Args:
         x: x_t, [N, ...] (images [N, C, H, W]), contiguous and channels_last are kept, any strides are right.
