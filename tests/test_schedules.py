@@ -153,7 +153,7 @@ def _mean(t):
 
 
 def test_tables_first_met_in_a_compiled_function():
-    """One graph, compiled once, that reads what was uploaded while it was traced."""
+    """The function is one graph, compiled once, and reads what was uploaded while it was traced."""
     schedule = dd.linear_schedule(20)
     table = dd.ddim(schedule, 5)
     compiles = CompileCounter()

@@ -142,7 +142,7 @@ def _renew(target: pathlib.Path, temporary: pathlib.Path) -> None:
 
 
 def _works_in(folder: pathlib.Path) -> bool:
-    """Whether the working folder of this process is ``folder`` or below it: it would be swapped away."""
+    """Returns whether the working folder of this process is ``folder`` or below it: it would be swapped away."""
     here = pathlib.Path.cwd()
     return here == folder or folder in here.parents
 
@@ -169,7 +169,7 @@ def _link_all(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _is_there(path: pathlib.Path) -> bool:
-    """Whether there is a file or link; ``os.path.lexists`` would also say no where it cannot be read."""
+    """Returns whether there is a file or link; ``os.path.lexists`` would also say no where it cannot be read."""
     try:
         os.lstat(path)
     except FileNotFoundError:

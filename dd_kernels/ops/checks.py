@@ -223,13 +223,13 @@ def _integers(name: str, index: Any) -> int | Tensor:
 
 
 def _can_be_read(index: Tensor) -> bool:
-    """Whether the values of a CPU tensor are there, and not traced or transformed."""
+    """Returns whether the values of a CPU tensor are there, and not traced or transformed."""
     traced = type(index) is not Tensor or is_compiling()
     return not traced and not transforms_active()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would have to see this call."""
+    """Returns whether autograd would have to see this call."""
     if torch.is_grad_enabled():
         for x in tensors:  # any() of a generator costs half a microsecond more in every call
             if x is not None and x.requires_grad:

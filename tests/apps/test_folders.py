@@ -61,7 +61,7 @@ def test_a_folder_appears_as_a_whole(tmp_path):
 
 
 def test_a_folder_changes_in_one_step_and_keeps_the_rest(folder, monkeypatch):
-    """It is another one afterwards, which had every file when it took the name."""
+    """The folder is replaced by another one, which has every file when it takes the name."""
     before, swap, seen = folder.stat().st_ino, folders._swap, []
     monkeypatch.setattr(folders, "_swap", lambda a, b: seen.append(contents(a).keys()) or swap(a, b))
     (folder / "link").unlink()

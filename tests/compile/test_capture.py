@@ -34,7 +34,7 @@ def outputs(model, x, emb, train=False):
 
 
 def assert_as_exact(actual, plain, exact):
-    """Within twice the error of eager against float64, and 16 roundings of the largest value."""
+    """Checks results to be within twice the error of eager against float64, and 16 roundings of the largest value."""
     for a, p, e in zip(actual, plain, exact, strict=True):
         error, plain_error = ((v.double() - e).abs().max() for v in (a, p))
         assert error <= 2 * plain_error + 16 * EPS * e.abs().max()

@@ -79,7 +79,7 @@ def test_inference_mode_and_back(graphs_on_cpu):
 
 @pytest.mark.parametrize("turn_off", [{"cuda_graphs": False}, None])
 def test_turned_off(turn_off, graphs_on_cpu, monkeypatch):
-    """By the option, or where no input is on a device with CUDA graphs."""
+    """No graph is captured with the option off, or where no input is on a device with CUDA graphs."""
     if turn_off is None:
         monkeypatch.setattr(cuda_graph, "DEVICE_TYPE", "cuda")
     model, x, emb = make("latent-diffusion")

@@ -194,7 +194,7 @@ def spoil(given: Arguments) -> None:
 
 
 def copies(given: Arguments) -> Arguments:
-    """The same values, each in memory of its own; a tensor of a call's shape in the layout of the first one."""
+    """Returns the same values, each in memory of its own; a tensor of a call's shape in the layout of the first one."""
     first = next(iter(given.values()))
 
     def copy(v: Any) -> Any:

@@ -12,7 +12,7 @@ SHAPE = (3, 3, 4, 8)
 
 
 def arguments(op):
-    """By name, everything that the operator knows among them; all outputs NaN."""
+    """Returns all arguments that the operator takes, by name; all outputs are NaN."""
     drawn, unset = iter(torch.randn(5, *SHAPE)), iter(torch.full((2, *SHAPE), float("nan")))
     cpu = torch.device("cpu")
     if op == "randn":
@@ -47,7 +47,7 @@ def test_every_sample_may_start_anywhere(host, op):
 
 @pytest.mark.parametrize("op", ["q_sample", "reverse_step"])
 def test_an_index_beyond_the_table_gives_nan(host, op):
-    """Nothing may be read from a GPU to raise an error."""
+    """An index beyond the table gives NaN, since nothing may be read from a GPU to raise an error."""
     given = arguments(op)
     index = "t" if op == "q_sample" else "step"
     tables = [name for name in ("rows", "timesteps") if name in given]

@@ -17,7 +17,7 @@ EPS = 2.0**-23
 
 
 def _assert_near(ours: UNet, theirs: torch.Tensor, *inputs: torch.Tensor) -> None:
-    """To float64, as near as theirs in float32: twice its error and a rounding; and the same to 2e-5."""
+    """Ours is as near to float64 as theirs in float32: twice its error and a rounding; and the same to 2e-5."""
     with torch.no_grad():
         value = ours.eval()(*inputs)
         exact = copy.deepcopy(ours).double()(inputs[0].double(), *inputs[1:])

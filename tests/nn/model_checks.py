@@ -23,7 +23,7 @@ def double(model: nn.Module) -> nn.Module:
 
 
 def relative_error(model: nn.Module, dtype: torch.dtype) -> float:
-    """How far an output may be off, of its largest value, by the roundings of every layer.
+    """Returns the error that every layer's roundings allow, relative to the output's largest value.
 
     n roundings of relative size u make 8 sqrt(n) u, but for a probability below 1e-13 (Higham & Mary, 2019).
     A layer sums as many products in float32 as an output of it has weights; it, its activation and the residual are

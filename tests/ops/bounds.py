@@ -52,7 +52,7 @@ def reverse_step_error(
     threshold: Tensor | None = None,
     earlier: tuple[Tensor, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """Of x_prev and x_0 before they are rounded to their dtype; steps [N], threshold [N, 1, ...] is the exact one.
+    """Returns the errors of x_prev and x_0 before they are rounded; steps [N], threshold [N, 1, ...] is the exact one.
 
     ``earlier`` is x_0 of the last step, and of the one before.
     """

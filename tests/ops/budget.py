@@ -21,6 +21,6 @@ def within_sentinels(shape: tuple[int, ...], dtype: torch.dtype, device: str, fi
 
 
 def sentinels_survive(view: Tensor) -> bool:
-    """Whether all that :func:`within_sentinels` put around a tensor is still there."""
+    """Returns whether all that :func:`within_sentinels` put around a tensor is still there."""
     storage = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
     return bool((storage[:17] == SENTINEL).all() and (storage[-17:] == SENTINEL).all())

@@ -50,7 +50,7 @@ class Kernel:
         return self.name == "triton" and not self.interpreted and dtype != torch.float32
 
     def normal_error(self, dtype: torch.dtype) -> float:
-        """How far the normals that it draws for this dtype may be off before they are rounded to it."""
+        """Returns how far the normals drawn for this dtype may be off before they are rounded to it."""
         return FAST_NORMAL_ERROR if self.has_fast_sines(dtype) else NORMAL_ERROR
 
 
@@ -78,7 +78,7 @@ def _same_data_every_time() -> None:
 
 
 def _unsupported_reason(kernel: Kernel) -> str | None:
-    """Why this kernel cannot be tested with the versions that are installed; None if it can."""
+    """Returns why this kernel cannot be tested with the versions that are installed; None if it can."""
     numpy = tuple(int(part) for part in version("numpy").split(".")[:2])
     if kernel.interpreted and version("triton").startswith("3.6.") and numpy >= (2, 4):
         return "Triton 3.6's interpreter makes scalars of one-element arrays, which NumPy 2.4 refuses"

@@ -121,7 +121,7 @@ class Errors:
         self.e_dx = errors / self.deviation + (2 * self.e_rstd + 8 * UNIT) * self.terms
 
     def _sum(self, v: Tensor, e_v: Tensor, over_samples: bool) -> Tensor:
-        """Of a sum of v over the pixels, and over the samples where wanted."""
+        """Returns the error of a sum of v over the pixels, and over the samples where wanted."""
         count = self.pixels * (self.samples if over_samples else 1)
         total = ((sum_error(count) + 8 * UNIT) * v.abs() + e_v).sum(3).flatten(1)
         return total.sum(0) if over_samples else total

@@ -108,7 +108,7 @@ def leaves(*tensors):
     ("size", "stride", "padding"), [(3, 1, SAME), (3, 2, (0, 1, 0, 1)), (1, 1, (0, 0, 0, 0)), (5, 1, (1, 0, 3, 2))]
 )
 def test_gradients(size, stride, padding):
-    """Through the public function, prologue and residual included, beside float64."""
+    """Gradients through the public function, with prologue and residual, are near those of float64."""
     x, weight, bias = torch.randn(2, 20, 9, 8), torch.randn(18, 20, size, size), torch.randn(18)
     scale, shift = torch.randn(2, 20), torch.randn(2, 20)
     residual = torch.randn(2, 18, *op.out_size(x, weight, stride, padding))

@@ -167,7 +167,7 @@ def test_compiles_in_one_graph(kernel):
 
 @pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_cuda_library_is_one_graph_forward_and_one_backward(dynamic, monkeypatch):
-    """With their workspace in them, for any batch too; the ops are traced here, not run."""
+    """The graphs hold the ops' workspace, for any batch too; the ops are traced here, not run."""
     monkeypatch.setattr(backends, "choose", lambda *arguments: "cuda")
     graphs = []
 

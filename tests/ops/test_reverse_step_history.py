@@ -40,7 +40,7 @@ def test_a_table_tells_how_many_it_keeps():
 
 @BOTH
 def test_steps_in_order_read_the_x0_of_the_steps_before(kernel, table):
-    """By the equation, from the x_0 that each step returned; what was in the history first is not read."""
+    """Each step equals its equation with x_0 of earlier steps; what the history held first is not read."""
     x = torch.randn(2, 3, 4, 5, device=kernel.device)
     outs = [torch.randn_like(x) for _ in range(5)]
     history = [torch.full_like(x, float("nan")) for _ in range(table.history)]
@@ -153,7 +153,7 @@ def test_writes_all_of_it_and_nothing_else(kernel, table, dtype):
 
 
 def test_gradients_reach_the_x0_of_earlier_steps():
-    """Through three steps, against finite differences, in float64."""
+    """Gradients through three steps agree with finite differences in float64."""
 
     def last_of_three(x, *outs):
         return run(TWO, x, outs, "auto")[0]

@@ -114,7 +114,7 @@ def test_processes_share_a_cache(tmp_path):
 
 
 def test_values_and_batch_sizes_do_not_recompile():
-    """One kernel each; the split pass has three forward and four backward, the whole one two backward."""
+    """Each call compiles one kernel; the split pass has three forward and four backward, the whole one two backward."""
     assert checks()["recompiles"] == {
         "reverse_step": 1,
         "q_sample": 1,

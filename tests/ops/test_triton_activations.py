@@ -53,7 +53,7 @@ def bounds(z: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, torch
 
 @pytest.mark.parametrize("activation", [a for a in Activation if a != Activation.NONE], ids=lambda a: a.name.lower())
 def test_value_and_derivative(activation):
-    """From -60 to 60, where exp(-z) neither overflows nor vanishes, and near 0."""
+    """z runs from -60 to 60, where exp(-z) neither overflows nor vanishes, and near 0."""
     z = torch.cat([torch.linspace(-60, 60, 3 * BLOCK), torch.randn(BLOCK) * 1e-3]).to(DEVICE)
     dy = torch.rand_like(z) + 0.5
     y, dz = torch.empty_like(z), torch.empty_like(z)

@@ -61,7 +61,7 @@ def _store_minus_two_log(out, values, BLOCK: tl.constexpr):
 
 
 def test_logarithm_to_two_ulps():
-    """From 2^-32 to 1, and as exact next to 1, where it is small."""
+    """The logarithm is exact to two ulps from 2^-32 to 1, and next to 1, where it is small."""
     values = torch.cat([torch.logspace(-32, 0, 4000, base=2), 1 - torch.arange(96) * 2.0**-24])
     out = torch.empty(4096)
     _store_minus_two_log[(1,)](out, values, BLOCK=4096)

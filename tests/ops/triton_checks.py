@@ -41,7 +41,7 @@ def _steps_and_seeds(batch: int, step: int, seed: int, scale: float) -> None:
 
 
 def recompiles() -> dict[str, int]:
-    """How many kernels a family of calls compiles that differ in values, batch size or table length."""
+    """Returns how many kernels a family of calls compiles that differ in values, batch size or table length."""
     dtype = torch.bfloat16
     families = {
         "reverse_step": [lambda i=i: _steps_and_seeds(i, 7 * i % 50, 3**i, i) for i in range(1, 8)],
@@ -168,7 +168,7 @@ def cubins() -> list[str]:
 
 
 def amd() -> dict[str, int]:
-    """How many vector registers each kernel spills on an AMD GPU; compiled without NVIDIA's instructions."""
+    """Returns how many vector registers each kernel spills on an AMD GPU; compiled without NVIDIA's instructions."""
     triton_common.ASSEMBLY = triton_activations.ASSEMBLY = tl.constexpr(False)
     spilled: dict[str, int] = {}
     for case in cases(archs=[90], dtypes=["bfloat16"], quick=True):

@@ -20,7 +20,7 @@ NEAR = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def assert_same_step(a, b):
-    """Both move x alike: all columns but those of x_0."""
+    """Checks that two tables move x alike: all columns but those of x_0 are near."""
     for name in STEP:
         np.testing.assert_allclose(a.column(name), b.column(name), **NEAR, err_msg=name)
 
@@ -217,7 +217,7 @@ def test_spacings():
 
 
 def test_quantiles_of_beta():
-    """Where the distribution function has a closed form."""
+    """Quantiles are right where the distribution function has a closed form."""
     p = np.linspace(0, 1, 21)
     for a, b, exact in (
         (1.0, 1.0, p),

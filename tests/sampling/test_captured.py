@@ -208,7 +208,7 @@ def test_batches_and_empty_batches(graphs_on_cpu):
 
 
 def test_nothing_is_read_back_between_two_steps(graphs_on_cpu, monkeypatch):
-    """With a callback and a progress bar, which count on the host."""
+    """Nothing is read back with a callback and a progress bar either, which count on the host."""
     model = Model()
     dd.sample(model, SHAPE, TABLES["ddpm"], seed=0, callback=lambda step: None)
     monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("read back"))
@@ -274,7 +274,7 @@ def test_falls_back_with_one_reason(case, graphs_on_cpu, caplog):
 
 
 def test_off(graphs_on_cpu, monkeypatch):
-    """By the flag, for two steps, within a capture, and without CUDA."""
+    """Nothing is captured with the flag off, for two steps, within a capture, or without CUDA."""
     model = Model()
     dd.sample(model, SHAPE, TABLES["ddpm"], seed=0, cuda_graph=False)
     dd.sample(model, SHAPE, dd.ddim(SCHEDULE, 2), seed=0)

@@ -121,7 +121,7 @@ def test_without_a_source_torchs_own_seed_decides():
 
 
 def _global_draws(call):
-    """Whether a call moves torch's global generator."""
+    """Returns whether a call moves torch's global generator."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
     call()

@@ -24,7 +24,7 @@ PREDICTIONS = {"epsilon": "epsilon", "sample": "x_start", "v_prediction": "v"}
 
 
 def our_prediction(prediction_type: str) -> str:
-    """This package's name of a ``prediction_type``; a ValueError for an unknown one."""
+    """Returns this package's name of a ``prediction_type``; a ValueError for an unknown one."""
     if prediction_type not in PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTIONS)}; got {prediction_type!r}")
     return PREDICTIONS[prediction_type]

@@ -40,7 +40,7 @@ def columns(rows: Tensor, step: Tensor, like: Tensor, dtype: torch.dtype) -> dic
 
 
 def _is_odd(call: Arguments) -> Tensor:
-    """Whether each sample's step is odd, as booleans [N or 1, 1, ...]."""
+    """Returns whether each sample's step is odd, as booleans [N or 1, 1, ...]."""
     return (call.step % 2 == 1).reshape(-1, *[1] * (call.x.ndim - 1))
 
 

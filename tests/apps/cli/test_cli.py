@@ -131,7 +131,7 @@ def test_output_to_a_full_device(models):
 )
 @pytest.mark.parametrize("command", ["sample", "train"])
 def test_a_wrong_variable_is_named(models, command, name, message):
-    """In one line, before anything is written."""
+    """A wrong environment variable is an error of one line, before anything is written."""
     if name == "DD_KERNELS_CPU_ISA" and backends.unavailable("cpu") is not None:
         pytest.skip("the CPU library was not built")
     options = {

@@ -30,7 +30,7 @@ class TestFrechet:
         assert found == pytest.approx(wanted, rel=1e-7)
 
     def test_any_covariances(self):
-        """Against the eigenvalues of the unsymmetric product, as the formula stands in the paper."""
+        """The distance equals that from eigenvalues of the unsymmetric product, as the formula stands in the paper."""
         (mean_a, cov_a), (mean_b, cov_b) = random_gaussian(8, 0), random_gaussian(8, 1)
         root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real).sum()
         wanted = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * root

@@ -37,7 +37,7 @@ def metadata(path):
 
 
 def same(a, b):
-    """Whether two files hold equal tensors: the model's and the training state's."""
+    """Returns whether two files hold equal tensors: the model's and the training state's."""
     first, second = load_file(a), load_file(b)
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)

@@ -172,7 +172,7 @@ def _exact(call: Call) -> Any:
 
 
 def difference(name: str, seed: int) -> str | None:
-    """How ours differs from theirs in one case, or None: as theirs, or as the package's docstring says."""
+    """Returns how ours differs from theirs in one case; None if not, or only as the package's docstring says."""
     call = Call(name, seed)
     their, value = _outcome(call, theirs), _outcome(call, ours)
     if isinstance(value, Exception):
@@ -185,7 +185,7 @@ def difference(name: str, seed: int) -> str | None:
 
 
 def _mistakes(call: Call) -> int:
-    """How many arguments are wrong; which of several mistakes is told is left to the class."""
+    """Returns how many arguments are wrong; each class may report any of several mistakes."""
     fits = call.out.shape[-1] == call.sample.shape[-1]
     kinds = ("epsilon", "sample") if call.name == "UnCLIPScheduler" else ("epsilon", "sample", "v_prediction")
     learns = call.config.get("variance_type", "").startswith("learned")

@@ -80,7 +80,7 @@ def _denoise_on_device(one: Any, config: dict, options: dict, copies: bool = Fal
 def test_no_step_asks_the_device(
     name: str, config: dict, options: dict, backend: str, noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is read back, nothing uploaded after the first loop: what a CUDA graph wants."""
+    """Nothing is read back, and nothing uploaded after the first loop, as a CUDA graph requires."""
     if backend == "triton":  # all but the launch
         pytest.importorskip("triton")
         monkeypatch.setattr(backends, "choose", lambda *a, **k: "triton")

@@ -27,7 +27,7 @@ def start():
 
 
 def ours(table, noise=None, steps=None):
-    """In float64, with its own noise levels."""
+    """Runs our sampler in float64, with its own noise levels."""
     level = np.interp(table.timesteps if table.times is None else table.times, np.arange(1000), _log_sigma())
     alpha_bars = 1 / (1 + np.exp(2 * level))
     x, history = start(), table.history_like(start())
@@ -42,7 +42,7 @@ def _log_sigma():
 
 
 def theirs(scheduler, noise=None, steps=None):
-    """By their loop; x of theirs is x / sqrt(alpha_bar) where they scale the model's input."""
+    """Runs the loop of diffusers, whose x is x / sqrt(alpha_bar) where they scale the model's input."""
     x = start().float() * float(scheduler.init_noise_sigma)
     for i, t in enumerate(scheduler.timesteps[:steps]):
         scaled = scheduler.scale_model_input(x, t)
@@ -54,7 +54,7 @@ def theirs(scheduler, noise=None, steps=None):
 
 
 def assert_near(found, wanted):
-    """To the roundings of float32, which are relative."""
+    """Compares to the roundings of float32, which are relative."""
     error = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1)
     print(f"apart by {error:.1e} of {NEAR:.1e}")
     assert error < NEAR

@@ -45,7 +45,7 @@ def model(learned: bool) -> Any:
 
 
 def cond_fn(x: Tensor, t: Tensor, shift: float = 0.0) -> Tensor:
-    """In place of the gradient of a classifier's log-probability."""
+    """Stands in place of the gradient of a classifier's log-probability."""
     return 0.3 * torch.cos(x + 0.02 * t.to(x.dtype).reshape(-1, 1, 1, 1) + shift)
 
 

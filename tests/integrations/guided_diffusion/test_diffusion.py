@@ -45,7 +45,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., dict]], di
 
 
 def check(theirs: dict[str, np.ndarray], ours: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> None:
-    """The same numbers to rounding, which loops amplify, and as near to float64 as theirs (twice their error)."""
+    """Results are the same to rounding, which loops amplify, and as near to float64 as theirs (twice their error)."""
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         their, truth = theirs[name], exact[name]
