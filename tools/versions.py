@@ -3,7 +3,8 @@
 The oldest versions are those of pyproject.toml, the newest those of the package index. Of Triton every minor version
 between them is tested. ``--small`` keeps the torch that is installed and adds each version of Triton and the oldest
 and newest diffusers to it, which downloads little. Without it, the oldest and newest torch are installed too, each in
-a virtual environment of its own, which downloads gigabytes where only CUDA builds are offered.
+a virtual environment of its own, which downloads gigabytes where only CUDA builds are offered. CI runs
+``--small --quick``.
 
 A version runs the checks that it can change. For each check the numbers of tests are printed, then every failure, and
 every reason for which tests were skipped.
@@ -37,6 +38,12 @@ CHECKS = {
     "ahead of time": (AHEAD_OF_TIME, "-m", "slow"),
     "capture": ("tests", "-m", "not slow", "-k", "(compile and not compiler) or capture or graph or export"),
     "diffusers": ("tests/integrations/diffusers", "-m", "not slow"),
+}
+TRITON_QUICK = "tests/ops/test_triton_activations.py tests/ops/test_triton_noise.py tests/ops/test_q_sample.py"
+# What one version of each takes less than a minute for: CI runs these.
+QUICK = {
+    "op tests on Triton": (*TRITON_QUICK.split(), "-m", "not slow", "-k", "triton and not any_shape"),
+    "diffusers": ("tests/integrations/diffusers/test_diffusers.py", "-m", "not slow"),
 }
 CHECKED = {
     "torch": ("op tests", "ahead of time", "capture", "diffusers"),
@@ -160,10 +167,10 @@ def described(result: Result) -> list[str]:
     return lines + [f"      skipped {count}: {reason}" for reason, count in result.skipped.items()]
 
 
-def check(python: Path, name: str, folder: Path, seconds: float) -> Result:
-    """Runs one check in an environment."""
+def check(python: Path, name: str, folder: Path, seconds: float, tests: Sequence[str]) -> Result:
+    """Runs the tests of one check in an environment."""
     command = [str(python), "-m", "pytest", "-q", "-rfEs", "--tb=no", "-p", "no:cacheprovider", "-o", "addopts="]
-    running = processes.start([*command, *CHECKS[name]], folder / f"{name.replace(' ', '_')}.log")
+    running = processes.start([*command, *tests], folder / f"{name.replace(' ', '_')}.log")
     status = running.finish(time.monotonic() + seconds)
     result = read(running.lines())
     if status == 0:
@@ -175,8 +182,9 @@ def check(python: Path, name: str, folder: Path, seconds: float) -> Result:
     )
 
 
-def run(environments: Sequence[Environment], folder: Path, seconds: float) -> bool:
+def run(environments: Sequence[Environment], folder: Path, seconds: float, quick: bool = False) -> bool:
     """Makes each environment, runs its checks and prints what they found; returns whether all passed."""
+    checks = QUICK if quick else CHECKS
     passed = True
     for environment in environments:
         print(f"== {environment}", flush=True)
@@ -187,8 +195,8 @@ def run(environments: Sequence[Environment], folder: Path, seconds: float) -> bo
             print(f"   cannot be installed: exit status {error.returncode}")
             passed = False
             continue
-        for name in CHECKED[environment.name]:
-            result = check(python, name, home, seconds)
+        for name in (one for one in CHECKED[environment.name] if one in checks):
+            result = check(python, name, home, seconds, checks[name])
             passed = passed and not result.failures
             print("\n".join([f"   {name}: {result.summary}", *described(result)]), flush=True)
     return passed
@@ -198,6 +206,9 @@ def main() -> int:
     """Runs the command line; the exit status is 1 where a check failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.versions", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true", help="keep the installed torch, and so download little")
+    parser.add_argument(
+        "--quick", action="store_true", help="leave out the installed versions, and run few tests of each other one"
+    )
     parser.add_argument("--only", metavar="NAME[=VERSION]", help="only this package, or this version of it")
     parser.add_argument("--folder", type=Path, help="keep the environments and logs here (a temporary folder)")
     parser.add_argument("--seconds", type=float, default=1800, help="limit of one check (%(default)s)")
@@ -209,10 +220,12 @@ def main() -> int:
         wanted = [Environment(name, version)]
     else:
         wanted = [one for one in matrix(options.small) if not name or one.name == name]
+    if options.quick:
+        wanted = [one for one in wanted if one.version != importlib.metadata.version(one.name)]
     installed = {one: importlib.metadata.version(one) for one in CHECKED}
     print("installed:", ", ".join(f"{one} {version}" for one, version in installed.items()), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        return 0 if run(wanted, options.folder or Path(temporary), options.seconds) else 1
+        return 0 if run(wanted, options.folder or Path(temporary), options.seconds, options.quick) else 1
 
 
 if __name__ == "__main__":

@@ -65,10 +65,12 @@ def test_failures_and_reasons_are_read_from_pytest():
 
 
 def test_every_check_names_tests_that_exist():
-    for arguments in versions.CHECKS.values():
-        path, _, test = arguments[0].partition("::")
-        assert (versions.ROOT / path).exists()
-        assert test in (versions.ROOT / path).read_text() if test else True
+    for arguments in (*versions.CHECKS.values(), *versions.QUICK.values()):
+        for argument in (one for one in arguments if one.startswith("tests")):
+            path, _, test = argument.partition("::")
+            assert (versions.ROOT / path).exists()
+            assert test in (versions.ROOT / path).read_text() if test else True
+    assert set(versions.QUICK) < set(versions.CHECKS)
     assert {name for names in versions.CHECKED.values() for name in names} <= set(versions.CHECKS)
 
 
@@ -98,6 +100,9 @@ def test_a_check_is_run_and_one_that_fails_is_the_outcome(tmp_path, monkeypatch,
     assert "bad: 1 failed, 1 passed" in bad
     assert "failed: " in bad
     assert "test_one.py::test_b" in bad
+    monkeypatch.setattr(versions, "QUICK", {"good": checks["bad"]})
+    assert not versions.run([Environment("triton", "3.7.0")], tmp_path, 60.0, quick=True)
+    assert versions.run([Environment("diffusers", "0.40.1")], tmp_path, 60.0, quick=True)  # none of its checks is quick
 
 
 def test_what_cannot_be_installed_is_a_failure(tmp_path, monkeypatch, capsys):
@@ -111,7 +116,9 @@ def test_what_cannot_be_installed_is_a_failure(tmp_path, monkeypatch, capsys):
 
 def test_the_command_line(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(versions, "run", lambda wanted, folder, seconds: seen.append([str(e) for e in wanted]) or True)
+    monkeypatch.setattr(
+        versions, "run", lambda wanted, folder, seconds, quick: seen.append([str(e) for e in wanted]) or True
+    )
     monkeypatch.setattr(
         versions, "matrix", lambda small: [Environment("triton", "3.6.0"), Environment("torch", "2.10.0")]
     )
@@ -120,6 +127,12 @@ def test_the_command_line(monkeypatch, capsys):
         assert versions.main() == 0
     assert seen == [["triton 3.6.0", "torch 2.10.0"], ["triton 3.6.0"], ["triton 3.7.0"]]
     assert "installed: torch 2." in capsys.readouterr().out
+    monkeypatch.setattr(
+        versions.importlib.metadata, "version", {"triton": "3.6.0", "torch": "2.13.0", "diffusers": "1"}.get
+    )
+    monkeypatch.setattr("sys.argv", ["versions", "--quick"])
+    assert versions.main() == 0
+    assert seen[-1] == ["torch 2.10.0"]
     monkeypatch.setattr("sys.argv", ["versions", "--only", "numpy"])
     with pytest.raises(SystemExit):
         versions.main()
