@@ -256,7 +256,7 @@ def test_orders_rise_and_fall():
 
     assert of(6, 3, True) == of(6, 3, None) == [1, 2, 3, 3, 2, 1]
     assert of(6, 3, False) == [1, 2, 3, 3, 3, 1]
-    assert of(15, 2, None) == [1, *[2] * 13, 1]
+    assert of(15, 3, None) == [1, 2, *[3] * 12, 1]
     assert of(2, 3, False) == [1, 1]
     assert of(1, 2, None) == [1]
 
