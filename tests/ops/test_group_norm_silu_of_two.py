@@ -79,7 +79,7 @@ def check(kernel, x, residual, skip, dy, dsum, groups, options, activation):
     if residual is not None:
         assert actual["sum"].equal(x + residual)
         assert actual["sum"].stride() == x.stride()
-    layout = torch.channels_last if x.ndim == 4 and not x.is_contiguous() else torch.contiguous_format
+    layout = torch.channels_last if x.ndim == 4 and not joined.is_contiguous() else torch.contiguous_format
     assert actual["y"].is_contiguous(memory_format=layout)
 
 
