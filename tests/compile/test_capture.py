@@ -190,6 +190,17 @@ def test_the_model_is_not_touched():
         torch.testing.assert_close(outputs(other, x, emb), plain, rtol=0, atol=0)
 
 
+def test_an_export_is_the_models_own():
+    """torch.export of a compiled model gives the model's own graph, which runs where dd_kernels is not installed."""
+    model, x, emb = make("guided-diffusion")
+    fast, _ = compiled(model)
+    with torch.no_grad():
+        fast(x, emb)
+        exported = torch.export.export(fast, (x, emb))
+        assert not [node for node in exported.graph.nodes if "dd_kernels" in str(node.target)]
+        assert torch.equal(exported.module()(x, emb), model(x, emb))
+
+
 def test_handed_on_to_inductor():
     model, x, emb = make("latent-diffusion", blocks=1)
     fast, report = compiled(model, inductor=True)
