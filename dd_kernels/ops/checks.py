@@ -78,13 +78,14 @@ def visit(
         all are ordinary tensors, whose memory can be looked at.
     """
     x = tensors[0]
-    ordinary = type(x) is Tensor
+    ordinary, wide = type(x) is Tensor, False
     if not ordinary or x.dtype not in KERNEL_DTYPES:
         check_float(names[0], x)
+        wide = x.dtype is _FLOAT64
     shape, device, on_cpu, contiguous = x.shape, x.device, x.is_cpu, x.is_contiguous()
     if not shape:
         raise ValueError(f"{names[0]} must be [N, ...], N samples; got a tensor of shape []")
-    with_gradient, wide = x.requires_grad, x.dtype is _FLOAT64
+    with_gradient = x.requires_grad
     for i, y in enumerate(tensors):
         if y is None or i == 0:
             continue

@@ -14,9 +14,9 @@ from ..tracing import as_traced
 from . import reference
 from .key import check_word, noise_key
 from .op import OP, Arguments
-from .streams import STREAM_TIMESTEPS, Stream
+from .streams import Stream
 
-__all__ = ["STREAM_TIMESTEPS", "Stream", "noise_key", "randn"]
+__all__ = ["Stream", "noise_key", "randn"]
 
 
 def randn(

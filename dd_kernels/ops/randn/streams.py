@@ -20,6 +20,3 @@ class Stream(IntEnum):
     LABEL_DROP = 5  # which labels classifier-free guidance leaves out in training
     FLIP = 6  # which images of a training batch are mirrored
     SPLIT = 7  # which images of a data set are kept for tests
-
-
-STREAM_TIMESTEPS = Stream.TIMESTEPS

@@ -172,7 +172,7 @@ def reverse_step(
         tensors += slots
         names = (*_NAMES[:-1], *("history",) * len(slots), "x_prev")
     chosen, result, ordinary = visit("reverse_step", backend, names, tensors, x_prev)
-    kept: list[Any] = []
+    kept: Sequence[Tensor] = slots
     if slots:
         kept = tensors[5:]
         del tensors[5:]
@@ -182,7 +182,9 @@ def reverse_step(
     on_device = table.on(device)
     index = timestep_index("step", step, on_device.steps, x)
     key = noise_key(seed, first_sample, 0, device, x.size(0)) if draws and seed is not None else None
-    rows = table.rows.to(device) if x.dtype is torch.float64 else on_device.rows
+    rows = on_device.rows
+    if result is None and x.dtype is torch.float64:
+        rows = table.rows.to(device)
     threshold = None
     if table.threshold is not None:
         threshold = dynamic_threshold(x, out, uncond, guidance_scale, rows, index, table.threshold)
