@@ -1,5 +1,6 @@
 """Whole sampling steps (model and update), whole runs of :func:`dd_kernels.sample`, and how their time grows.
 
+"dd_kernels" is our U-Net as a user runs it: on a CPU accelerated by :func:`dd_kernels.accelerate`.
 Images/s of a run of S steps follow from the time of one step ("extrapolated" in the tables); a row with ``steps`` is
 a whole run. The bytes counted are those of the weights, and of the image in and out: no step moves fewer. Steps are
 timed as a program calls them; "CUDA graph" is our step captured and replayed.
@@ -102,7 +103,8 @@ def _implementations(target: Target, run: Run) -> dict[str, Denoiser | str]:
         return dict(stable)
     model = models.unet(run.model, target, run.dtype)
     of = (model, run.sampler, run.batch, target.device)
-    found: dict[str, Denoiser | str] = {"dd_kernels": models.ours(*of), "eager": models.eager(*of)}
+    fast = model if run.compile else models.by_the_line(model, target)
+    found: dict[str, Denoiser | str] = {"dd_kernels": models.ours(fast, *of[1:]), "eager": models.eager(*of)}
     found["diffusers"] = models.diffusers_unet(*of)
     if run.reference:
         found["reference"] = models.ours(*of, backend="reference")
@@ -182,8 +184,10 @@ def _whole_case(target: Target, run: Run) -> Case:
     x_T = _images(target, run)
     kwargs = {} if y is None else {"y": y}
 
+    fast = models.by_the_line(model, target)
+
     def ours(x: Tensor) -> Tensor:
-        return dd.sample(model, x, table, seed=0, model_kwargs=kwargs)
+        return dd.sample(fast, x, table, seed=0, model_kwargs=kwargs)
 
     theirs = models.diffusers_unet(model, run.sampler, run.batch, target.device)
     peers: Peers = {"diffusers": models.pipeline(theirs, run.sampler, steps, run.batch, target.device)}
@@ -249,7 +253,8 @@ def _point_case(target: Target, point: Point) -> Case:
     sizes = {**BASE[target.kind], point.axis: point.value}
     model = _sized_model(target, sizes)
     batch, side, steps = sizes["batch"], sizes["resolution"], sizes["steps"]
-    ours, plain = (of(model, "ddim", batch, target.device) for of in (models.ours, models.eager))
+    fast = models.by_the_line(model, target)
+    ours, plain = models.ours(fast, "ddim", batch, target.device), models.eager(model, "ddim", batch, target.device)
     x = torch.randn(batch, 3, side, side, device=target.device)
     moved = steps * (models.parameter_bytes(model) + 2 * x.nbytes)
     table = dd.ddim(SCHEDULE, steps=steps)
@@ -257,7 +262,7 @@ def _point_case(target: Target, point: Point) -> Case:
         "growth",
         point.axis,
         x.shape,
-        (lambda x: dd.sample(model, x, table, seed=0)) if point.axis == "steps" else ours,
+        (lambda x: dd.sample(fast, x, table, seed=0)) if point.axis == "steps" else ours,
         [(x,)],
         moved,
         {"eager": _loop(plain, steps)},
@@ -266,7 +271,7 @@ def _point_case(target: Target, point: Point) -> Case:
         target.device,
         graph=False,
         extra={"value": point.value, "sizes": sizes},
-        inspect=lambda: _floors(target, ours, x, moved, steps),
+        inspect=lambda: _floors(target, plain, x, moved, steps),
     )
 
 

@@ -83,6 +83,18 @@ def eager_copy(model: UNet) -> UNet:
     return copied
 
 
+def by_the_line(model: UNet, target: Target) -> UNet:
+    """Returns the model as a user on a CPU runs it, accelerated and sharing its weights; on a GPU the model itself.
+
+    There a CUDA graph of the whole step is a row of its own.
+    """
+    if target.kind != "cpu":
+        return model
+    copied = sharing(model)
+    dd.accelerate(copied)
+    return copied
+
+
 def randomized(model: M) -> M:
     """Makes weights that start at 0 random, because products with zeros can run faster; returns the model."""
     for parameter in model.parameters():
