@@ -1,7 +1,8 @@
 """A training step (q_sample, forward, backward, AdamW) beside the same model in plain PyTorch.
 
-Our U-Net runs as a user trains it, on a CPU accelerated; a GPU runs it under bfloat16 autocast. ``saved_bytes`` is what the forward pass keeps for the backward pass;
-``peak_bytes``, on a GPU, the peak of a step's memory less what was allocated before it.
+Our U-Net runs as a user trains it, on a CPU accelerated; a GPU runs it under bfloat16 autocast. ``saved_bytes`` is what
+the forward pass keeps for the backward pass; ``peak_bytes``, on a GPU, the peak of a step's memory less what was
+allocated before it.
 """
 
 from __future__ import annotations
