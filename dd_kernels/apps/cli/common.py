@@ -102,6 +102,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -
     """Adds the model and how it is run; with ``classes`` --classes too."""
     parser.add_argument("--model", help="a model file that train wrote (default: the bundled digits model)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's weights (default: fp32)")
+    parser.add_argument(
+        "--accelerate",
+        action="store_true",
+        help="rewrite the model by dd_kernels.accelerate first, which takes seconds and pays for larger models",
+    )
     if classes:
         parser.add_argument("--classes", help="names or numbers, 0,3,7 or all or none (default: all)")
     parser.add_argument(
@@ -131,7 +136,12 @@ class LoadedModel:
             )
         if not math.isfinite(args.guidance):
             raise ValueError(f"--guidance must be a finite number; got {args.guidance}")
-        return cls(model.to(where, DTYPES[args.dtype]), info, where, args.guidance)
+        model = model.to(where, DTYPES[args.dtype])
+        if args.accelerate:
+            from ...compile import accelerate  # imports Dynamo, which takes a second
+
+            accelerate(model)
+        return cls(model, info, where, args.guidance)
 
     def labels(self, text: str | None, default: str = "all") -> list[int] | None:
         """Returns the labels that --classes names; None for a model without classes."""

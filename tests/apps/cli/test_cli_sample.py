@@ -10,6 +10,7 @@ from commands import fails, pixels, run, sample
 from PIL import Image
 
 import dd_kernels as dd
+from dd_kernels import compile
 from dd_kernels.apps import checkpoint, cli, images
 from dd_kernels.apps.cli import common
 
@@ -45,6 +46,17 @@ def test_sample_equals_the_library(models):
     assert np.array_equal(pixels("a.npz"), images.to_uint8(x).numpy())
     with np.load("a.npz") as file:
         assert file["labels"].tolist() == [0, 1, 2]
+
+
+def test_an_accelerated_model_draws_the_same_images(models, monkeypatch):
+    """Another convolution algorithm may move a value by a few roundings, and so one grey level, no more."""
+    accelerate, accelerated = dd.accelerate, []
+    monkeypatch.setattr(compile, "accelerate", lambda model: accelerated.append(accelerate(model)))
+    assert sample(models, "-n", 3, "--steps", 5, "--out", "plain.npz") == 0
+    assert not accelerated
+    assert sample(models, "-n", 3, "--steps", 5, "--out", "fast.npz", "--accelerate") == 0
+    assert len(accelerated) == 1
+    assert np.abs(pixels("plain.npz").astype(int) - pixels("fast.npz").astype(int)).max() <= 1
 
 
 def test_default_steps(models, capsys):
