@@ -91,7 +91,8 @@ def source_distribution(tmp_path_factory):
     environment = {**os.environ, "DD_KERNELS_CUDA": "0"}
     subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+        filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.3 and before have none
+        archive.extractall(folder, **filters)
     return next(path for path in folder.iterdir() if (path / "PKG-INFO").exists())
 
 

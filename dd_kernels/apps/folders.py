@@ -84,11 +84,8 @@ def atomic_folder(path: PathLike) -> Iterator[pathlib.Path]:
         target = resolved(path)
         place = _place(target)
         remove_leftovers(place)
-        temporary = temporary_name(place)
-        temporary.mkdir()
-        handle = None
+        temporary, handle = _new_folder(place)
         try:
-            handle = _open_folder(temporary)
             yield temporary
             sync_folder(temporary)
             if target.exists():
@@ -201,12 +198,34 @@ def _swap(a: pathlib.Path, b: pathlib.Path) -> bool:
     raise OSError(number, os.strerror(number), str(b))
 
 
-def _open_folder(folder: pathlib.Path) -> int | None:
-    """Returns a locked handle of a folder, or None where the system opens none (Windows)."""
-    if sys.platform == "win32":
+def _new_folder(place: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """Makes a temporary folder; returns it and a locked handle of it, None where the system opens none (Windows).
+
+    Another writer may take it for a leftover and remove it before it is locked: then another one is made.
+    """
+    while True:
+        temporary = temporary_name(place)
+        temporary.mkdir()
+        try:
+            handle = None if sys.platform == "win32" else _locked(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if handle is not None or sys.platform == "win32":
+            return temporary, handle
+
+
+def _locked(folder: pathlib.Path) -> int | None:
+    """Returns a locked handle of a folder, or None where another writer removes or has removed it."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
         return None
-    handle = os.open(folder, os.O_RDONLY)
-    if not lock(handle, folder):
+    try:
+        locked = lock(handle, folder)
+    except BaseException:
         os.close(handle)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
-    return handle
+        raise
+    if not locked:
+        os.close(handle)
+    return handle if locked else None

@@ -172,6 +172,27 @@ def test_many_writers_of_one_folder_lose_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
+def test_a_temporary_folder_that_another_writer_removes_is_made_anew(tmp_path, monkeypatch, when):
+    module, name = (os, "open") if when == "before it is opened" else (folders, "lock")
+    function, seen = getattr(module, name), []
+
+    def removed_once(*arguments, **options):
+        (path,) = [value for value in arguments if isinstance(value, os.PathLike)] or [None]
+        if path is not None and path.name.endswith(".part"):
+            seen.append(path)
+            if len(seen) == 1:
+                path.rmdir()
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(module, name, removed_once)
+    write(tmp_path / "folder", own=b"1")
+    monkeypatch.undo()
+    assert contents(tmp_path / "folder") == {"own": b"1"}
+    assert len(set(seen)) == 2
+    assert os.listdir(tmp_path) == ["folder"]
+
+
 def test_a_file_does_not_replace_a_folder(folder):
     with pytest.raises(FileExistsError):
         write(folder, own=b"1")
