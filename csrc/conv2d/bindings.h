@@ -54,10 +54,18 @@ void on_threads(int64_t count, const Target& target, Body body) {
     torch::stable::parallel_for(0, count, 1, body);
 }
 
+// Raises unless the memory of a tensor starts at a multiple of its elements' size, as kernels read it.
+inline void check_aligned(const char* name, const Tensor& tensor) {
+    const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+    STD_TORCH_CHECK(address % static_cast<uintptr_t>(tensor.element_size()) == 0, "conv2d: ", name,
+                    " must be aligned to its elements");
+}
+
 inline void check_image(const char* name, const Tensor& image, const Tensor& like) {
     STD_TORCH_CHECK(image.dim() == 4 && is_channels_last(image), "conv2d: ", name,
                     " must be [N, C, H, W], channels_last");
     STD_TORCH_CHECK(image.scalar_type() == like.scalar_type(), "conv2d: ", name, " must have the dtype of the others");
+    check_aligned(name, image);
     for (int64_t i = 0; i < 4; ++i) {
         STD_TORCH_CHECK(image.size(i) == like.size(i), "conv2d: ", name, " has ", image.size(i), " where ",
                         like.size(i), " is wanted, in dimension ", i);
@@ -69,6 +77,7 @@ inline void check_floats(const char* name, const std::optional<Tensor>& values, 
     STD_TORCH_CHECK(values->scalar_type() == ScalarType::Float && values->is_contiguous() &&
                         values->dim() == static_cast<int64_t>(sizes.size()),
                     "conv2d: ", name, " must be contiguous float32 of ", sizes.size(), " dimensions");
+    check_aligned(name, *values);
     int64_t i = 0;
     for (int64_t size : sizes) {
         STD_TORCH_CHECK(values->size(i) == size, "conv2d: ", name, " has ", values->size(i), " where ", size,
@@ -90,6 +99,7 @@ inline void check_filters(const Tensor& weight) {
     STD_TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float &&
                         (weight.is_contiguous() || is_channels_last(weight)),
                     "conv2d: weight must be float32 [K, C, height, width], contiguous or channels_last");
+    check_aligned("weight", weight);
 }
 
 // weight: [outputs, inputs, height, width], or, turned, [inputs, outputs, height, width].
@@ -108,6 +118,8 @@ inline Shape shape_of(const Tensor& x, const Tensor& weight, bool turned, const 
     STD_TORCH_CHECK(x.dim() == 4 && is_channels_last(x), "conv2d: x must be [N, C, H, W], channels_last");
     STD_TORCH_CHECK(y.dim() == 4 && is_channels_last(y), "conv2d: y must be [N, K, H, W], channels_last");
     STD_TORCH_CHECK(x.scalar_type() == y.scalar_type(), "conv2d: x and y must have one dtype");
+    check_aligned("x", x);
+    check_aligned("y", y);
     STD_TORCH_CHECK(stride >= 1, "conv2d: stride must be at least 1; got ", stride);
     Shape shape{x.size(0), x.size(1),      x.size(2),      x.size(3), y.size(1), y.size(2),
                 y.size(3), weight.size(2), weight.size(3), stride,    top,       left};
