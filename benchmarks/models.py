@@ -90,6 +90,7 @@ def by_the_line(model: UNet, target: Target) -> UNet:
     """
     if target.kind != "cpu":
         return model
+    torch._dynamo.reset()  # or models of earlier rows count towards its limit of recompilations
     copied = sharing(model)
     dd.accelerate(copied)
     return copied
