@@ -178,18 +178,24 @@ def _create(target: pathlib.Path) -> tuple[int, pathlib.Path]:
     mode = stat.S_IMODE(target.stat().st_mode) & 0o777 if target.exists() else 0o666
     while True:
         temporary = temporary_name(target)
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            locked = lock(handle, temporary)
-        except BaseException:
-            os.close(handle)
-            raise
-        if locked:
+        handle = locked(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), temporary)
+        if handle is not None:
             return handle, temporary
+
+
+def locked(handle: int, path: pathlib.Path) -> int | None:
+    """Locks a handle and returns it; closes it and returns None where another writer took it for a leftover."""
+    try:
+        if _lock(handle, path):
+            return handle
+    except BaseException:
         os.close(handle)
+        raise
+    os.close(handle)
+    return None
 
 
-def lock(handle: int, path: pathlib.Path) -> bool:
+def _lock(handle: int, path: pathlib.Path) -> bool:
     """Locks ``handle``; False where another writer took it for a leftover and removed it just before."""
     if sys.platform == "win32":
         return True

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from .files import (
     PathLike,
     check_writable,
-    lock,
+    locked,
     naming,
     remove_leftovers,
     resolved,
@@ -221,11 +221,4 @@ def _locked(folder: pathlib.Path) -> int | None:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return None
-    try:
-        locked = lock(handle, folder)
-    except BaseException:
-        os.close(handle)
-        raise
-    if not locked:
-        os.close(handle)
-    return handle if locked else None
+    return locked(handle, folder)

@@ -174,7 +174,7 @@ def test_many_writers_of_one_folder_lose_nothing(tmp_path):
 
 @pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
 def test_a_temporary_folder_that_another_writer_removes_is_made_anew(tmp_path, monkeypatch, when):
-    module, name = (os, "open") if when == "before it is opened" else (folders, "lock")
+    module, name = (os, "open") if when == "before it is opened" else (folders, "locked")
     function, seen = getattr(module, name), []
 
     def removed_once(*arguments, **options):
