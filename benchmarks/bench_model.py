@@ -117,7 +117,7 @@ def _accelerated(net: Network, **options: Any) -> Forward:
 
 def _openvino(net: Network, precision: str) -> Forward:
     """Returns diffusers' model compiled by OpenVINO."""
-    import openvino  # type: ignore[import-not-found, unused-ignore]
+    import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     shapes = [list(net.x.shape), list(net.t.shape)]
     with warnings.catch_warnings(action="ignore"):  # it traces the model, whose shapes are fixed here
