@@ -1,13 +1,29 @@
-"""How an operator of PyTorch is called: at once, by torch.compile's tracer, or with fake tensors."""
+"""How an operator of PyTorch is defined and called: at once, by torch.compile's tracer, or with fake tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.compiler import is_compiling
+
+
+def _outputs_are_arguments(*args: Any) -> None:
+    return None
+
+
+def operator(name: str, schema: str) -> OpOverload:
+    """Defines ``dd_kernels::name``, whose outputs are among its arguments: with fake tensors it has nothing to do.
+
+    Returns the overload itself: to look it up takes as long as a check.
+    """
+    torch.library.define(f"dd_kernels::{name}", schema)
+    torch.library.register_fake(f"dd_kernels::{name}", _outputs_are_arguments)
+    overload: OpOverload = getattr(torch.ops.dd_kernels, name).default
+    return overload
 
 
 def untraced(op: OpOverload) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The operators behind conv2d: schemas, fakes, and the gradients by kernels."""
+"""The operators behind conv2d: their schemas, and the gradients by kernels."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import operator
 from . import reference
 from .reference import Padding
 
@@ -25,53 +26,20 @@ class Method(enum.IntEnum):
     WINOGRAD4 = 4  # F(4x4, 3x3)
 
 
-torch.library.define(
-    "dd_kernels::conv2d",
+_FORWARD = operator(
+    "conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int activation, Tensor? residual, "
     "int stride, int top, int left, bool turned, int method, bool bfloat16, Tensor(a!) y, Tensor(b!)? kept=None) -> ()",
+)
+_WEIGHT_GRADIENT = operator(
+    "conv2d_weight_gradient", "(Tensor dy, Tensor x, int top, int left, int method, Tensor(a!) dweight) -> ()"
 )
 # The elements of ``kept``, in which a call leaves its packed filters to the next one; 0 where that does not pay.
 torch.library.define(
     "dd_kernels::conv2d_kept_size",
     "(Tensor x, Tensor weight, int stride, int top, int left, bool turned, int method, Tensor y) -> int",
 )
-
-
-@torch.library.register_fake("dd_kernels::conv2d")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    activation: int,
-    residual: Tensor | None,
-    stride: int,
-    top: int,
-    left: int,
-    turned: bool,
-    method: int,
-    bfloat16: bool,
-    y: Tensor,
-    kept: Tensor | None = None,
-) -> None:
-    return None
-
-
-torch.library.define(
-    "dd_kernels::conv2d_weight_gradient",
-    "(Tensor dy, Tensor x, int top, int left, int method, Tensor(a!) dweight) -> ()",
-)
-
-
-@torch.library.register_fake("dd_kernels::conv2d_weight_gradient")
-def _(dy: Tensor, x: Tensor, top: int, left: int, method: int, dweight: Tensor) -> None:
-    return None
-
-
-_FORWARD = torch.ops.dd_kernels.conv2d.default
 _KEPT_SIZE = torch.ops.dd_kernels.conv2d_kept_size.default
-_WEIGHT_GRADIENT = torch.ops.dd_kernels.conv2d_weight_gradient.default
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -175,13 +143,13 @@ class Conv2d(torch.autograd.Function):
         stride, padding, method, bfloat16 = ctx.options
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         dx = dweight = dbias = None
-        again = torch.is_grad_enabled()  # create_graph: what follows is differentiated itself
+        create_graph = torch.is_grad_enabled()  # what follows is differentiated itself
         if wants_x:
             arguments = dy, x, weight, stride, padding
-            dx = reference.input_gradient(*arguments) if again else input_gradient(*arguments, method, bfloat16)
+            dx = reference.input_gradient(*arguments) if create_graph else input_gradient(*arguments, method, bfloat16)
         if wants_weight:
             arguments = dy, x, weight, stride, padding
-            dweight = reference.weight_gradient(*arguments) if again else weight_gradient(*arguments, method)
+            dweight = reference.weight_gradient(*arguments) if create_graph else weight_gradient(*arguments, method)
         if wants_bias:
             dbias = dy.sum((0, 2, 3), dtype=torch.promote_types(dy.dtype, torch.float32)).to(ctx.bias_dtype)
         return dx, dweight, dbias, dy if wants_residual else None, None, None, None, None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks
-from ..tracing import untraced
+from ..tracing import operator, untraced
 from . import reference
 from .arguments import Arguments
 
@@ -43,20 +43,10 @@ _OPTION_COUNT = 9  # x and the options, as both schemas and Arguments begin
 _DIFFERENTIABLE = ("x", "weight", "bias", "pre_shift", "scale", "shift", "skip")
 READ_TWO = ("cuda",)  # the backends whose kernels take a residual and a skip
 
-
-def _outputs_are_arguments(*args: Any) -> None:
-    return None
-
-
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"dd_kernels::{_name}", _schema)
-    torch.library.register_fake(f"dd_kernels::{_name}", _outputs_are_arguments)
-
-# The overloads themselves: to look one up costs a microsecond per call.
-FORWARD = torch.ops.dd_kernels.group_norm_silu.default
-AFFINE = torch.ops.dd_kernels.group_norm_affine.default
+FORWARD = operator("group_norm_silu", _SCHEMAS["group_norm_silu"])
+AFFINE = operator("group_norm_affine", _SCHEMAS["group_norm_affine"])
 _UNTRACED = untraced(FORWARD)
-_BACKWARD = torch.ops.dd_kernels.group_norm_silu_backward.default
+_BACKWARD = operator("group_norm_silu_backward", _SCHEMAS["group_norm_silu_backward"])
 
 
 def run(

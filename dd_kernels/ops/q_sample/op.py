@@ -1,34 +1,17 @@
-"""q_sample as an operator of PyTorch: its schema, and what tracing sees of it."""
+"""q_sample as an operator of PyTorch: its schema and its arguments."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..tracing import untraced
+from ..tracing import operator, untraced
 
-torch.library.define(
-    "dd_kernels::q_sample",
+OP = operator(
+    "q_sample",
     "(Tensor x_start, Tensor? noise, Tensor rows, Tensor t, Tensor? key, Tensor(a!) x_t, Tensor(b!)? noise_out) -> ()",
 )
-
-
-@torch.library.register_fake("dd_kernels::q_sample")
-def _(
-    x_start: Tensor,
-    noise: Tensor | None,
-    rows: Tensor,
-    t: Tensor,
-    key: Tensor | None,
-    x_t: Tensor,
-    noise_out: Tensor | None,
-) -> None:
-    return None
-
-
-OP = torch.ops.dd_kernels.q_sample.default  # to look it up takes as long as a check
 UNTRACED = untraced(OP)
 
 

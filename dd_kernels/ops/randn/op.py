@@ -1,21 +1,17 @@
-"""randn as an operator of PyTorch: its schema, and what tracing sees of it."""
+"""randn as an operator of PyTorch: its schema and its arguments."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-torch.library.define("dd_kernels::randn", "(Tensor(a!) z, Tensor key, int stream) -> ()")
+from ..tracing import operator
 
-
-@torch.library.register_fake("dd_kernels::randn")
-def _(z: Tensor, key: Tensor, stream: int) -> None:
-    return None
-
-
-OP = torch.ops.dd_kernels.randn.default  # to look it up takes as long as a check
+OP = operator(
+    "randn",
+    "(Tensor(a!) z, Tensor key, int stream) -> ()",
+)
 
 
 class Arguments(NamedTuple):

@@ -1,44 +1,19 @@
-"""reverse_step as an operator of PyTorch: its schema, and what tracing sees of it."""
+"""reverse_step as an operator of PyTorch: its schema and its arguments."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..tracing import untraced
+from ..tracing import operator, untraced
 
-torch.library.define(
-    "dd_kernels::reverse_step",
+OP = operator(
+    "reverse_step",
     "(Tensor x, Tensor out, Tensor? variance, Tensor? uncond, float guidance_scale, Tensor? noise, "
     "Tensor? threshold, Tensor rows, Tensor timesteps, Tensor step, Tensor? key, "
     "Tensor(a!) x_prev, Tensor(b!)? x0=None, Tensor(c!)? even=None, Tensor(d!)? odd=None) -> ()",
 )
-
-
-@torch.library.register_fake("dd_kernels::reverse_step")
-def _(
-    x: Tensor,
-    out: Tensor,
-    variance: Tensor | None,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    noise: Tensor | None,
-    threshold: Tensor | None,
-    rows: Tensor,
-    timesteps: Tensor,
-    step: Tensor,
-    key: Tensor | None,
-    x_prev: Tensor,
-    x0: Tensor | None = None,
-    even: Tensor | None = None,
-    odd: Tensor | None = None,
-) -> None:
-    return None
-
-
-OP = torch.ops.dd_kernels.reverse_step.default  # to look it up takes as long as a check
 UNTRACED = untraced(OP)
 
 
