@@ -83,17 +83,20 @@ def eager_copy(model: UNet) -> UNet:
     return copied
 
 
-def by_the_line(model: UNet, target: Target) -> UNet:
-    """Returns the model as a user on a CPU runs it, accelerated and sharing its weights; on a GPU the model itself.
-
-    There a CUDA graph of the whole step is a row of its own.
-    """
-    if target.kind != "cpu":
-        return model
+def accelerated(model: M) -> M:
+    """Returns an accelerated copy of the model that shares its parameters."""
     torch._dynamo.reset()  # or models of earlier rows count towards its limit of recompilations
     copied = sharing(model)
     dd.accelerate(copied)
     return copied
+
+
+def by_the_line(model: UNet, target: Target) -> UNet:
+    """Returns the model as a user on a CPU runs it, accelerated; on a GPU the model itself.
+
+    There a CUDA graph of the whole step is a row of its own.
+    """
+    return accelerated(model) if target.kind == "cpu" else model
 
 
 def randomized(model: M) -> M:
@@ -205,16 +208,15 @@ def stable_diffusion(sampler: str, batch: int, target: Target, dtype: torch.dtyp
     with torch.device(device):
         theirs: Any = UNet2DConditionModel(**SD_UNET)
     theirs = channels_last(theirs.to(dtype)).eval()
-    accelerated = sharing(theirs)
-    dd.accelerate(accelerated)
+    fast = accelerated(theirs)
     tokens = torch.randn(batch, *SD_TOKENS, device=device).to(dtype)
     scheduler, table = scheduler_of(sampler, device), TABLES[sampler]
     t, index = scheduler.timesteps[len(scheduler.timesteps) // 2], len(table) // 2
     return {
         "dd_kernels": Denoiser(
-            lambda x: accelerated(x.to(dtype), t, tokens).sample,
+            lambda x: fast(x.to(dtype), t, tokens).sample,
             lambda x, out: dd.reverse_step(x, out, table, index, seed=SEEDS[sampler]),
-            accelerated,
+            fast,
         ),
         "diffusers": Denoiser(
             lambda x: theirs(x.to(dtype), t, tokens).sample,
