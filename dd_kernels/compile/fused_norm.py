@@ -28,11 +28,6 @@ def per_sample(x: Tensor, *values: Tensor | None) -> Tensor:
     return total.expand(x.shape[0], -1)
 
 
-def fused_norm(x: Tensor, num_groups: int, weight: Any, bias: Any, eps: float, **options: Any) -> Any:
-    """Calls :func:`dd_kernels.group_norm_silu`."""
-    return group_norm_silu(x, num_groups, weight, bias, eps, **options)
-
-
 def may_skip_checks(x: Tensor, *small: Tensor | None) -> bool:
     """Returns whether the rewrite knows of these fake tensors what the checks of a call on a CPU would find."""
     if x.device.type != "cpu" or x.dtype not in KERNEL_DTYPES or backend.unavailable("cpu") is not None:
@@ -51,13 +46,19 @@ def checked_norm(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Any:
-    """Does what :func:`fused_norm` does, where :func:`may_skip_checks` held, without checks if nothing is recorded.
+    """Does what :func:`dd_kernels.group_norm_silu` does, without its checks if nothing is recorded.
 
-    Strides, grad mode, transforms and a backend asked for are what only the call knows.
+    :func:`may_skip_checks` must have held. Strides, grad mode, transforms and a backend asked for are what only the
+    call knows.
     """
     if torch.is_grad_enabled() or not is_dense(x) or not backend.is_free() or transform_reason() is not None:
-        options = {"activation": name_of(activation), "pre_shift": pre_shift, "scale": scale, "shift": shift}
-        return fused_norm(x, num_groups, weight, bias, eps, **options)
+        options: dict[str, Any] = {
+            "activation": name_of(activation),
+            "pre_shift": pre_shift,
+            "scale": scale,
+            "shift": shift,
+        }
+        return group_norm_silu(x, num_groups, weight, bias, eps, **options)
     if pre_shift is not None:
         pre_shift = pre_shift.contiguous()
     if scale is not None and shift is not None:

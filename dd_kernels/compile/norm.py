@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..ops import group_norm_silu
 from ..ops.activation import activation_of
 from . import activation, pays, pre_shift, residual, scale_shift, skip
-from .fused_norm import checked_norm, fused_norm, may_skip_checks, per_sample
+from .fused_norm import checked_norm, may_skip_checks, per_sample
 from .graph import CASTS, VIEWS, Calls, argument, between, is_barrier, known, module_path, only_user, tensor
 from .identity import is_eval_dropout
 from .pre_shift import PreShift
@@ -177,7 +178,7 @@ def _call(norm: Norm, read: Tensor) -> fx.Node:
     name = options.pop("activation", "none")
     if not options.keys() & {"skip", "residual"} and may_skip_checks(value, *map(tensor, affine[:2])):
         return graph.call_function(checked_norm, (*arguments, int(activation_of(name))), options)
-    return graph.call_function(fused_norm, arguments, {"activation": name, **options})
+    return graph.call_function(group_norm_silu, arguments, {"activation": name, **options})
 
 
 def _replace(norm: Norm) -> None:
