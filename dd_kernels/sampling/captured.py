@@ -110,20 +110,12 @@ class _Run:
         device = self.x.device
         on_device = [_form(v) for v in table.on(device) if isinstance(v, Tensor)]
         kernel = backends.choose("reverse_step", request.backend, device)
-        modes = (backends.is_free(), torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
-        return (
-            *(
-                _form(self.x),
-                *self.noise_dtypes,
-                self.return_x0,
-                request.guidance_scale,
-                request.guidance_rescale,
-                kernel,
-                modes,
-            ),
-            *(tuple(on_device), table.learned_variance, table.stochastic, table.threshold, table.history),
-            *(repr(self.spec), tuple(map(_form, self.leaves)), torch.get_float32_matmul_precision()),
-        )
+        autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        modes = (backends.is_free(), *autocast, torch.get_float32_matmul_precision())
+        form = (_form(self.x), *self.noise_dtypes, tuple(on_device), repr(self.spec), *map(_form, self.leaves))
+        solver = (table.learned_variance, table.stochastic, table.threshold, table.history)
+        guidance = (request.guidance_scale, request.guidance_rescale)
+        return (form, solver, guidance, self.return_x0, kernel, modes)
 
     def capture(self) -> Capture[Tensor | None]:
         """Captures one step."""
