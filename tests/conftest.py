@@ -1,4 +1,4 @@
-"""Set before anything imports Triton or torch."""
+"""Sets threads, Hypothesis profiles and Triton's interpreter before anything imports torch."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# The same examples in every run; --hypothesis-profile=search draws others, and "thousands" as many as ever.
+# The same examples in every run; --hypothesis-profile=search draws others, and "thousands" draws 20,000.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.register_profile("search", derandomize=False, deadline=None, max_examples=500)
 settings.register_profile("thousands", derandomize=False, deadline=None, max_examples=20_000, database=None)
@@ -25,13 +25,13 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same data in every run."""
+    """Makes every test draw the same data in every run."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def graphs_on_cpu(monkeypatch):
-    """A stand-in that gives the CPU CUDA graphs; it counts captures and replays."""
+    """Gives the CPU a stand-in for CUDA graphs, which counts captures and replays."""
     from cuda_graph_stand_in import install
 
     return install(monkeypatch)
@@ -39,7 +39,7 @@ def graphs_on_cpu(monkeypatch):
 
 @pytest.fixture(scope="session")
 def judge():
-    """What judges drawn digits: a classifier of real ones, trained once."""
+    """Trains the classifier that judges drawn digits, once for all tests."""
     from dd_kernels.apps import data
     from dd_kernels.apps.evaluate import Judge
 

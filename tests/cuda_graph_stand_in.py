@@ -59,7 +59,7 @@ class Recorder(TorchDispatchMode):
         for func, args, kwargs, out in self.calls:
             new = func(*args, **kwargs)
             if _storages(out) & _storages((args, kwargs)):
-                continue  # a view, or written in place
+                continue  # the result is a view, or was written in place
             for old, value in zip(tree_leaves(out), tree_leaves(new), strict=True):
                 if isinstance(old, Tensor):
                     old.copy_(value)
@@ -73,7 +73,7 @@ class Graph:
 
     def replay(self) -> None:
         self.fake.replays += 1
-        with torch.inference_mode():  # which may write to what was made in it
+        with torch.inference_mode():  # inference mode allows writes to the tensors that were made in it
             self.recorder.replay()
 
 
@@ -83,7 +83,7 @@ class FakeCuda:
     def __init__(self) -> None:
         self.captures = self.replays = self.reserved = 0
         self.capturing = False
-        self.refused = set(_FROM_HOST)  # the operators that no capture takes
+        self.refused = set(_FROM_HOST)  # operators that make a capture fail
         self.bytes_each, self.total = 1 << 20, 1 << 40
 
     def Stream(self, device: Any) -> Any:

@@ -21,7 +21,7 @@ TINY = {"channels": [8, 16], "num_heads": 2, "num_groups": 4}
 def model():
     torch.manual_seed(0)
     model = UNet.from_config("digits", **TINY).eval()
-    with torch.no_grad():  # the zeroed layers too must be seen to come back
+    with torch.no_grad():  # layers that start as 0 get values, so that a lost one shows
         for parameter in model.parameters():
             parameter.normal_(0, 0.1)
     return model

@@ -88,7 +88,7 @@ def attack(path, model, random_):
     except ValueError as error:
         message = str(error)
     else:
-        # What loads can be used.
+        # A file that loads makes a schedule and a model that work.
         assert len(info.make_schedule()) == info.num_timesteps
         assert all(parameter.dtype.is_floating_point for parameter in loaded.parameters())
         return True
@@ -98,7 +98,7 @@ def attack(path, model, random_):
 
 
 def attack_many(path, model, random_, monkeypatch, go_on):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # it would take most of the time
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # fsync would take most of the test's time
     outcomes = []
     while go_on(len(outcomes)):
         outcomes.append(attack(path, model, random_))

@@ -102,7 +102,7 @@ def test_epochs_differ():
 
 def test_image_folder_reads_classes_crops_and_resizes(tmp_path):
     wide = np.zeros((4, 8, 3), np.uint8)
-    wide[:, 2:6] = (10, 20, 30)  # the central square; black beside it must not come in
+    wide[:, 2:6] = (10, 20, 30)  # the central square, which the crop keeps; the rest is black
     _png(tmp_path / "cat" / "b.png", wide)
     _png(tmp_path / "cat" / "deep" / "a.PNG", np.full((2, 2), 200))
     _png(tmp_path / "ant" / "c.png", np.full((2, 2, 3), 7))

@@ -42,7 +42,7 @@ def test_grid_places_every_image_and_enlarges_whole_pixels():
         top, left = 1 + 3 * (i // 3), 1 + 3 * (i % 3)
         assert (small[top : top + 2, left : left + 2] == 10 * i).all()
     assert (small[0] == 96).all()
-    assert (small[4:6, 7:9] == 96).all()  # no sixth image
+    assert (small[4:6, 7:9] == 96).all()  # the sixth place of the grid is empty
 
 
 def test_grid_defaults_are_a_square_that_a_person_can_see():

@@ -56,7 +56,7 @@ def test_reverse_step_has_a_row_in_place_beside_each_that_allocates(target):
 
 def test_group_norm_silu_at_the_shapes_of_models(target):
     rows = measured([plan for plan in bench_group_norm_silu.plans(target) if plan.part == "shapes"], target)
-    assert {row["model"] for row in rows} == {"imagenet64"}  # cifar10's one is among the main sizes
+    assert {row["model"] for row in rows} == {"imagenet64"}  # the shape of cifar10 is measured among the main sizes
     assert all(set(problems(row)) <= {"apex"} for row in rows)
 
 

@@ -148,7 +148,7 @@ def test_the_compiling_ahead_leaves_cores_and_memory_to_others(gpu_target, monke
     monkeypatch.setattr(
         parts, "compile_all", lambda mine, target: ran.append((mine, target.clock.copies(1), target.kind))
     )
-    with torch._inductor.config.patch(autotune_local_cache=True):  # puts it back, where monkeypatch would delete it
+    with torch._inductor.config.patch(autotune_local_cache=True):  # restores the option, which monkeypatch would delete
         assert parts.main() == 0
     ((mine, copies, kind),) = ran
     assert [str(plan) for plan in mine] == [str(plan) for plan in parts.to_compile(gpu_target, "models")[1::2]]

@@ -148,7 +148,8 @@ def test_the_headline_compares_at_our_best_batch_by_paired_ratios_and_cites_the_
     rows[-1]["peers"]["elsewhere"] = {"us": 1.0, "ratio": 9.0}  # a peer of another row has no figure in this one
     rows.append(step(9.0, 64))
     rows[-1]["peers"] = {"reference": {"us": 1.0, "ratio": 9.0}}
-    next(r for r in rows if r["op"] == "sample")["peers"]["diffusers"]["ratio"] = 1.75  # not the quotient of medians
+    # The paired ratio is not the quotient of the medians.
+    next(r for r in rows if r["op"] == "sample")["peers"]["diffusers"]["ratio"] = 1.75
     text = tables.headline(rows)
     assert "| sampler | batch | dtype | dd_kernels | diffusers | reference |" in text
     assert "| DDIM, 10 steps | 8 | float32 | 17.4 h | 34.7 h (1.75x) |  |" in text
@@ -218,7 +219,8 @@ def test_time_that_is_left_or_overdrawn_is_shared_by_the_rest():
     share.used("training", 15.0)
     share.weights["shapes"] = 1
     assert share.take("shapes") == 0
-    assert parts.Share(100.0, {"build": 20, "ops": 80}).take("build") == 50  # it has patience
+    # A build may take half of the time, which is more than its share.
+    assert parts.Share(100.0, {"build": 20, "ops": 80}).take("build") == 50
     assert parts.Share(100.0, {"build": 20}).take("build") == 100
 
 

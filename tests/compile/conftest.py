@@ -1,4 +1,4 @@
-"""Every test captures its models anew."""
+"""Makes every test capture its models anew."""
 
 import pytest
 import torch

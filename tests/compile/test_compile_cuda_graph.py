@@ -54,7 +54,8 @@ def test_changed_weights_count(graphs_on_cpu):
         model.blocks[0].norm1.weight.mul_(2)
     assert_right(fast, model, x, emb)
     assert graphs_on_cpu.captures == 1
-    model.blocks[0].conv1.weight.data = model.blocks[0].conv1.weight.data.clone() * 0.5  # another place
+    # The weight moves to other memory.
+    model.blocks[0].conv1.weight.data = model.blocks[0].conv1.weight.data.clone() * 0.5
     assert_right(fast, model, x, emb)
     assert graphs_on_cpu.captures == 2
 

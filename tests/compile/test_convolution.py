@@ -179,9 +179,9 @@ def in_place(x, w):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, w: F.conv2d(x, w, padding=1) + x[:, :, :1, :1],  # broadcast
+        lambda x, w: F.conv2d(x, w, padding=1) + x[:, :, :1, :1],  # the summand is broadcast
         lambda x, w: (y := F.conv2d(x, w, padding=1)) + y,
-        lambda x, w: (y := F.conv2d(x, w, padding=1)) + x + y,  # read twice
+        lambda x, w: (y := F.conv2d(x, w, padding=1)) + x + y,  # the convolution's result is read twice
         in_place,
         lambda x, w: torch.add(F.conv2d(x, w, padding=1), x, alpha=2),
         lambda x, w: F.conv2d(x, w, padding=1) + 1,

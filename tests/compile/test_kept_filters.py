@@ -85,9 +85,9 @@ def test_calls_of_one_method_share_their_memory():
 def test_what_is_not_kept():
     model, x = Layer(), torch.randn(1, 32, 16, 16)
     run = compiled(model)
-    run(x)  # a gradient may be asked for
+    run(x)  # with gradients enabled no filters are kept
     with torch.no_grad():
-        run(torch.randn(4, 32, 64, 64))  # many tiles
+        run(torch.randn(4, 32, 64, 64))  # an image of many tiles, where keeping filters does not pay
         assert all(not kept.memory for kept in kept_filters._kept.values())
         computed = torch.compile(lambda x, w: F.conv2d(x, w * 2, padding=1), backend=dynamo_backend)
         computed(x, model.weight.detach())
@@ -96,7 +96,8 @@ def test_what_is_not_kept():
 
 def test_no_more_than_the_limit(monkeypatch):
     model, x = nn.Sequential(Layer(), Layer()), torch.randn(1, 32, 16, 16)
-    one = 4 * (64 + 36 * (32 * 32 + 32))  # a header and 36 points' planes on AVX-512; more where panels are narrower
+    # Bytes of the header and of the planes of 36 points with AVX-512; padding makes it more elsewhere.
+    one = 4 * (64 + 36 * (32 * 32 + 32))
     monkeypatch.setattr(kept_filters, "LIMIT", 2 * one - 1)
     run = compiled(model)
     with torch.no_grad():

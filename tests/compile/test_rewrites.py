@@ -289,7 +289,7 @@ TWO_INPUTS = {
 
 @pytest.mark.parametrize("case", TWO_INPUTS)
 def test_two_inputs(case, monkeypatch):
-    """As on a backend whose kernel reads two; elsewhere the op itself adds or concatenates first."""
+    """The op reads both tensors where a backend's kernel does; elsewhere it adds or concatenates first."""
     monkeypatch.setattr(pays, "two_inputs", lambda device: True)
     monkeypatch.setattr(pays, "norm_alone", lambda x, channels_last: None)
     function, fused = TWO_INPUTS[case]

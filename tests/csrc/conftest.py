@@ -18,11 +18,11 @@ from host_library import HostLibrary
 from dd_kernels import backend as backends
 
 OPS = Path(__file__).parents[1] / "ops"
-sys.path.append(str(OPS))  # the op suite, and its error budget
+sys.path.append(str(OPS))  # holds the op suite and its error bounds
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """For a process that has AddressSanitizer preloaded."""
+    """Adds --sanitize, for a process that has AddressSanitizer preloaded."""
     parser.addoption("--sanitize", action="store_true", help="run the CUDA kernels' host build under sanitizers")
 
 

@@ -116,10 +116,10 @@ def test_accesses_of_16_bytes_and_none_of_local_memory(library):
             continue
         assert "randn_kernel" in kernel or re.search(r"\bLDG\.E(\.\w+)*\.128\b", text), kernel
         assert WRITES_ONLY_SUMS.search(kernel) or re.search(r"\bSTG\.E(\.\w+)*\.128\b", text), kernel
-        if "Order" in kernel:  # the others write statistics and sums too
+        if "Order" in kernel:  # the norm's kernels write statistics and sums, too
             assert set(re.findall(r"\bSTG\.[\w.]+", text)) == {"STG.E.128"}, kernel
             numbers = len(re.findall(r"\bLDG\.E\.64\b", text)) / len(ARCHITECTURES.split())
-            assert numbers <= 2, kernel  # an index and a draw
+            assert numbers <= 2, kernel  # a timestep's index and the number of the draw
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import dd_kernels as dd
 
 H200 = {"sm_count": 132, "major": 9, "l2_bytes": 60 << 20}
 A100 = {"sm_count": 108, "major": 8, "l2_bytes": 40 << 20}
-TINY = {"sm_count": 4, "major": 8, "l2_bytes": 1 << 17}  # everything of any size is split, in several waves
+TINY = {"sm_count": 4, "major": 8, "l2_bytes": 1 << 17}  # a chip so small that most shapes are split, in several waves
 TINY_HOPPER = {"sm_count": 16, "major": 9, "l2_bytes": 1 << 17}
 SLICE = {"sm_count": 16, "major": 9, "l2_bytes": 10 << 20, "largest_cluster": 2}  # of a Hopper chip
 NO_CLUSTERS = {**SLICE, "largest_cluster": 0}
@@ -90,7 +90,8 @@ def test_every_plan_covers_the_tensor(host, chip, channels_last, backward):
                     assert plan.tile_channels <= 1024 or plan.access != "channels_last"
                     assert plan.regime == "split" or plan.resident in (2, 4, 8, 12)
                     blocks = plan.splits * plan.cluster
-                    assert (blocks - 1) * plan.rows_each < plan.rows <= blocks * plan.rows_each  # none is empty
+                    # No block is without rows.
+                    assert (blocks - 1) * plan.rows_each < plan.rows <= blocks * plan.rows_each
                     columns = plan.tile_channels * dtype.itemsize // 16 if plan.access == "channels_last" else 1
                     rows_at_once = 32 if plan.regime == "warp" else 256 // columns
                     assert plan.regime == "split" or plan.rows_each <= plan.resident * rows_at_once
@@ -122,7 +123,7 @@ def test_workspace_suffices(host, chip, aligned):
                             allocated = norm.forward_workspace("cuda", x, groups).numel()
                         assert plan.partials <= allocated
                         fullest[backward] = max(fullest[backward], plan.partials / allocated)
-    assert fullest == {False: 1.0, True: 1.0}  # nor is it larger than the largest need
+    assert fullest == {False: 1.0, True: 1.0}  # the largest need takes all of what is allocated
 
 
 @pytest.mark.parametrize("missing", [1, None])

@@ -36,7 +36,7 @@ def relative_error(model: nn.Module, dtype: torch.dtype) -> float:
 
 
 def assert_within(ours, exact, model, what="output", passes=1):
-    """The largest error of ``ours`` is that of ``passes`` through the layers of the model at most."""
+    """Checks that the largest error of ``ours`` is at most that of ``passes`` through the model's layers."""
     assert ours.shape == exact.shape
     error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()
     allowed = passes * relative_error(model, ours.dtype)
@@ -45,7 +45,7 @@ def assert_within(ours, exact, model, what="output", passes=1):
 
 
 def assert_all_within(ours, exact, model):
-    """Output, gradient of x, and each parameter's gradient: errors forward are carried backward through as many layers.
+    """Checks output, gradient of x and each parameter's gradient, whose errors pass through the layers twice.
 
     A gradient is compared with the largest of all the parameters' gradients.
     """

@@ -98,7 +98,7 @@ def test_keys_stay_and_unfuse_restores_exactly():
     dd_kernels.fuse(model)
     assert model.state_dict().keys() == state.keys()
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.state_dict().values(), state.values(), strict=True))
-    assert dd_kernels.fuse(model) == {}  # a second call finds nothing left, and does not complain
+    assert dd_kernels.fuse(model) == {}  # a second call finds nothing to fuse, which is no error
     assert dd_kernels.unfuse(model) == ["in_layers", "out_layers"]
     for name, module in model.named_modules():
         same, kind, attributes = modules[name]

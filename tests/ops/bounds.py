@@ -14,7 +14,7 @@ from torch import Tensor
 from dd_kernels.ops.reverse_step.table import COLUMNS, StepTable
 
 UNIT = 2.0**-24
-EXP_ROUNDINGS = 8  # of every backend's exp: an error of 2 ulp, of a rounded argument
+EXP_ROUNDINGS = 8  # bounds exp on every backend: 2 ulp of its own, and the rounding of its argument
 
 
 def gamma(n: int) -> float:

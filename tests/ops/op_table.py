@@ -246,4 +246,4 @@ def meta(row: Row, backend: str, inputs: tuple[Tensor, ...]) -> None:
 
 
 WAYS = (eager, compiled, exported, traced, vmap, jvp, grad, gradgrad, autocast, inference, functional, meta)
-BY_REFERENCE = (vmap, jvp, functional)  # what kernels refuse by name
+BY_REFERENCE = (vmap, jvp, functional)  # ways that a kernel refuses when it is asked for by name

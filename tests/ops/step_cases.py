@@ -88,7 +88,7 @@ def earlier(steps, history):
 
 
 def kept(steps, history, x0):
-    """What is kept after the step."""
+    """Returns the history as the step leaves it."""
     if len(history) < 2:
         return [x0] * len(history)
     is_odd = (steps % 2 == 1).reshape(-1, *[1] * (x0.ndim - 1))

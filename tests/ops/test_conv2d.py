@@ -36,7 +36,7 @@ def sizes(n, c, k, h, w):
 
 @pytest.mark.parametrize("m", [2, 4])
 def test_matrices_make_a_convolution(m):
-    """The construction that the kernels and the bound share is exact."""
+    """The matrices that the kernels and the bound are made from give a convolution in exact arithmetic."""
     x, weight = torch.randn(2, 3, 9, 7, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(winograd(x, weight, m, SAME, False), F.conv2d(x, weight, padding=1))
     a, g, b = matrices(m)
@@ -207,7 +207,7 @@ def test_any_shape(kernel):
 
 @pytest.mark.parametrize("method", [Method.DIRECT, Method.WINOGRAD2])
 def test_sums_of_64_channels_are_added_up(kernel, method):
-    """2^24 hides the ones of its own chunk, each below half a unit of it, and not the sum of the other chunk's."""
+    """A value of 2^24 absorbs the ones of its own chunk one by one, but not the other chunk's sum of ones."""
     x = torch.ones(1, 128, 8, 8)
     x[:, 0] = 2.0**24
     weight = torch.zeros(1, 128, 3, 3)

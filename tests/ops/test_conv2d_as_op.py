@@ -53,7 +53,7 @@ def test_kept_filters(method, bfloat16):
     kept = within_sentinels((size,), torch.float32, "cpu")
     assert call(weight, kept).equal(call(weight))
     assert sentinels_survive(kept)
-    kept[64:] += 1  # beyond the header: what is kept is read
+    kept[64:] += 1  # changes the packed filters after the header, which the next call reads
     assert not call(weight, kept).equal(call(weight))
     for other, turned in ((weight * 2, False), (weight.transpose(0, 1).contiguous(), True), (weight, False)):
         assert call(other, kept, turned).equal(call(other, None, turned))

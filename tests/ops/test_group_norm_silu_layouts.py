@@ -11,7 +11,7 @@ SHAPES = {"video": (2, 12, 3, 4, 5), "one frame": (2, 12, 1, 4, 5), "tokens": (2
 
 
 def channels_last(x):
-    """x with its channels next to one another."""
+    """Returns x in channels_last."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -43,7 +43,7 @@ def test_nothing_is_copied(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("alike", [False, True])
 def test_residual_and_skip(kernel, shape, alike):
-    """Laid out as x, or contiguous."""
+    """Checks that a tensor has the layout of x, or is contiguous."""
     x, residual = (channels_last(torch.randn(SHAPES[shape])).to(kernel.device) for _ in range(2))
     skip = torch.randn(2, 6, *SHAPES[shape][2:]).to(kernel.device)
     if alike:

@@ -126,7 +126,7 @@ def test_only_one_result_is_used(kernel):
 
 
 def test_other_layouts(kernel):
-    """A residual or skip of other strides than x's is copied; the result is x's in layout."""
+    """A residual or skip of other strides than those of x is copied; the result has the layout of x."""
     base = torch.randn(2, 16, 6, 8, generator=torch.Generator().manual_seed(0)).to(kernel.device)
     last = base.contiguous(memory_format=torch.channels_last)
     for x, other in ((base, last), (last, base), (base[:, ::2], last[:, ::2]), (last[:, :8], base.mT.contiguous().mT)):

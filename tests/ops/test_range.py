@@ -57,7 +57,7 @@ def test_reverse_step_with_a_clip(kernel, name, guided):
 
 @pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 12, 9, 7)])
 def test_norm_while_its_squares_have_a_sum(kernel, shape):
-    """Deviations of 1e17, whose squares are 1e34."""
+    """Deviations of 1e17 have squares of 1e34, which float32 holds."""
     for row in ((0,) * 7, (0,) * 6 + (1,)):
         x, dy, _, _ = make(shape, torch.float32, row)
         check_norm(kernel, x * 1e17, dy, 4, {}, "none")

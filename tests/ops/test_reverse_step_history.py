@@ -222,7 +222,7 @@ def test_apart_from_the_output_too():
 
 
 def test_tables_without_these_columns_are_taken():
-    """As those pickled before there were multistep solvers."""
+    """A table pickled by a version without multistep solvers lacks their columns, and works."""
     table = TABLES["ddpm"]
     old = StepTable(table.rows[:, :10], table.timesteps)
     assert old.rows.equal(table.rows)

@@ -281,7 +281,8 @@ def test_a_large_mean_costs_nothing_in_one_program(mean):
     y, _, kept, _ = op.forward("triton", call(x, 2, {}))
     assert (y - exact).abs().max() < 3e-6
     true = x.double().view(2, 2, -1).mean(2)
-    assert ((kept - true).abs() <= 0.51 * 2.0**-23 * 2.0 ** true.log2().floor()).all()  # the nearest float
+    # The mean that is kept is the float next to the exact one.
+    assert ((kept - true).abs() <= 0.51 * 2.0**-23 * 2.0 ** true.log2().floor()).all()
 
 
 def test_sizes_can_be_replaced(monkeypatch):

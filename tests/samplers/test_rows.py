@@ -64,7 +64,7 @@ def test_x0_of_the_posterior_mean_is_x0() -> None:
 
 
 def test_the_odes_step_is_the_inversions() -> None:
-    """Eq. 13 of DDIM in one step, and eq. 12 by way of x_0, from less noise to more."""
+    """One step of DDIM's ODE (eq. 13) towards more noise equals eq. 12 by way of x_0."""
     x, epsilon = np.random.default_rng(2).normal(size=(2, 4))
     one = rows.ode_columns(BEFORE, LEVELS)
     to = rows.ddim_columns(LEVELS, rows.GIVEN_EPSILON)

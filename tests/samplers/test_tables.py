@@ -109,7 +109,7 @@ def test_a_timestep_that_comes_twice_changes_nothing(eta):
     for i in range(5):
         y = update(twice, i, y, epsilon)
     assert y == pytest.approx(x, rel=1e-12)
-    assert twice.column("sigma")[0] == 0  # from 500 to 500
+    assert twice.column("sigma")[0] == 0  # the step from timestep 500 to 500 adds no noise
 
 
 def test_subsequence_has_the_betas_of_its_own_process():

@@ -274,7 +274,7 @@ def test_falls_back_with_one_reason(case, graphs_on_cpu, caplog):
 
 
 def test_off(graphs_on_cpu, monkeypatch):
-    """Nothing is captured with the flag off, for two steps, within a capture, or without CUDA."""
+    """No graph is captured with the flag off, for two steps, within a capture, or without CUDA."""
     model = Model()
     dd.sample(model, SHAPE, TABLES["ddpm"], seed=0, cuda_graph=False)
     dd.sample(model, SHAPE, dd.ddim(SCHEDULE, 2), seed=0)
@@ -313,7 +313,7 @@ class Drops(Model):
 
 
 def test_a_capture_leaves_the_generators_where_they_were(graphs_on_cpu):
-    """Its trial runs draw from them."""
+    """A capture's trial runs draw random numbers, and must not move the caller's generators."""
     model, states = Drops(), []
     for way in ("auto", False):
         torch.manual_seed(4)

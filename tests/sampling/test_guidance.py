@@ -66,7 +66,7 @@ def gaussian_epsilon(x, t):
 
 
 def log_probability(x, t):
-    """log p(y | x_t), up to a constant, of a y seen as x_0 + N(0, 1) at y = 1: known in closed form."""
+    """Returns log p(y = 1 | x_t), up to a constant, where y = x_0 + N(0, 1)."""
     alpha_bar = SCHEDULE.alpha_bar[int(t[0])]
     variance = 1 + (1 - alpha_bar)  # of y given x_t, where x_0 given x_t is N(sqrt(alpha_bar) x_t, 1 - alpha_bar)
     return (-((1.0 - math.sqrt(alpha_bar) * x) ** 2) / (2 * variance)).flatten(1).sum(1)
@@ -92,7 +92,7 @@ def test_classifier_guidance_keeps_the_learned_variance_and_scale_0_the_model():
 
 
 def test_classifier_guidance_between_timesteps():
-    """At a timestep's float it is that of the timestep, and it samples the same posterior."""
+    """A float timestep that equals a whole one gives the same guidance and the same posterior."""
     x, t = torch.randn(SHAPE), torch.full((3,), 400)
     epsilon = lambda x, t: x  # noqa: E731
     guided = classifier_guided(epsilon, lambda x, t: x.flatten(1).sum(1), SCHEDULE)

@@ -136,7 +136,7 @@ def test_nothing_is_drawn_that_is_not_used():
     assert not _global_draws(lambda: dd.sample(model, SHAPE, noisy, seed=0))
     assert not _global_draws(lambda: dd.sample(model, SHAPE, noisy, generator=torch.Generator()))
     assert not _global_draws(lambda: list(dd.sample_progressive(model, x_T, still)))
-    assert _global_draws(lambda: dd.sample(model, SHAPE, noisy, noise=noise))  # for x_T
+    assert _global_draws(lambda: dd.sample(model, SHAPE, noisy, noise=noise))  # a seed for x_T is drawn
     assert _global_draws(lambda: dd.sample(model, x_T, noisy))
 
 
@@ -150,7 +150,7 @@ def test_what_the_model_the_callback_and_the_caller_keep_is_never_written(table,
 
     def keeping_model(x, t):
         keep(x)
-        keep(x[1:].detach())  # a view of the same storage
+        keep(x[1:].detach())  # a view of the storage of x
         return model(x, t).to(x.dtype)
 
     x_T = torch.randn(SHAPE).to(dtype)

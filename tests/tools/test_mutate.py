@@ -48,7 +48,7 @@ def test_a_file_has_the_tests_of_its_name_and_then_those_of_its_folder():
     assert "tests/ops/test_randn.py" in near
     assert folder == ["tests/ops"]
     (near, _) = mutate.mirrors("dd_kernels/integrations/diffusers/unet.py")
-    assert "tests/integrations/test_unets.py" in near  # the test of several folders lies above them
+    assert "tests/integrations/test_unets.py" in near  # a test that serves several folders lies in the folder above
     assert mutate.mirrors("dd_kernels/schedules.py") == [["tests/test_schedules.py"]]
     assert mutate.mirrors("dd_kernels/nn/__init__.py") == [["tests/nn"]]
 

@@ -1,4 +1,4 @@
-"""Every command runs in an empty folder; the models that they sample from."""
+"""Makes every command run in an empty folder, and makes the models that the commands sample from."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def models(tmp_path_factory):
         model = UNet.from_config(
             "digits", channels=(8, 16), num_heads=2, num_groups=4, num_classes=num_classes, null_class=null_class
         )
-        for parameter in model.parameters():  # what starts as 0 would hide timesteps and classes
+        for parameter in model.parameters():  # layers that start as 0 would hide timesteps and classes
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
         classes = tuple(map(str, range(num_classes or 0)))

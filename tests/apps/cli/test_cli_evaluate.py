@@ -17,7 +17,7 @@ def tiny_model(path, **overrides):
     options = {"image_size": 8, "in_channels": 1, "channels": (8,), "num_res_blocks": 1, "middle_attention": False}
     model = UNet(**{**options, "num_groups": 4, "num_classes": 10, "null_class": True, **overrides})
     for parameter in model.parameters():
-        if not parameter.any():  # an untrained model's last layer, with which it would predict 0
+        if not parameter.any():  # the last layer is 0 before training, and would predict 0
             nn.init.normal_(parameter, std=0.1)
     classes = tuple(str(c) for c in range(model.config["num_classes"] or 0))
     save_model(path, model.state_dict(), ModelInfo(model.config, "linear", 1000, "epsilon", classes, {}))

@@ -19,12 +19,12 @@ def test_slerp_is_the_shortest_way_on_the_sphere():
     assert walk.shape == (2, 3, 2)
     root = 3 * 0.5**0.5
     assert torch.allclose(walk[0], torch.tensor([[3, 0], [root, root], [0, 3]], dtype=torch.float32))
-    assert torch.allclose(walk[1], a[1].expand(3, 2))  # one point: stay there
+    assert torch.allclose(walk[1], a[1].expand(3, 2))  # from a point to itself every step is that point
     opposite = common.slerp(a[:1], -a[:1], torch.tensor([0.25]))
     assert torch.isfinite(opposite).all()
     noise = dd.randn((4, 3, 16, 16), seed=0), dd.randn((4, 3, 16, 16), seed=1)
     middle = common.slerp(*noise, torch.tensor([0.5]))
-    assert float(middle.std()) == pytest.approx(1, abs=0.05)  # a straight line would give 0.7
+    assert float(middle.std()) == pytest.approx(1, abs=0.05)  # half way on a straight line the deviation is 0.7
 
 
 def test_interpolate_between_seeds(models):

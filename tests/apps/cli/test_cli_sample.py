@@ -80,7 +80,7 @@ def test_every_flag_of_sample_changes_the_samples(models):
             ["--sampler", "ddpm"],
             ["--sampler", "ddpm", "--variance", "fixed_large"],
             *(["--sampler", name] for name in ("dpm++", "dpm++sde", "unipc", "euler", "euler_ancestral")),
-            ["--sampler", "dpm++3m", "--steps", 6],  # fewer leave no step of third order
+            ["--sampler", "dpm++3m", "--steps", 6],  # of fewer steps none has two steps before and one after it
             ["--sampler", "dpm++", "--spacing", "karras"],
             ["--sampler", "dpm++", "--clip", 0.3],
             ["--clip", 0.3],

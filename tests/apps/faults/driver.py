@@ -88,7 +88,7 @@ def state(folder):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden:
             content = path.read_bytes()
-            if path.suffix == ".json":  # it holds times
+            if path.suffix == ".json":  # an evaluation's times differ from run to run
                 content = {**json.loads(content), "run": None, "cells": None}
             elif path.suffix == ".md":
                 content = re.findall(r"seed \d+", content.decode())
@@ -164,7 +164,10 @@ def prepare(case, root):
 
 
 def check(case, folder, states, status, text, kind):
-    """Returns "before" or "after", which the picture that is drawn once the model is saved may still be before."""
+    """Returns "before" or "after": which of the two states the folder is in.
+
+    The sample grid is drawn after the model was saved, so it may still be missing or old in the state after.
+    """
     found = state(folder)
     if found.get("m.samples.png") == states[0].get("m.samples.png") and "m.samples.png" in found and status != 0:
         found["m.samples.png"] = states[found["m.safetensors"] == states[1]["m.safetensors"]]["m.samples.png"]

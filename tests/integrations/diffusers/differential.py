@@ -207,7 +207,7 @@ def _error_difference(call: Call, their: Any, value: Exception) -> str | None:
     if isinstance(their, Exception):
         known = isinstance(value, type(their)) or call.form in ("string", "bool") or call.steps == 2.5
         return None if known or _mistakes(call) > 1 else f"{type(their).__name__} is {type(value).__name__}: {value}"
-    # Theirs counts from the end, takes True as a mask, and goes through no steps at all.
+    # diffusers counts from the end, takes True as a mask, and makes no steps at all.
     wrong = call.form in ("below", "bool") or (isinstance(call.steps, (int, float)) and call.steps < 1)
     return None if wrong or call.steps == 2.5 else f"an error, {value}"
 

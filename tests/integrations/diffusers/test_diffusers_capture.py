@@ -40,7 +40,7 @@ EVERY_OPTION = pytest.mark.parametrize(("name", "config", "options"), OPTIONS)
 
 
 class StaysOnDevice(TorchDispatchMode):
-    """Raises where a value goes from the host to the device; a meta tensor raises on the way back itself."""
+    """Raises where a value goes from the host to the device; reading a meta tensor raises by itself."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -67,7 +67,7 @@ def _denoise_on_device(one: Any, config: dict, options: dict, copies: bool = Fal
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn", lambda *a, **k: drawn.append(1) or randn(*a, **k))
-        loop()  # uploads the tables
+        loop()  # the first loop uploads the tables
         with StaysOnDevice():
             loop()
     return len(drawn)
@@ -81,7 +81,7 @@ def test_no_step_asks_the_device(
     name: str, config: dict, options: dict, backend: str, noise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is read back, and nothing uploaded after the first loop, as a CUDA graph requires."""
-    if backend == "triton":  # all but the launch
+    if backend == "triton":  # everything runs but the launch of the kernel
         pytest.importorskip("triton")
         monkeypatch.setattr(backends, "choose", lambda *a, **k: "triton")
         for op in ("q_sample", "reverse_step"):
@@ -114,7 +114,7 @@ def test_a_timestep_per_sample_is_not_read() -> None:
 
 @pytest.mark.parametrize("variance_type", ["fixed_small_log", "learned_range"])
 def test_unclip_steps_between_timesteps_that_only_the_device_knows(variance_type: str) -> None:
-    """As on the host: next to one another, next in the list, and neither."""
+    """Pairs of timesteps that differ by one, that are neighbours in the list, or neither, step as on the host."""
     one = ours.UnCLIPScheduler(variance_type=variance_type)
     one.set_timesteps(7)
     x, out = torch.randn(2, 3, 3, 4, 4).unbind()

@@ -99,7 +99,7 @@ def test_what_is_written_to_in_place_counts(name: str) -> None:
     assert not torch.equal(step(one), before)
     assert torch.equal(step(one), step(fresh))
     if name != "DDIMInverseScheduler":
-        one.add_noise(x, x, torch.tensor([t]))  # moves it where x is
+        one.add_noise(x, x, torch.tensor([t]))  # moves the tables to the device of x
         assert torch.equal(step(one), step(fresh))
 
 

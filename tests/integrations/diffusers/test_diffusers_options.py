@@ -57,7 +57,7 @@ def test_philox_noise_does_not_depend_on_the_batch(name: str) -> None:
     expected = plain.step(x.sin(), first, x, **options).prev_sample
     generator = torch.Generator().manual_seed(5)
     torch.testing.assert_close(one.step(x.sin(), first, x, generator=generator, **options).prev_sample, expected)
-    torch.manual_seed(1)  # not the suite's own
+    torch.manual_seed(1)  # a seed other than the suite's
     global_seed = one.step(x.sin(), first, x, **options).prev_sample
     assert torch.equal(one.step(x.sin(), first, x, **options).prev_sample, global_seed)
     one.set_timesteps(6)

@@ -43,7 +43,7 @@ def _options(pick: random.Random, parameterization: str) -> dict[str, Any]:
     if parameterization == "eps" and pick.random() < 0.2:
         options |= {"score_corrector": Corrector(), "corrector_kwargs": {"factor": 0.9}}
     if pick.random() < 0.2:
-        options |= {"normals_sequence": [1], "quantize_denoised": True}  # taken and not used
+        options |= {"normals_sequence": [1], "quantize_denoised": True}  # theirs accepts these and ignores them
     return options
 
 
