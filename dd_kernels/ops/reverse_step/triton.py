@@ -26,6 +26,57 @@ def _clip(value, limit):
     return tl.clamp(value, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def _guided(out, stride, uncond, uncond_stride, guidance_scale, n, offset, mask):
+    """The model's output, moved away from the unconditional one where that is given."""
+    model = _load(out, stride, n, offset, mask)
+    if uncond is not None:
+        unconditional = _load(uncond, uncond_stride, n, offset, mask)
+        model = unconditional + guidance_scale * (model - unconditional)
+    return model
+
+
+@triton.jit
+def _predicted(row, inside, x_t, model, threshold, n):
+    """x_0 from x_t and the model's output, within the row's limit; or within a threshold, divided by it."""
+    start = coefficient(row, 0, inside) * x_t + coefficient(row, 1, inside) * model
+    start = start * tl.div_rn(1.0, coefficient(row, 2, inside))
+    if threshold is None:
+        start = _clip(start, coefficient(row, 3, inside))
+    else:
+        limit = tl.load(threshold + n).to(tl.float32)
+        start = _clip(start, limit) * tl.div_rn(1.0, limit)
+    return start
+
+
+@triton.jit
+def _with_history(result, row, inside, index, start, even, odd, even_stride, odd_stride, n, offset, mask):
+    """Adds the x_0 of earlier steps to the result, then keeps this step's x_0 in the place of the oldest."""
+    kept, before = even + n * even_stride, even + n * even_stride
+    if odd is not None:
+        # x_0 of odd steps lies apart from that of even ones.
+        is_odd, oldest = index % 2 == 1, odd + n * odd_stride
+        kept, before = tl.where(is_odd, oldest, kept), tl.where(is_odd, kept, oldest)
+    from_last, from_older = coefficient(row, 10, inside), coefficient(row, 11, inside)
+    if from_last != 0:
+        result += from_last * tl.load(before + offset, mask=mask).to(tl.float32)
+    if from_older != 0:
+        result += from_older * tl.load(kept + offset, mask=mask).to(tl.float32)
+    tl.store(kept + offset, start.to(even.dtype.element_ty), mask=mask)
+    return result
+
+
+@triton.jit
+def _deviation(z, row, inside, variance, stride, n, offset, mask):
+    """z times the standard deviation that the model interpolates between two log-variances.
+
+    Nichol & Dhariwal (2021), eq. 15.
+    """
+    low, high = coefficient(row, 8, inside), coefficient(row, 9, inside)
+    fraction = (_load(variance, stride, n, offset, mask) + 1.0) * 0.5
+    return z * tl.exp(0.5 * (low + fraction * (high - low)))
+
+
 @triton.jit(do_not_specialize=["step_stride", "num_steps"], do_not_specialize_on_alignment=_SHARED)
 def _reverse_step(
     x,
@@ -68,18 +119,8 @@ def _reverse_step(
     row = rows + index * COLUMNS
 
     x_t = _load(x, elements, n, offset, mask)
-    model = _load(out, out_stride, n, offset, mask)
-    if uncond is not None:
-        unconditional = _load(uncond, uncond_stride, n, offset, mask)
-        model = unconditional + guidance_scale * (model - unconditional)
-
-    start = coefficient(row, 0, inside) * x_t + coefficient(row, 1, inside) * model
-    start = start * tl.div_rn(1.0, coefficient(row, 2, inside))
-    if threshold is None:
-        start = _clip(start, coefficient(row, 3, inside))
-    else:
-        limit = tl.load(threshold + n).to(tl.float32)
-        start = _clip(start, limit) * tl.div_rn(1.0, limit)
+    model = _guided(out, out_stride, uncond, uncond_stride, guidance_scale, n, offset, mask)
+    start = _predicted(row, inside, x_t, model, threshold, n)
     # A term whose coefficient is 0 is left out, whatever it would multiply (an infinity, a NaN).
     result = coefficient(row, 4, inside) * start
     from_x, from_out = coefficient(row, 5, inside), coefficient(row, 6, inside)
@@ -89,17 +130,7 @@ def _reverse_step(
         result += from_out * model
 
     if even is not None:
-        kept, before = even + n * even_stride, even + n * even_stride
-        if odd is not None:
-            # x_0 of odd steps lies apart from that of even ones: this step's takes the place of the oldest.
-            is_odd, oldest = index % 2 == 1, odd + n * odd_stride
-            kept, before = tl.where(is_odd, oldest, kept), tl.where(is_odd, kept, oldest)
-        from_last, from_older = coefficient(row, 10, inside), coefficient(row, 11, inside)
-        if from_last != 0:
-            result += from_last * tl.load(before + offset, mask=mask).to(tl.float32)
-        if from_older != 0:
-            result += from_older * tl.load(kept + offset, mask=mask).to(tl.float32)
-        tl.store(kept + offset, start.to(even.dtype.element_ty), mask=mask)
+        result = _with_history(result, row, inside, index, start, even, odd, even_stride, odd_stride, n, offset, mask)
 
     sigma = coefficient(row, 7, inside)
     draws: tl.constexpr = (noise is not None) or (key is not None)
@@ -109,10 +140,7 @@ def _reverse_step(
         else:
             z = normals(key, n, tl.load(timesteps + index), STREAM, quad, x_prev.dtype.element_ty != tl.float32)
         if variance is not None:
-            # Nichol & Dhariwal (2021), eq. 15: the model interpolates between two log-variances.
-            low, high = coefficient(row, 8, inside), coefficient(row, 9, inside)
-            fraction = (_load(variance, variance_stride, n, offset, mask) + 1.0) * 0.5
-            z *= tl.exp(0.5 * (low + fraction * (high - low)))
+            z = _deviation(z, row, inside, variance, variance_stride, n, offset, mask)
         result += sigma * z
 
     tl.store(x_prev + n * elements + offset, result.to(x_prev.dtype.element_ty), mask=mask)
