@@ -85,7 +85,6 @@ def eager_copy(model: UNet) -> UNet:
 
 def accelerated(model: M) -> M:
     """Returns an accelerated copy of the model that shares its parameters."""
-    torch._dynamo.reset()  # or models of earlier rows count towards its limit of recompilations
     copied = sharing(model)
     dd.accelerate(copied)
     return copied

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .capture import dd_kernels
 from .fused_convolution import numbers_of
+from .in_place import compile_in_place
 from .report import AccelerateReport, Report
 
 Target = TypeVar("Target")
@@ -23,18 +23,6 @@ _PIPELINES = {"diffusers": "dd_kernels.integrations.diffusers.accelerate"}
 
 # What undoes a change holds its owner weakly: an accelerated model is freed like any other.
 _accelerated: weakref.WeakKeyDictionary[Any, tuple[AccelerateReport, list[Undo]]] = weakref.WeakKeyDictionary()
-
-
-def _compile(module: nn.Module, options: dict[str, Any]) -> Undo:
-    """Compiles the calls of ``module`` in place; returns what undoes it."""
-    before, weakly = module._compiled_call_impl, weakref.ref(module)
-    module.compile(backend=dd_kernels, options=options)
-
-    def undo() -> None:
-        if (owner := weakly()) is not None:
-            owner._compiled_call_impl = before
-
-    return undo
 
 
 def _take_apart(target: Any) -> _Parts:
@@ -59,9 +47,10 @@ def accelerate(
 ) -> tuple[Target, AccelerateReport]:
     """Makes a model, or the networks and the scheduler of a pipeline, faster in place; :func:`restore` undoes it.
 
-    A module is compiled by ``module.compile(backend="dd_kernels")``: its class, parameters, state_dict and files stay
-    what they are. Of a diffusers pipeline each network of diffusers is (U-Net, ControlNet, a VAE's encoder and decoder;
-    text encoders are not), and a DDPM, DDIM or UnCLIP scheduler is replaced by this package's with the same
+    A module is compiled as by ``module.compile(backend="dd_kernels")``: its class, parameters, state_dict and files
+    stay what they are. However many are accelerated, each has graphs of its own; where Dynamo gives up on a call, the
+    report says so. Of a diffusers pipeline each network of diffusers is compiled (U-Net, ControlNet, a VAE's encoder and
+    decoder; text encoders are not), and a DDPM, DDIM or UnCLIP scheduler is replaced by this package's with the same
     configuration. A pipeline saved afterwards names diffusers' classes and loads where this package is not installed.
 
     A pipeline whose constructor makes a scheduler of its own class (``DDIMPipeline(unet, scheduler)`` does) undoes a
@@ -93,7 +82,7 @@ def accelerate(
     report = AccelerateReport([Report(name) for name, _ in networks], notes)
     options = {"accuracy": accuracy, "dtype": dtype, "inductor": inductor, "cuda_graphs": cuda_graphs}
     for (_, module), entry in zip(networks, report.networks, strict=True):
-        undo.append(_compile(module, {"report": entry, **options}))
+        undo.append(compile_in_place(module, entry, options))
     _accelerated[target] = report, undo
     return model_or_pipeline, report
 

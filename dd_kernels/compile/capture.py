@@ -48,6 +48,16 @@ def _has_gpu(inputs: Sequence[Any]) -> bool:
     return any(map(cuda_graph.serves, devices_of(inputs)))
 
 
+def _counted(call: Callable[..., Any], report: Report) -> Callable[..., Any]:
+    """Returns what calls a graph and counts that in the report."""
+
+    def counted(*args: Any) -> Any:
+        report.runs += 1
+        return call(*args)
+
+    return counted
+
+
 def dd_kernels(
     module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
@@ -79,4 +89,4 @@ def dd_kernels(
         from torch._inductor.compile_fx import compile_fx
 
         call = compile_fx(module, list(example_inputs))
-    return call if graphs is None else graphs.of(call)
+    return _counted(call if graphs is None else graphs.of(call), report)

@@ -36,6 +36,7 @@ class Report:
     name: str = "model"
     graphs: list[GraphReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was found while the graphs ran
+    runs: int = 0  # calls of the graphs
 
     @property
     def norms(self) -> list[NormReport]:

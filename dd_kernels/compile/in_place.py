@@ -1,0 +1,66 @@
+"""Compiles the calls of one network in place, apart from every other's, and notes where Dynamo gives up on one.
+
+Dynamo keeps what it compiled by code object, at most ``torch._dynamo.config.recompile_limit`` graphs of each (8). The
+models of a class share the code of ``forward``, so that after eight a further one would run eagerly. Each network is
+called through a code object of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+
+from .capture import dd_kernels
+from .report import Report
+
+_log = logging.getLogger(__name__)
+_GAVE_UP = (
+    "PyTorch ran a call eagerly: the graphs of other calls have reached torch._dynamo.config.recompile_limit,"
+    " or compiling is turned off"
+)
+
+
+def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Calls a module with its hooks, past what it was compiled to."""
+    return self._call_impl(*args, **kwargs)
+
+
+def _own_call(module: nn.Module) -> Callable[..., Any]:
+    """Returns :func:`_call` of ``module`` under a code object that no other module shares."""
+    return types.MethodType(types.FunctionType(_call.__code__.replace(), globals()), module)
+
+
+def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any]) -> Callable[[], None]:
+    """Compiles the calls of ``module``, whose graphs ``report`` takes; returns what undoes it.
+
+    Where a graph breaks within a function, models share that function's code: torch 2.13 keeps them apart there too.
+    """
+    before, weakly = module._compiled_call_impl, weakref.ref(module)
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    options = {"report": report, **options}
+    compiled: Any = torch.compile(_own_call(module), backend=dd_kernels, options=options, **apart)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():  # within another model that is compiled
+            return compiled(*args, **kwargs)
+        runs = report.runs
+        result = compiled(*args, **kwargs)
+        if report.runs == runs and _GAVE_UP not in report.notes:
+            report.notes.append(_GAVE_UP)
+            _log.warning("%s: %s", report.name, _GAVE_UP)
+        return result
+
+    def undo() -> None:
+        if (owner := weakly()) is not None:
+            owner._compiled_call_impl = before
+
+    module._compiled_call_impl = call  # type: ignore[assignment]
+    return undo

@@ -1,0 +1,82 @@
+"""Networks accelerated in one process: each has its own graphs, and the report says where Dynamo runs none."""
+
+import pytest
+import torch
+from models import make
+
+import dd_kernels as dd
+from dd_kernels.compile import in_place
+
+LIMIT = torch._dynamo.config.recompile_limit
+
+
+def runs_of(model, report, *inputs):
+    """Returns how many graphs a second call runs."""
+    with torch.no_grad():
+        model(*inputs)
+        before = report.networks[0].runs
+        model(*inputs)
+    return report.networks[0].runs - before
+
+
+class Broken(torch.nn.Module):
+    """A model with a break of its graph in its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.GroupNorm(4, 16)
+
+    def forward(self, x):
+        y = torch.nn.functional.silu(self.norm(x))
+        torch._dynamo.graph_break()
+        return y + 1
+
+
+def test_more_models_of_a_class_than_dynamo_recompiles():
+    for _ in range(LIMIT + 2):
+        model, x, emb = make("latent-diffusion", blocks=1)
+        _, report = dd.accelerate(model)
+        assert runs_of(model, report, x, emb) == 1
+        assert report.networks[0].notes == []
+
+
+def test_more_models_with_a_graph_break_than_dynamo_recompiles():
+    expected = {"isolate_recompiles"} <= torch.compile.__kwdefaults__.keys()
+    runs = []
+    for _ in range(LIMIT + 2):
+        model = Broken()
+        runs.append(runs_of(model, dd.accelerate(model)[1], torch.randn(1, 16, 8, 8)))
+    assert runs[0] == 2
+    assert not expected or runs == [2] * len(runs)
+
+
+def test_a_call_that_dynamo_gives_up_on_is_noted(caplog):
+    """Each number as an argument is a graph of its own."""
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x, name):
+            return x + len(name)
+
+    model = Scaled()
+    _, report = dd.accelerate(model)
+    for i in range(LIMIT):
+        model(torch.ones(4), "n" * i)
+    assert report.networks[0].notes == []
+    for i in range(LIMIT, LIMIT + 3):
+        assert torch.equal(model(torch.ones(4), "n" * i), torch.ones(4) + i)
+    assert report.networks[0].notes == [in_place._GAVE_UP]
+    assert in_place._GAVE_UP in str(report)
+    assert "Scaled: PyTorch ran a call eagerly" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_within_a_model_that_is_compiled(order):
+    model, x, emb = make("latent-diffusion", blocks=1)
+    with torch.no_grad():
+        plain = model(x, emb)
+        _, report = dd.accelerate(model)
+        if order == "before":
+            model(x, emb)
+        outer = torch.compile(lambda x, emb: model(x, emb) * 2, backend="eager", fullgraph=True)
+        torch.testing.assert_close(outer(x, emb), plain * 2)
+    assert report.networks[0].notes == []
