@@ -22,8 +22,10 @@ from .ops.reverse_step.table import StepTable, from_columns
 from .samplers import rows
 from .schedules import Schedule
 
-# The width of one grey level of 255 on the scale of [-1, 1] is 2 / 255: a pixel's bin is its value +- half of that.
-HALF_BIN = 1.0 / 255.0
+# Grey levels of 8-bit images. A pixel's bin goes half the way to the levels beside it: 1 / 255 on the scale of [-1, 1].
+LEVELS = 256
+# lambda of L_hybrid, section 3.1 of Nichol & Dhariwal (2021).
+VLB_WEIGHT = 1e-3
 
 
 def mean_flat(x: Tensor) -> Tensor:
@@ -52,21 +54,26 @@ def approx_standard_normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Returns log p(x) in nats of 8-bit images under a Gaussian cut into 256 bins, eq. 13 of DDPM.
+def discretized_gaussian_log_likelihood(
+    x: Tensor, *, means: Tensor, log_scales: Tensor, levels: int = LEVELS
+) -> Tensor:
+    """Returns log p(x) in nats of images under a Gaussian cut into one bin for each grey level, eq. 13 of DDPM.
 
     Args:
-        x: images, grey levels 0..255 scaled to [-1, 1].
+        x: images, grey levels 0..levels - 1 scaled to [-1, 1].
         means, log_scales: mean and log of the standard deviation, of x's shape.
+        levels: how many grey levels there are, at most 1,024.
     """
+    if not 2 <= levels <= 1024:
+        raise ValueError(f"levels must be in [2, 1024]; got {levels}")
     if not x.shape == means.shape == log_scales.shape:
         raise ValueError(
             f"means and log_scales must have the shape of x, {list(x.shape)}; "
             f"got {list(means.shape)} and {list(log_scales.shape)}"
         )
-    centred, inverse_scale = x - means, torch.exp(-log_scales)
-    below = approx_standard_normal_cdf(inverse_scale * (centred - HALF_BIN))
-    upto = approx_standard_normal_cdf(inverse_scale * (centred + HALF_BIN))
+    centred, inverse_scale, half_bin = x - means, torch.exp(-log_scales), 1.0 / (levels - 1)
+    below = approx_standard_normal_cdf(inverse_scale * (centred - half_bin))
+    upto = approx_standard_normal_cdf(inverse_scale * (centred + half_bin))
     # The first and the last bin reach to infinity.
     probability = torch.where(x < -0.999, upto, torch.where(x > 0.999, 1.0 - below, upto - below))
     return torch.log(probability.clamp(min=1e-12))
@@ -95,26 +102,34 @@ def bound_term(
     posterior_log_variance: Tensor,
     mean: Tensor,
     log_variance: Tensor,
+    levels: int = LEVELS,
 ) -> Tensor:
     """Returns one term of the bound for each sample, [N].
 
     Args:
-        x_start: x_0, [N, ...], 8-bit images scaled to [-1, 1].
+        x_start: x_0, [N, ...], images of ``levels`` grey levels scaled to [-1, 1].
         t: timesteps [N]; at 0 the term is the decoder's negative log-likelihood, elsewhere the KL divergence.
         posterior_mean, posterior_log_variance: of q(x_{t-1} | x_t, x_0), of x_start's shape.
         mean, log_variance: of the model's p(x_{t-1} | x_t), of x_start's shape.
     """
     divergence = mean_flat(normal_kl(posterior_mean, posterior_log_variance, mean, log_variance))
-    likelihood = discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
+    scales = 0.5 * log_variance
+    likelihood = discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=scales, levels=levels)
     return torch.where(t == 0, -mean_flat(likelihood), divergence) / math.log(2.0)
 
 
 def variational_bound(
-    x_start: Tensor, x_t: Tensor, t: Tensor, mean: Tensor, log_variance: Tensor, schedule: Schedule
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    mean: Tensor,
+    log_variance: Tensor,
+    schedule: Schedule,
+    levels: int = LEVELS,
 ) -> Tensor:
     """Returns :func:`bound_term` with the posterior of ``schedule``; x_t is a sample of q(x_t | x_0)."""
     q = schedule.q_posterior(x_start, x_t, t)
-    return bound_term(x_start, t, q.mean, q.log_variance.expand(x_start.shape), mean, log_variance)
+    return bound_term(x_start, t, q.mean, q.log_variance.expand(x_start.shape), mean, log_variance, levels)
 
 
 @lru_cache(maxsize=32)
@@ -123,6 +138,36 @@ def _mean_table(schedule: Schedule, prediction: str) -> StepTable:
     step = rows.Transition.of(schedule)
     columns = rows.x0_columns(prediction, step.alpha_bar) | rows.posterior_columns(step)
     return from_columns(np.arange(len(schedule)), **columns)
+
+
+def variance_bound(
+    out: Tensor,
+    x_start: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    *,
+    prediction: str = "epsilon",
+    levels: int = LEVELS,
+) -> Tensor:
+    """Returns the bound's term at t of a model that learns its variance, [N]; the mean is detached in it.
+
+    The variance is in the range of eq. 15 of Nichol & Dhariwal (2021).
+
+    Args:
+        out: [N, 2 C, ...], the model's prediction and, as its second half, the values of its learned variance.
+        x_start, x_t, t: x_0, x_t [N, C, ...] and timesteps [N].
+        prediction: "epsilon", "x_start" or "v".
+        levels: grey levels of x_0.
+    """
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
+    if out.shape[1] != 2 * x_t.shape[1]:
+        raise ValueError(f"out must have {2 * x_t.shape[1]} channels, twice those of x_t; got {out.shape[1]}")
+    predicted, values = out.chunk(2, dim=1)
+    mean = reverse_step(x_t, predicted.detach(), _mean_table(schedule, prediction), t)
+    low = schedule.gather(schedule.posterior_log_variance_clipped, t, x_t)
+    high = schedule.gather(np.log(schedule.beta), t, x_t)
+    return variational_bound(x_start, x_t, t, mean, learned_log_variance(values, low, high), schedule, levels)
 
 
 def hybrid_loss(
@@ -134,25 +179,16 @@ def hybrid_loss(
     schedule: Schedule,
     *,
     prediction: str = "epsilon",
-    weight: float = 1e-3,
+    weight: float = VLB_WEIGHT,
+    levels: int = LEVELS,
 ) -> Tensor:
     r"""Returns L_hybrid = L_simple + weight L_vlb, [N], eq. 16 of Improved DDPM (Nichol & Dhariwal, 2021).
 
-    L_vlb is estimated by T times the bound's term at t. It trains the variance alone: the mean is detached in it.
+    L_vlb is estimated by T times :func:`variance_bound`, which trains the variance alone.
 
     Args:
-        out: [N, 2 C, ...], the model's prediction and, as its second half, the values of its learned variance.
-        target: what the first half is to be, [N, C, ...].
-        x_start, x_t, t: x_0, x_t [N, C, ...] and timesteps [N].
-        prediction: "epsilon", "x_start" or "v".
+        out, x_start, x_t, t, prediction, levels: see :func:`variance_bound`.
+        target: what the first half of out is to be, [N, C, ...].
     """
-    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
-    if out.shape[1] != 2 * x_t.shape[1]:
-        raise ValueError(f"out must have {2 * x_t.shape[1]} channels, twice those of x_t; got {out.shape[1]}")
-    predicted, values = out.chunk(2, dim=1)
-    mean = reverse_step(x_t, predicted.detach(), _mean_table(schedule, prediction), t)
-    low = schedule.gather(schedule.posterior_log_variance_clipped, t, x_t)
-    high = schedule.gather(np.log(schedule.beta), t, x_t)
-    log_variance = learned_log_variance(values, low, high)
-    bound = variational_bound(x_start, x_t, t, mean, log_variance, schedule)
-    return simple_loss(predicted, target) + weight * len(schedule) * bound
+    bound = variance_bound(out, x_start, x_t, t, schedule, prediction=prediction, levels=levels)
+    return simple_loss(out.chunk(2, dim=1)[0], target) + weight * len(schedule) * bound

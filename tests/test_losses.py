@@ -77,9 +77,21 @@ def test_the_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_sq
     assert (gradients[1][:, 2:].flatten(1).abs().amax(dim=1) > 0).all()
 
 
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_the_decoders_bins_of_every_grey_level_add_up_to_1(levels: int) -> None:
+    grey = torch.linspace(-1, 1, levels, dtype=torch.float64)
+    for mean, scale in ((0.0, 0.3), (-0.97, 0.02), (2.0, 1.0)):
+        means, log_scales = torch.full_like(grey, mean), torch.full_like(grey, math.log(scale))
+        log_p = losses.discretized_gaussian_log_likelihood(grey, means=means, log_scales=log_scales, levels=levels)
+        # Probabilities below 1e-12 count as that.
+        assert float(log_p.exp().sum()) == pytest.approx(1.0, abs=levels * 1e-12 + 1e-14)
+
+
 def test_errors_name_the_argument() -> None:
     x_start, noise, x_t, out = _batch()
     with pytest.raises(ValueError, match="out must have 4 channels"):
         losses.hybrid_loss(out[:, :2], noise, x_start, x_t, T, SCHEDULE)
+    with pytest.raises(ValueError, match=r"levels must be in \[2, 1024\]; got 1"):
+        losses.discretized_gaussian_log_likelihood(x_start, means=x_start, log_scales=x_start, levels=1)
     with pytest.raises(ValueError, match="prediction must be one of"):
         losses.hybrid_loss(out, noise, x_start, x_t, T, SCHEDULE, prediction="x0")

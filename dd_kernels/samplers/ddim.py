@@ -66,12 +66,14 @@ def ddim_inversion(
     prediction: str = "epsilon",
     spacing: str = "leading",
     timesteps: Sequence[int] | None = None,
+    learned_variance: bool = False,
 ) -> StepTable:
     r"""DDIM run backwards, from x_0 to the x_T that :func:`ddim` (eta = 0, no clip) takes to it.
 
     The Euler step of the ODE of DDIM (Song et al., 2021, eq. 14) in the direction of growing t:
     at step i the model is asked at t_i for epsilon, and x moves from alpha_bar_{i-1} (1 at first) to
     alpha_bar_i. The same steps, spacing and prediction as the sampler's give its mirror image.
+    ``learned_variance`` is as in :func:`ddim`.
     """
     rows.check_choice("prediction", prediction, rows.PREDICTIONS)
     sequence = timestep_sequence(len(schedule), None if timesteps is not None else steps, spacing, timesteps)
@@ -79,4 +81,5 @@ def ddim_inversion(
     before = np.append(1.0, after[:-1])
     # The model is asked at the noise level that the step goes to.
     epsilon = rows.epsilon_of_output(prediction, after)
-    return from_columns(sequence, **rows.x0_of_epsilon(before, epsilon), **rows.ddim_columns(after, epsilon))
+    columns = rows.x0_of_epsilon(before, epsilon) | rows.ddim_columns(after, epsilon)
+    return from_columns(sequence, learned_variance=learned_variance, **columns)

@@ -143,6 +143,11 @@ class LoadedModel:
             accelerate(model)
         return cls(model, info, where, args.guidance)
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the second half of the model's output is its variance."""
+        return self.model.config["learn_variance"]
+
     def labels(self, text: str | None, default: str = "all") -> list[int] | None:
         """Returns the labels that --classes names; None for a model without classes."""
         names = self.info.classes
@@ -197,7 +202,8 @@ def add_step_arguments(parser: argparse.ArgumentParser, default: str, more_spaci
 def ddim_options(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options of ``ddim`` and its inversion: --steps (by default 50, at most T) and --spacing."""
     steps = min(50, loaded.info.num_timesteps) if args.steps is None else args.steps
-    return {"steps": steps, "spacing": args.spacing or "leading", "prediction": loaded.info.prediction}
+    kind = {"prediction": loaded.info.prediction, "learned_variance": loaded.learns_variance}
+    return {"steps": steps, "spacing": args.spacing or "leading", **kind}
 
 
 def check_images(loaded: LoadedModel, n: int) -> None:

@@ -11,14 +11,14 @@ import argparse
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.timesteps import SPACINGS
 from .. import data
 from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown, sampler_table
-from ..evaluate.table import LARGE, ROWS, SAMPLES, STEPS
+from ..evaluate.table import LARGE, LEARNED, ROWS, SAMPLES, STEPS
 from ..files import atomic_write, check_writable
 from ..folders import atomic_folder, check_folder, write_new
 from . import common
@@ -28,16 +28,16 @@ WRITERS: dict[str, Callable[..., str]] = {".md": markdown, ".json": as_json}
 
 
 def row(text: str) -> float | str:
-    """An argparse type: eta, "fixed_large", or a sampler for few steps."""
-    if text == LARGE or text in FEW_STEP_SAMPLERS:
+    """An argparse type: eta, a variance of DDPM, or a sampler for few steps."""
+    if text in (LARGE, LEARNED) or text in FEW_STEP_SAMPLERS:
         return text
     try:
         eta = float(text)
     except ValueError:
         eta = math.nan
     if not 0 <= eta <= 1:
-        names = ", ".join(FEW_STEP_SAMPLERS)
-        raise argparse.ArgumentTypeError(f"must be numbers in [0, 1], {LARGE} or {names}; got {text!r}")
+        names = ", ".join((LARGE, LEARNED, *FEW_STEP_SAMPLERS))
+        raise argparse.ArgumentTypeError(f"must be numbers in [0, 1] or among {names}; got {text!r}")
     return eta
 
 
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows",
         type=row,
         nargs="+",
-        default=ROWS,
-        help="the rows: DDIM's eta, fixed_large for DDPM's larger variance, or a sampler for few steps: "
-        f"{', '.join(FEW_STEP_SAMPLERS)} (default: 0 0.2 0.5 1 fixed_large dpm++)",
+        help="the rows: DDIM's eta, fixed_large for DDPM's larger variance, learned_range for the model's, or a "
+        f"sampler for few steps: {', '.join(FEW_STEP_SAMPLERS)} (default: 0 0.2 0.5 1 fixed_large dpm++, and "
+        "learned_range for a model that learns its variance)",
     )
     parser.add_argument(
         "-n",
@@ -97,12 +97,18 @@ def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
         raise ValueError(f"--model must have the {len(digits.classes)} classes of the digits, or none; got {classes}")
 
 
+def _rows(loaded: LoadedModel, args: argparse.Namespace) -> Sequence[float | str]:
+    """Returns the rows asked for; by default those of every model, and the learned variance of one that has it."""
+    return args.etas or (*ROWS, *([LEARNED] if loaded.learns_variance else []))
+
+
 def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
     """Raises ``ValueError`` for steps that the model's schedule does not have, before the classifier is trained."""
     schedule = loaded.info.make_schedule()
-    for row in args.etas:
+    kind: dict[str, Any] = {"prediction": loaded.info.prediction, "learned_variance": loaded.learns_variance}
+    for row in _rows(loaded, args):
         for steps in args.steps:
-            sampler_table(schedule, row, steps, spacing=args.spacing, prediction=loaded.info.prediction)
+            sampler_table(schedule, row, steps, spacing=args.spacing, **kind)
     common.check_images(loaded, args.num_samples)
 
 
@@ -118,9 +124,9 @@ def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
         judge,
         n=args.num_samples,
         steps=args.steps,
-        rows=args.etas,
+        rows=_rows(loaded, args),
         prediction=loaded.info.prediction,
-        learned_variance=loaded.model.config["learn_variance"],
+        learned_variance=loaded.learns_variance,
         spacing=args.spacing,
         seed=args.seed,
         progress=not args.no_progress,

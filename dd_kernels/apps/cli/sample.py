@@ -13,10 +13,11 @@ import time
 import torch
 
 from ...ops.reverse_step.table import StepTable
-from ...samplers import ddim, ddpm
+from ...samplers import ddim
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.noise_levels import SIGMA_SPACINGS
 from ...sampling import sample
+from ..evaluate.table import LEARNED, ancestral_table
 from ..images import Output
 from . import common
 from .common import LoadedModel
@@ -32,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = "50 for ddim, all of the model's for ddpm, 10 for dpm++ and unipc, 25 for euler"
     common.add_step_arguments(parser, defaults, SIGMA_SPACINGS)
     parser.add_argument("--eta", type=common.number, help="ddim: noise of each step, in [0, 1] (default: 0)")
-    parser.add_argument("--variance", choices=("fixed_small", "fixed_large"), help="ddpm (default: fixed_small)")
+    parser.add_argument(
+        "--variance",
+        choices=("fixed_small", "fixed_large", LEARNED),
+        help="ddpm (default: fixed_small; learned_range for a model that learns it)",
+    )
     parser.add_argument("--clip", type=common.clip, default=1.0, help="x0 to this range, none or dynamic (default: 1)")
     parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
     parser.add_argument("--first-sample", type=common.integer(0, 2**32 - 1), default=0, help="(default: 0)")
@@ -48,13 +53,15 @@ def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
     if args.sampler in FEW_STEP_SAMPLERS:
         given = {"steps": args.steps, "spacing": args.spacing}
         options = {name: value for name, value in given.items() if value is not None}
-        return FEW_STEP_SAMPLERS[args.sampler](schedule, prediction=loaded.info.prediction, clip=args.clip, **options)
+        options |= {"prediction": loaded.info.prediction, "learned_variance": loaded.learns_variance}
+        return FEW_STEP_SAMPLERS[args.sampler](schedule, clip=args.clip, **options)
     if args.sampler == "ddim":
         return ddim(schedule, eta=args.eta or 0.0, clip=args.clip, **common.ddim_options(loaded, args))
-    return ddpm(
+    return ancestral_table(
         schedule,
         args.steps,
-        variance=args.variance or "fixed_small",
+        args.variance or (LEARNED if loaded.learns_variance else "fixed_small"),
+        learned_variance=loaded.learns_variance,
         prediction=loaded.info.prediction,
         clip=args.clip,
         spacing=args.spacing or "linspace",

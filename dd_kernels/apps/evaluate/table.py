@@ -21,7 +21,7 @@ from ...sampling.loop import sample
 from ...schedules import Schedule
 from .judge import FEATURES, SURE, Judge
 
-LARGE = "fixed_large"
+LARGE, LEARNED = "fixed_large", "learned_range"
 STEPS = (10, 20, 50, 100, 1000)
 ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, LARGE, "dpm++")
 SAMPLES = 200
@@ -30,7 +30,7 @@ SAMPLES = 200
 def row_name(row: float | str) -> str:
     """Returns the title of a row."""
     if isinstance(row, str):
-        return "DDPM, larger variance" if row == LARGE else row
+        return {LARGE: "DDPM, larger variance", LEARNED: "DDPM, learned variance"}.get(row, row)
     return f"eta {row:g}"
 
 
@@ -39,7 +39,8 @@ class Cell:
     """One sampler at one number of steps.
 
     Attributes:
-        row: eta, "fixed_large" for DDPM with its larger variance, or a name of ``FEW_STEP_SAMPLERS``.
+        row: eta, "fixed_large" for DDPM with its larger variance, "learned_range" for DDPM with the model's, or a name
+            of ``FEW_STEP_SAMPLERS``.
         steps: model calls per sample.
         distance: Fréchet distance to the held-out images.
         sure: share of the samples that the classifier is sure of.
@@ -82,6 +83,20 @@ class Evaluation:
     settings: dict[str, Any]
 
 
+def ancestral_table(
+    schedule: Schedule, steps: int | None, variance: str, *, learned_variance: bool, **options: Any
+) -> StepTable:
+    """Returns DDPM with a fixed variance or the learned one, for a model that learns its variance or does not.
+
+    Raises:
+        ValueError: the learned variance of a model that has none; steps or options that do not fit the schedule.
+    """
+    if variance == LEARNED and not learned_variance:
+        raise ValueError(f"{LEARNED} needs a model that learns its variance; got one that does not")
+    table = ddpm(schedule, steps, variance=variance, **options)
+    return dataclasses.replace(table, learned_variance=learned_variance)
+
+
 def sampler_table(
     schedule: Schedule,
     row: float | str,
@@ -91,22 +106,23 @@ def sampler_table(
     prediction: str = "epsilon",
     learned_variance: bool = False,
 ) -> StepTable:
-    """Returns DDIM with ``row`` as eta, or DDPM with its larger variance ("fixed_large"), on the same timesteps.
+    """Returns DDIM with ``row`` as eta, or DDPM with the variance ``row``, on the same timesteps.
 
-    A name of ``FEW_STEP_SAMPLERS`` is that sampler, on noise levels of its own spacing. A learned variance is ignored:
-    the row decides the variance.
+    "fixed_large" is DDPM's larger variance, "learned_range" the model's; other rows ignore a learned variance. A name
+    of ``FEW_STEP_SAMPLERS`` is that sampler, on noise levels of its own spacing.
 
     Raises:
         ValueError: ``row`` is none of these; steps or spacing do not fit the schedule.
     """
     if row in FEW_STEP_SAMPLERS:
         return FEW_STEP_SAMPLERS[str(row)](schedule, steps, prediction=prediction, learned_variance=learned_variance)
-    if row == LARGE:
-        table = ddpm(schedule, steps, variance=LARGE, spacing=spacing, prediction=prediction)
-        return dataclasses.replace(table, learned_variance=learned_variance)
+    kind: dict[str, Any] = {"learned_variance": learned_variance, "spacing": spacing, "prediction": prediction}
+    if row in (LARGE, LEARNED):
+        return ancestral_table(schedule, steps, str(row), **kind)
     if isinstance(row, str):
-        raise ValueError(f"rows must be eta in [0, 1], {LARGE!r} or {', '.join(FEW_STEP_SAMPLERS)}; got {row!r}")
-    return ddim(schedule, steps, eta=row, learned_variance=learned_variance, spacing=spacing, prediction=prediction)
+        names = ", ".join((LARGE, LEARNED, *FEW_STEP_SAMPLERS))
+        raise ValueError(f"rows must be eta in [0, 1] or one of {names}; got {row!r}")
+    return ddim(schedule, steps, eta=row, **kind)
 
 
 @contextlib.contextmanager
@@ -148,9 +164,9 @@ def evaluate(
         judge: holds the real images, and the classifier in whose features samples are compared with them.
         n: samples per cell, at least 2.
         steps: the columns: model calls per sample, in [1, T].
-        rows: DDIM's eta in [0, 1]; "fixed_large": DDPM with the larger variance, \hat\sigma in the paper; or a name of
-            ``FEW_STEP_SAMPLERS``, such as "dpm++".
-        learned_variance: the model's output is [N, 2 C, ...]; its second half is ignored.
+        rows: DDIM's eta in [0, 1]; "fixed_large": DDPM with the larger variance, \hat\sigma in the paper;
+            "learned_range": DDPM with the model's variance; or a name of ``FEW_STEP_SAMPLERS``, such as "dpm++".
+        learned_variance: the model's output is [N, 2 C, ...], its second half the variance of the row "learned_range".
         spacing: of DDIM's and DDPM's timesteps, see :func:`dd_kernels.timestep_sequence`; "leading" is the paper's
             floor(c i).
         seed: of the samples; all cells start from the same x_T.

@@ -1,4 +1,4 @@
-"""Training of a U-Net with L_simple, which a signal may stop anywhere and a resumed run continues to the same bits."""
+"""Training of a U-Net, which a signal may stop anywhere and a resumed run continues to the same bits."""
 
 from .loop import GRID, check_out, grid_path, resumed_options, train
 from .options import DIGITS, PRECISIONS, TrainOptions

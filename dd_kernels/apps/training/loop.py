@@ -157,7 +157,8 @@ def draw_grid(trainer: Trainer, out: PathLike, stop: Stop) -> None:
     options, info = trainer.options, trainer.described()
     steps = min(GRID_STEPS, options.num_timesteps)
     kwargs = {"y": torch.arange(GRID, device=trainer.device) % len(info.classes)} if info.classes else {}
-    table = ddim(trainer.schedule, steps, prediction=options.prediction)
+    learned = info.config["learn_variance"]
+    table = ddim(trainer.schedule, steps, prediction=options.prediction, learned_variance=learned)
     hook = trainer.ema.register_forward_pre_hook(check)
     try:
         x = sample(trainer.ema, (GRID, *info.sample_shape), table, seed=options.seed, model_kwargs=kwargs)

@@ -33,7 +33,7 @@ class TrainOptions:
         strict: refuse a folder with images that cannot be read, instead of skipping them.
         flip: mirror half of the images (not for digits, whose mirror images mean nothing).
         config: a name in ``dd_kernels.nn.CONFIGS``; None: a U-Net that fits the images' size, CIFAR-10's at 32.
-        model: U-Net options that replace the configuration's.
+        model: U-Net options that replace the configuration's; a model with ``learn_variance`` is trained by L_hybrid.
         schedule, num_timesteps, prediction: the forward process, and what the model predicts.
         label_drop: share of the labels replaced by "no class", for classifier-free guidance.
         unconditional: ignore the labels altogether.
@@ -90,8 +90,6 @@ class TrainOptions:
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._check("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         parse_colour(self.background)
-        if self.model.get("learn_variance"):
-            raise ValueError("model: learn_variance must be false, since L_simple teaches no variance; got true")
 
     def _make_plain(self) -> None:
         """Turns numpy numbers and paths into values that JSON takes."""

@@ -13,64 +13,22 @@ import signal
 from dataclasses import asdict, dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...nn import CONFIGS, UNet, UNetConfig, fitting_config
 from ...ops import q_sample
 from ...ops.randn import Stream
-from ...schedules import Schedule, named_schedule
+from ...schedules import named_schedule
 from .. import checkpoint, data
 from ..checkpoint import ModelInfo
 from ..data import ImageData
 from ..files import PathLike
-from ..memory import check_memory
+from .model import build_model
+from .objective import Diffused, losses_of
 from .options import PRECISIONS, TrainOptions
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss, its gradient or the weights are not numbers, or the loss is far above that of predicting nothing."""
-
-
-def build_model(options: TrainOptions, dataset: ImageData) -> tuple[UNet, ModelInfo]:
-    """Returns a fresh U-Net that fits the data; its weights are a function of ``options.seed``.
-
-    Raises:
-        ValueError: no U-Net can be built with the options.
-    """
-    labelled = dataset.labels is not None and not options.unconditional
-    fitting = {
-        "image_size": dataset.images.shape[-1],
-        "in_channels": dataset.images.shape[1],
-        "learn_variance": False,
-        "num_classes": len(dataset.classes) if labelled else None,
-        "null_class": labelled and options.label_drop > 0,
-    }
-    clash = sorted(options.model.keys() & fitting.keys() - {"learn_variance"})
-    if clash:
-        raise ValueError(f"model: {clash[0]} follows from the data and cannot be set; got {options.model[clash[0]]!r}")
-    unknown = sorted(options.model.keys() - UNetConfig.__dataclass_fields__.keys())
-    if unknown:
-        raise ValueError(f"model: {unknown[0]} must be one of {', '.join(UNetConfig.__dataclass_fields__)}")
-    named = {} if options.config is None or options.config not in CONFIGS else CONFIGS[options.config]
-    levels = options.model.get("channels")
-    levels = len(levels) if isinstance(levels, list) else None
-    base = fitting_config(dataset.images.shape[-1], levels) if options.config is None else named
-    if options.config is not None and not named:
-        raise ValueError(f"config must be one of {', '.join(CONFIGS)}; got {options.config!r}")
-    torch.manual_seed(options.seed)
-    try:
-        config = {**base, **fitting, **options.model}
-        with torch.device("meta"):  # the size is known before memory is asked for
-            size = sum(parameter.numel() for parameter in UNet(**config).parameters())
-        check_memory("training the model (weights, average, gradients and moments)", 5 * 4 * size)
-        model = UNet(**config)
-    except (TypeError, RuntimeError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model: no U-Net can be built with {options.model}: {reason}") from error
-    classes = dataset.classes if labelled else ()
-    info = ModelInfo(model.config, options.schedule, options.num_timesteps, options.prediction, classes, {})
-    return model, info
 
 
 @dataclass(frozen=True)
@@ -103,19 +61,6 @@ def make_batch(dataset: ImageData, options: TrainOptions, null_label: int | None
     return Batch(x_start, t, labels)
 
 
-def target_of(prediction: str, x_start: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    r"""Returns the target of the prediction: noise, x_0, or v = \sqrt{\bar\alpha} noise - \sqrt{1 - \bar\alpha} x_0.
-
-    v is from Salimans & Ho (2022), appendix D.
-    """
-    if prediction == "epsilon":
-        return noise
-    if prediction == "x_start":
-        return x_start
-    signal, sigma = (schedule.gather(column.numpy(), t, x_start) for column in schedule.marginal.unbind(1))
-    return signal * noise - sigma * x_start
-
-
 class Trainer:
     """Weights, their average, the optimizer and a step count.
 
@@ -145,13 +90,16 @@ class Trainer:
         self.stopped_by: signal.Signals | None = None
 
     def train_step(self) -> tuple[Tensor, Tensor]:
-        """Makes one step of algorithm 1 of DDPM; returns the loss and the gradient's norm, which stay on the device."""
+        """Makes one step of algorithm 1 of DDPM; returns L_simple and the gradient's norm, which stay on the device.
+
+        L_simple is comparable between runs whatever they minimise, which counts only where it is no number.
+        """
         options = self.options
         # Dropout's masks, and every other draw from torch's generator, depend on the step alone.
         torch.manual_seed((options.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (self.step + 1) / max(options.warmup, 1))
-        loss = self._loss(make_batch(self.dataset, options, self.model.null_label, self.step))
+        simple, loss = self._losses(make_batch(self.dataset, options, self.model.null_label, self.step))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
@@ -160,18 +108,19 @@ class Trainer:
         self.scaler.update()
         self._average()
         self.step += 1
-        return loss.detach(), norm.detach()
+        return torch.where(loss.isfinite(), simple, loss).detach(), norm.detach()
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """Returns L_simple, eq. 14 of DDPM: the mean squared error of the prediction."""
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns the batch's L_simple and what is minimised."""
         x_start, t = batch.x_start.to(self.device), batch.t.to(self.device)
         labels = None if batch.labels is None else batch.labels.to(self.device)
         x_t, noise = q_sample(x_start, t, self.schedule, seed=self.options.seed, draw=self.step, return_noise=True)
-        target = target_of(self.options.prediction, x_start, noise, t, self.schedule)
         dtype = PRECISIONS[self.options.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             out = self.model(x_t, t, labels)
-        return F.mse_loss(out.float(), target)
+        asked, levels = Diffused(x_start, x_t, noise, t), self.dataset.maximum + 1
+        losses = losses_of(out.float(), asked, self.schedule, self.options, levels)
+        return losses.simple.mean(), losses.minimised.mean()
 
     @torch.no_grad()
     def _average(self) -> None:

@@ -15,14 +15,16 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A class-conditional model, one without dropped labels and one without classes; their weights are random."""
+    """A class-conditional model, one without dropped labels, one without classes and one that learns its variance.
+
+    Their weights are random.
+    """
     folder, paths = tmp_path_factory.mktemp("models"), {}
-    kinds = {"digits": (10, True), "undropped": (10, False), "plain": (None, False)}
+    kinds = {"digits": (10, True), "undropped": (10, False), "plain": (None, False), "learned": (None, False)}
     for name, (num_classes, null_class) in kinds.items():
         torch.manual_seed(0)
-        model = UNet.from_config(
-            "digits", channels=(8, 16), num_heads=2, num_groups=4, num_classes=num_classes, null_class=null_class
-        )
+        options = {"num_classes": num_classes, "null_class": null_class, "learn_variance": name == "learned"}
+        model = UNet.from_config("digits", channels=(8, 16), num_heads=2, num_groups=4, **options)
         for parameter in model.parameters():  # layers that start as 0 would hide timesteps and classes
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)

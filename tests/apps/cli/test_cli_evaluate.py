@@ -94,6 +94,11 @@ class TestCommand:
         model = tiny_model(tmp_path / "model.safetensors", **overrides)
         assert run("--model", model, "--steps", "2", "--rows", "0", "fixed_large", "unipc", "euler_ancestral") == 0
 
+    def test_a_learned_variance_is_a_row_of_its_model(self, run, tmp_path, capsys):
+        model = tiny_model(tmp_path / "model.safetensors", learn_variance=True)
+        assert run("--model", model, "--steps", "2") == 0
+        assert "DDPM, learned variance" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("overrides", "arguments", "message"),
         [
@@ -105,6 +110,7 @@ class TestCommand:
             ({}, ["--out", "no/table.md"], "--out: cannot write 'no/table.md'"),
             ({}, ["--steps", "2000"], "steps must be an int in [1, 1000]; got 2000"),
             ({"null_class": False}, ["--guidance", "2"], "--guidance needs a model trained with dropped labels"),
+            ({}, ["--rows", "learned_range"], "learned_range needs a model that learns its variance"),
             ({"num_classes": 3}, [], "--model must have the 10 classes of the digits, or none; got 3"),
             ({"in_channels": 3}, [], "--model must draw digits, (1, 8, 8); got a model that draws (3, 8, 8)"),
             ({}, ["--model", "absent.safetensors"], "there is no model 'absent.safetensors'"),

@@ -98,6 +98,36 @@ def test_every_flag_of_sample_changes_the_samples(models):
     assert len(seen) == 23
 
 
+def test_a_learned_variance_is_used_by_ddpm_and_left_alone_by_the_others(models, capsys):
+    model, info = checkpoint.load_model(models["learned"])
+    assert sample(models, "-n", 2, "--sampler", "ddpm", "--steps", 4, "--out", "a.npz", name="learned") == 0
+    table = dd.ddpm(info.make_schedule(), 4, variance="learned_range", prediction="v")
+    expected = images.to_uint8(dd.sample(model, (2, 1, 8, 8), table, seed=0)).numpy()
+    assert np.array_equal(pixels("a.npz"), expected)
+    for flags in (["--sampler", "ddpm", "--variance", "fixed_small"], ["--eta", 1], ["--sampler", "dpm++"]):
+        assert sample(models, "-n", 2, "--steps", 4, *flags, "--out", "b.npz", name="learned") == 0
+        assert not np.array_equal(pixels("b.npz"), expected)
+    fixed = dd.ddpm(info.make_schedule(), 4, prediction="v")
+    assert sample(models, "-n", 2, "--sampler", "ddpm", "--variance", "fixed_small", "--steps", 4, name="learned") == 0
+    assert run("interpolate", "--model", models["learned"], "--steps", 2, "-n", 2, "--rows", 1, "--no-progress") == 0
+    alone = dd.sample(lambda x, t: model(x, t)[:, :1], (2, 1, 8, 8), fixed, seed=0)
+    flags = ["--sampler", "ddpm", "--variance", "fixed_small", "--steps", 4, "--out", "b.npz"]
+    assert sample(models, "-n", 2, *flags, name="learned") == 0
+    assert np.array_equal(pixels("b.npz"), images.to_uint8(alone).numpy())
+    assert "learned_range needs a model that learns its variance" in fails(
+        capsys,
+        "sample",
+        "--model",
+        models["plain"],
+        "--sampler",
+        "ddpm",
+        "--variance",
+        "learned_range",
+        "--out",
+        "c.png",
+    )
+
+
 def test_batch_size_does_not_change_the_samples_and_first_sample_continues_them(models):
     flags = ["--steps", 3, "--sampler", "ddpm"]
     assert sample(models, "-n", 5, *flags, "--out", "all.npz") == 0

@@ -156,7 +156,6 @@ def test_a_finished_file_without_its_state(capsys):
         (["--data", "digits", "--num-timesteps", "1000000000000"], "argument --num-timesteps: must be an integer in"),
         (["--data", ".", "--image-size", "8", "--background", "mint-ish"], "background must be a colour"),
         (["--data", "pipe"], "data must be a regular file; 'pipe' is a pipe or a device"),
-        (["--data", "digits", "--set", "learn_variance=true"], "learn_variance must be false"),
         (["--data", "digits", "--device", "nowhere"], "--device 'nowhere' cannot be used"),
         (["--data", "digits", "--backend", "cuda"], "--backend cuda cannot run on cpu"),
         (["--data", "digits", "--out", "m.pt"], "out must end in .safetensors; got 'm.pt'"),

@@ -72,6 +72,14 @@ class TestTable:
         )
         torch.testing.assert_close(alone, halved, rtol=1e-5, atol=1e-6)
 
+    def test_the_row_of_the_learned_variance(self):
+        table = sampler_table(SCHEDULE, "learned_range", 10, learned_variance=True)
+        expected = dd.ddpm(SCHEDULE, 10, variance="learned_range", spacing="leading")
+        assert torch.equal(table.rows, expected.rows)
+        assert table.learned_variance
+        with pytest.raises(ValueError, match="learned_range needs a model that learns its variance"):
+            sampler_table(SCHEDULE, "learned_range", 10)
+
     def test_unknown_row(self):
         with pytest.raises(ValueError, match="rows must be eta in"):
             sampler_table(SCHEDULE, "small", 10)

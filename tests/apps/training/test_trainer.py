@@ -7,9 +7,10 @@ import torch
 from training_runs import CPU, TINY, options
 
 import dd_kernels as dd
+from dd_kernels import losses
 from dd_kernels.apps import data
 from dd_kernels.apps.data import ImageData
-from dd_kernels.apps.training import Trainer, trainer
+from dd_kernels.apps.training import Trainer, objective, trainer
 
 
 def test_dropout_is_on_and_differs_between_steps(images):
@@ -36,7 +37,7 @@ def test_a_model_that_predicts_its_target_samples_the_image(prediction):
     def oracle(x, t):
         rows = schedule.marginal[t].float()
         signal_, sigma = (rows[:, i].reshape(-1, 1, 1, 1) for i in (0, 1))
-        return trainer.target_of(prediction, x_start, (x - signal_ * x_start) / sigma, t, schedule)
+        return objective.target_of(prediction, x_start, (x - signal_ * x_start) / sigma, t, schedule)
 
     table = dd.ddim(schedule, 20, prediction=prediction, clip=None)
     assert torch.allclose(dd.sample(oracle, x_start.shape, table, seed=0), x_start, atol=1e-4)
@@ -49,6 +50,29 @@ def test_the_loss_is_the_mean_squared_error_of_the_steps_own_noise(images, step)
     # Fresh, the output convolution is 0: the loss is the mean square of the noise of this very draw.
     noise = dd.randn((6, 1, 8, 8), seed=3, draw=step, stream=2)
     assert float(run.train_step()[0]) == pytest.approx(float(noise.square().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v"])
+def test_a_model_that_learns_its_variance_minimises_the_hybrid_loss(images, prediction):
+    run = Trainer(options(model={**TINY, "learn_variance": True}, prediction=prediction, label_drop=0.0), images, CPU)
+    torch.nn.init.normal_(run.model.conv_out.weight, std=0.1)  # fresh, it is 0 and the gradients of the rest too
+    batch = trainer.make_batch(images, run.options, None, 0)
+    x_t, noise = dd.q_sample(batch.x_start, batch.t, run.schedule, seed=0, return_noise=True)
+    out = run.model.train()(x_t, batch.t, batch.labels)
+    assert out.shape[1] == 2
+    target = objective.target_of(prediction, batch.x_start, noise, batch.t, run.schedule)
+    # The digits have 17 grey levels.
+    hybrid = losses.hybrid_loss(
+        out, target, batch.x_start, x_t, batch.t, run.schedule, prediction=prediction, levels=17
+    )
+    asked = objective.Diffused(batch.x_start, x_t, noise, batch.t)
+    found = objective.losses_of(out, asked, run.schedule, run.options, 17)
+    assert torch.equal(found.minimised, hybrid)
+    assert torch.equal(found.simple, (out[:, :1] - target).square().flatten(1).mean(1))
+    before = run.model.conv_out.weight.detach().clone()
+    assert float(run.train_step()[0]) < 10 * float(found.simple.detach().mean())
+    moved = (run.model.conv_out.weight != before).flatten(1).any(1)
+    assert moved.tolist() == [True, True]  # the prediction and the variance both learn
 
 
 def test_batches_are_functions_of_seed_and_step(images):

@@ -6,13 +6,20 @@ import threading
 
 import pytest
 import torch
-from training_runs import metadata, options, same, train
+from training_runs import TINY, metadata, options, same, train
 
 from dd_kernels.apps import checkpoint, training
 from dd_kernels.apps.training import Trainer, TrainingDivergedError, grid_path, loop
 
+CHANGES = [
+    {},
+    {"precision": "fp16", "flip": True},
+    {"precision": "bf16", "prediction": "v"},
+    {"model": {**TINY, "learn_variance": True}, "prediction": "x_start"},
+]
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "fp16", "flip": True}, {"precision": "bf16", "prediction": "v"}])
+
+@pytest.mark.parametrize("changes", CHANGES)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, images, changes):
     whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
     train(whole, images, **changes)
@@ -201,6 +208,13 @@ def test_a_signal_ends_the_drawing_of_a_grid(tmp_path, images, monkeypatch):
     assert len(calls) == 1
     assert metadata(out)["step"] == 2
     assert not grid_path(out).exists()
+
+
+def test_a_grid_of_a_model_that_learns_its_variance(tmp_path, images):
+    out = tmp_path / "a.safetensors"
+    train(out, images, steps=1, model={**TINY, "learn_variance": True})
+    assert checkpoint.load_model(out)[0].config["learn_variance"]
+    assert grid_path(out).exists()
 
 
 def test_grids_and_saves_come_when_asked_for(tmp_path, images, monkeypatch):

@@ -69,8 +69,6 @@ def test_model_options_are_checked(images, model, message):
 
 
 def test_other_errors(tmp_path, images):
-    with pytest.raises(ValueError, match="learn_variance must be false"):
-        TrainOptions(model={"learn_variance": True})
     with pytest.raises(ValueError, match="save_every must be at least 0; got -1"):
         training.train(options(), tmp_path / "a.safetensors", dataset=images, save_every=-1)
 
