@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from dd_kernels.compile import kept_filters
 from dd_kernels.ops import conv2d
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
+
+
+SMAPS = Path("/proc/self/smaps")
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +124,26 @@ def test_it_goes_with_the_model_and_the_report_tells():
     torch._dynamo.reset()
     gc.collect()
     assert kept_filters.held() == 0
+
+
+@pytest.mark.parametrize("floats", [1, (2 << 20) // 4 - 1, (2 << 20) // 4, 3 * (2 << 20) // 4 + 5])
+def test_memory_is_zeros_of_its_own(floats):
+    memory, other = kept_filters._memory(floats), kept_filters._memory(floats)
+    assert memory.shape == (floats,)
+    assert not memory.any()
+    memory.fill_(1)
+    assert not other.any()
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="this system does not describe its memory in /proc/self/smaps")
+def test_large_memory_asks_for_huge_pages():
+    kept, flags = kept_filters._memory(3 << 20), {}
+    assert kept.data_ptr() % (2 << 20) == 0
+    for line in SMAPS.read_text().splitlines():
+        if range_ := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            first, last = (int(end, 16) for end in range_.groups())
+        elif line.startswith("VmFlags:"):
+            flags[range(first, last)] = line.split()
+    asked = [names for places, names in flags.items() if kept.data_ptr() in places]
+    assert len(asked) == 1
+    assert "hg" in asked[0]
