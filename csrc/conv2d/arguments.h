@@ -51,7 +51,9 @@ struct Plan {
     int64_t tile, points;
     int64_t tile_rows, tile_columns;  // of one sample
     int64_t rows;                     // tiles that the micro-kernel multiplies at a time: a group
-    int64_t block;                    // tiles that are transformed, then multiplied: a multiple of rows
+    int64_t blocks;                   // tiles are transformed, then multiplied, in so many parts of whole groups
+    int64_t block;                    // tiles of the largest: a multiple of rows
+    bool apart;                       // each thread computes blocks of its own, else all threads share one at a time
     int64_t slice;                    // groups that are multiplied by a panel before their outputs are written
     int64_t depth;                    // length of a packed row
     int64_t panels, panel_parts;      // a block's products are divided by panels, and by groups
@@ -88,6 +90,13 @@ inline PanelScratch panel_scratch(const Shape& shape, const Plan& plan, int64_t 
 struct Block {
     int64_t first, tiles;
 };
+
+// Blocks differ by one group at most.
+inline Block block_of(const Shape& shape, const Plan& plan, int64_t index) {
+    int64_t tiles = plan.tiles(shape), groups = divide_up(tiles, plan.rows);
+    int64_t first = index * groups / plan.blocks * plan.rows, last = (index + 1) * groups / plan.blocks * plan.rows;
+    return {first, (last < tiles ? last : tiles) - first};
+}
 
 struct Forward {
     Shape shape;

@@ -19,7 +19,7 @@ namespace dd::conv2d {
 // the pages of fresh memory take a twentieth of a convolution's time.
 class Workspace {
 public:
-    enum Use { input, other_input, scratch, uses };
+    enum Use { input, other_input, filters, scratch, uses };
 
     // Memory of `count` floats, whose content is undefined.
     static float* of(Use use, int64_t count) {

@@ -46,6 +46,13 @@ int64_t kept_size(const Shape& shape, const Plan& plan, const Target& target) {
     return kHeaderFloats + plan.panels * panel_size(plan, target.panel());
 }
 
+void pack_all_filters(const Forward& a, const Kernels& kernels, const Target& target, float* to) {
+    on_threads(a.plan.panels, target, [&](int64_t first, int64_t last) {
+        float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, a.plan, target.lanes).size);
+        kernels.pack_filters(a, first, last, to, scratch);
+    });
+}
+
 // Packs all filters unless `kept` holds them, and makes the panels read them there.
 void keep_filters(Forward& a, const Kernels& kernels, const Target& target, bool bfloat16, float* kept) {
     KeptHeader header{
@@ -54,11 +61,40 @@ void keep_filters(Forward& a, const Kernels& kernels, const Target& target, bool
     for (int64_t i = 0; i < KeptHeader::samples; ++i) header.weights[i] = a.filters.data[i * count / header.samples];
     a.kept = kept + kHeaderFloats;
     if (std::memcmp(kept, &header, sizeof header) == 0) return;
-    on_threads(a.plan.panels, target, [&](int64_t from, int64_t to) {
-        float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, a.plan, target.lanes).size);
-        kernels.pack_filters(a, from, to, kept + kHeaderFloats, scratch);
-    });
+    pack_all_filters(a, kernels, target, kept + kHeaderFloats);
     std::memcpy(kept, &header, sizeof header);
+}
+
+// Each thread packs and multiplies blocks of its own.
+void run_apart(const Forward& a, const Kernels& kernels, const Target& target) {
+    const Plan& plan = a.plan;
+    on_threads(plan.blocks, target, [&](int64_t from, int64_t to) {
+        float* packed = Workspace::of(Workspace::input, packed_size(plan));
+        const int64_t panels = panel_scratch(a.shape, plan, target.lanes).size;
+        float* scratch = Workspace::of(Workspace::scratch, std::max(input_scratch(a.shape, plan), panels));
+        for (int64_t i = from; i < to; ++i) {
+            const Block block = block_of(a.shape, plan, i);
+            kernels.pack(a, block, 0, packing_parts(a.shape, plan), packed, scratch);
+            kernels.multiply(a, block, 0, plan.panels, packed, scratch);
+        }
+    });
+}
+
+// All threads pack a block, then multiply it.
+void run_together(const Forward& a, const Kernels& kernels, const Target& target) {
+    const Plan& plan = a.plan;
+    float* packed = Workspace::of(Workspace::input, packed_size(plan));
+    for (int64_t i = 0; i < plan.blocks; ++i) {
+        const Block block = block_of(a.shape, plan, i);
+        on_threads(packing_parts(a.shape, plan), target, [&](int64_t from, int64_t to) {
+            float* scratch = Workspace::of(Workspace::scratch, input_scratch(a.shape, plan));
+            kernels.pack(a, block, from, to, packed, scratch);
+        });
+        on_threads(plan.panels * plan.panel_parts, target, [&](int64_t from, int64_t to) {
+            float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, plan, target.lanes).size);
+            kernels.multiply(a, block, from, to, packed, scratch);
+        });
+    }
 }
 
 void run(Forward a, Method method, bool bfloat16, float* kept, int64_t kept_floats) {
@@ -71,21 +107,15 @@ void run(Forward a, Method method, bool bfloat16, float* kept, int64_t kept_floa
         STD_TORCH_CHECK(size > 0 && kept_floats == size, "conv2d: kept must have ", size, " elements; got ",
                         kept_floats);
         keep_filters(a, kernels, target, bfloat16 && has_dot_bfloat16(), kept);
+    } else if (plan.apart) {
+        float* filters = Workspace::of(Workspace::filters, plan.panels * panel_size(plan, target.panel()));
+        pack_all_filters(a, kernels, target, filters);
+        a.kept = filters;
     }
-    int64_t chunks = plan.method == Method::direct ? 1 : divide_up(a.shape.channels, kChunk);
-    int64_t in_parts = plan.input_parts * chunks, out_parts = plan.panels * plan.panel_parts;
-    float* packed = Workspace::of(Workspace::input, packed_size(plan));
-    int64_t tiles = plan.tiles(a.shape);
-    for (int64_t first = 0; first < tiles; first += plan.block) {
-        Block block{first, std::min(plan.block, tiles - first)};
-        on_threads(in_parts, target, [&](int64_t from, int64_t to) {
-            float* scratch = Workspace::of(Workspace::scratch, input_scratch(a.shape, plan));
-            kernels.pack(a, block, from, to, packed, scratch);
-        });
-        on_threads(out_parts, target, [&](int64_t from, int64_t to) {
-            float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, plan, target.lanes).size);
-            kernels.multiply(a, block, from, to, packed, scratch);
-        });
+    if (plan.apart) {
+        run_apart(a, kernels, target);
+    } else {
+        run_together(a, kernels, target);
     }
 }
 

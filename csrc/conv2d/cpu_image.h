@@ -32,40 +32,73 @@ DD_INLINE Prologue prologue_of(const conv2d::Forward& a, int64_t sample) {
     return {affine ? a.scale + at : nullptr, affine ? a.shift + at : nullptr, static_cast<int>(a.activation)};
 }
 
-// to [kLanes multiples] = `count` channels from `channel` on of the pixel at `offset`, and zeros up to a whole vector:
-// every activation of 0 is 0.
-DD_INLINE void read_pixel(const Operand& x, int64_t offset, int64_t channel, int64_t count, const Prologue& prologue,
-                          float* to) {
-    Activations::visit(prologue.activation, [&](auto activation) {
-        for_vectors(count, [&](int64_t i, int64_t left) {
-            Vec z[1] = {read(x, offset + channel + i, left)};
-            if (prologue.scale != nullptr) {
-                z[0] = fma(z[0], load(prologue.scale + channel + i, left), load(prologue.shift + channel + i, left));
-            }
-            activate<decltype(activation)>(z);
-            store(to + i, z[0]);
-        });
-    });
-}
-
 DD_INLINE void set_zero(float* to, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) store(to + i, Vec{});
 }
 
-// to [columns][stride]: pixels [first, first + columns) of row y; zeros beyond the image.
-DD_INLINE void read_row(const Operand& x, const conv2d::Shape& shape, int64_t sample, int64_t y, int64_t first,
-                        int64_t columns, int64_t channel, int64_t count, const Prologue& prologue, float* to,
-                        int64_t stride) {
-    int64_t padded = conv2d::round_up(count, kLanes);
-    for (int64_t i = 0; i < columns; ++i, to += stride) {
-        int64_t column = first + i;
-        if (y < 0 || y >= shape.height || column < 0 || column >= shape.width) {
-            set_zero(to, padded);
-        } else {
-            int64_t pixel = y * shape.width + column;
-            read_pixel(x, sample * x.sample_stride + pixel * shape.channels, channel, count, prologue, to);
-        }
+// to [columns][stride] = vectors of channels of pixels side by side, from `offset` on; a single vector may have `left`
+// channels alone. Operations on the vectors of a pixel overlap.
+template <class Activation, int vectors>
+DD_INLINE void read_columns(const Operand& x, int64_t offset, int64_t channels, int64_t columns, int64_t left,
+                            const Prologue& prologue, float* to, int64_t stride) {
+    const bool affine = prologue.scale != nullptr;
+    // A row of whole vectors is filled up with zeros, as every activation of 0 is 0; in others the next pixel follows.
+    const int64_t stored = stride % kLanes == 0 ? kLanes : left;
+    Vec scale[vectors]{}, shift[vectors]{};
+    for (int v = 0; affine && v < vectors; ++v) {
+        scale[v] = load(prologue.scale + v * kLanes, left);
+        shift[v] = load(prologue.shift + v * kLanes, left);
     }
+    for (int64_t i = 0; i < columns; ++i, offset += channels, to += stride) {
+        Vec z[vectors];
+        for (int v = 0; v < vectors; ++v) z[v] = read(x, offset + v * kLanes, left);
+        for (int v = 0; affine && v < vectors; ++v) z[v] = fma(z[v], scale[v], shift[v]);
+        activate<Activation>(z);
+        for (int v = 0; v < vectors; ++v) store(to + v * kLanes, stored, z[v]);
+    }
+}
+
+// The same of `count` channels, for a prologue and an offset that are those of the first one.
+template <class Activation>
+DD_INLINE void read_channels(const Operand& x, int64_t offset, int64_t channels, int64_t columns, int64_t count,
+                             Prologue prologue, float* to, int64_t stride) {
+    constexpr int together = 4;
+    auto advance = [&](int64_t read) {
+        offset += read;
+        to += read;
+        count -= read;
+        if (prologue.scale != nullptr) prologue = {prologue.scale + read, prologue.shift + read, prologue.activation};
+    };
+    for (; count >= together * kLanes; advance(together * kLanes)) {
+        read_columns<Activation, together>(x, offset, channels, columns, kLanes, prologue, to, stride);
+    }
+    for (; count >= kLanes; advance(kLanes)) {
+        read_columns<Activation, 1>(x, offset, channels, columns, kLanes, prologue, to, stride);
+    }
+    if (count > 0) read_columns<Activation, 1>(x, offset, channels, columns, count, prologue, to, stride);
+}
+
+// to [columns][stride]: `count` channels from `channel` on of pixels [first, first + columns) of row y; zeros beyond
+// the image.
+static void read_row(const Operand& x, const conv2d::Shape& shape, int64_t sample, int64_t y, int64_t first,
+                     int64_t columns, int64_t channel, int64_t count, const Prologue& prologue, float* to,
+                     int64_t stride) {
+    int64_t padded = conv2d::round_up(count, kLanes), row = y < 0 || y >= shape.height ? 0 : shape.width;
+    int64_t from = first < 0 ? -first : 0, until = row - first < columns ? row - first : columns;
+    if (from > columns) from = columns;
+    if (until < from) until = from;
+    for (int64_t i = 0; i < from; ++i) set_zero(to + i * stride, padded);
+    if (until > from) {
+        int64_t pixel = y * shape.width + first + from;
+        int64_t offset = sample * x.sample_stride + pixel * shape.channels + channel;
+        Prologue here = prologue;
+        if (here.scale != nullptr) here = {here.scale + channel, here.shift + channel, here.activation};
+        Activations::visit(prologue.activation, [&](auto activation) DD_INLINE_LAMBDA {
+            read_channels<decltype(activation)>(x, offset, shape.channels, until - from, count, here,
+                                                to + from * stride, stride);
+        });
+    }
+    for (int64_t i = until; i < columns; ++i) set_zero(to + i * stride, padded);
 }
 
 }  // namespace dd::DD_ISA

@@ -5,9 +5,13 @@
 namespace dd::conv2d {
 namespace {
 
-// Workspace in floats: packed input of a block, and a thread's products of a slice: both stay near the second-level
-// cache.
+// Workspace in floats: packed input of a block that threads share, and a thread's products of a slice: both stay near
+// the second-level cache.
 constexpr int64_t kMostPacked = int64_t{1} << 19, kMostProducts = int64_t{1} << 16;
+// Of a thread that computes apart, packed input and products of a block; of all threads, the filters.
+constexpr int64_t kMostApart = int64_t{1} << 18, kMostFilters = int64_t{1} << 23;
+// Groups a thread from which on threads compute apart: with fewer, filters are read too often.
+constexpr int64_t kFewestGroups = 4;
 // Of a weight gradient: both packed inputs of a block, which stay in the last-level cache.
 constexpr int64_t kMostGradientPacked = int64_t{1} << 22;
 // Each block transforms the filters again, which takes a few percent of the products of so many tiles.
@@ -40,26 +44,67 @@ int64_t depth_of(Method method, const Shape& shape, int64_t lanes) {
     return whole * shape.taps() * kChunk + round_up(shape.taps() * rest, lanes);
 }
 
+// The cost of a panel's filters.
+double filters_cost(const Shape& shape, const Plan& plan) {
+    return 2 * costs_of(plan.method, shape).filter * static_cast<double>(shape.channels);
+}
+
+// The cost of the products and outputs of some groups and a panel.
+double products_cost(const Shape& shape, const Plan& plan, int64_t groups) {
+    double products = static_cast<double>(plan.depth * plan.points) * step_cost(plan.rows);
+    double outputs = static_cast<double>(2 * plan.rows) * costs_of(plan.method, shape).output;
+    return static_cast<double>(groups) * (products + outputs);
+}
+
+// The cost of the input of one block.
+double input_cost(const Shape& shape, const Plan& plan, const Target& target) {
+    int64_t vectors = plan.block * divide_up(shape.channels, target.lanes);
+    return static_cast<double>(vectors) * costs_of(plan.method, shape).input;
+}
+
 // The cost of one block's filters, products and outputs, divided into parts on the busiest thread.
 double panels_cost(const Shape& shape, const Plan& plan, int64_t parts, const Target& target) {
-    Costs costs = costs_of(plan.method, shape);
-    double groups = static_cast<double>(divide_up(divide_up(plan.block, plan.rows), parts));
-    double depth = static_cast<double>(plan.depth * plan.points);
-    double filters = 2 * costs.filter * static_cast<double>(shape.channels);
-    double products = groups * depth * step_cost(plan.rows);
-    double outputs = groups * static_cast<double>(2 * plan.rows) * costs.output;
-    return static_cast<double>(divide_up(plan.panels * parts, target.threads)) * (filters + products + outputs);
+    double part = filters_cost(shape, plan) + products_cost(shape, plan, divide_up(plan.block / plan.rows, parts));
+    return static_cast<double>(divide_up(plan.panels * parts, target.threads)) * part;
 }
 
 double cost(const Shape& shape, const Plan& plan, const Target& target) {
-    double blocks = static_cast<double>(divide_up(plan.tiles(shape), plan.block));
-    double vectors = static_cast<double>(plan.block * divide_up(shape.channels, target.lanes));
-    double input = vectors * costs_of(plan.method, shape).input / static_cast<double>(target.threads);
-    return blocks * (input + panels_cost(shape, plan, plan.panel_parts, target));
+    double input = input_cost(shape, plan, target), threads = static_cast<double>(target.threads);
+    if (!plan.apart) {
+        double block = input / threads + panels_cost(shape, plan, plan.panel_parts, target);
+        return static_cast<double>(plan.blocks) * block;
+    }
+    double panels = static_cast<double>(plan.panels);
+    double block = input + panels * products_cost(shape, plan, plan.block / plan.rows);
+    double filters = static_cast<double>(divide_up(plan.panels, target.threads)) * filters_cost(shape, plan);
+    return static_cast<double>(divide_up(plan.blocks, target.threads)) * block + filters;
 }
 
 bool serves(const Shape& shape, Method method) {
     return method == Method::direct || (shape.kernel_height == 3 && shape.kernel_width == 3 && shape.stride == 1);
+}
+
+// Sets groups and blocks. Threads compute blocks apart where there are enough groups for them and all packed filters
+// fit the workspace: such a block and its products stay in a core's cache, and no thread waits for another.
+void divide_tiles(const Shape& shape, const Target& target, Plan& plan) {
+    int64_t tiles = plan.tiles(shape), panel = target.panel();
+    plan.rows = divide_up(tiles, divide_up(tiles, target.most_rows));
+    int64_t groups = divide_up(tiles, plan.rows);
+    plan.apart = groups >= kFewestGroups * target.threads && plan.panels * panel_size(plan, panel) <= kMostFilters;
+    if (plan.apart) {
+        int64_t most = std::max<int64_t>(kMostApart / (plan.points * (plan.depth + panel) * plan.rows), 1);
+        plan.blocks = std::min(round_up(divide_up(groups, most), target.threads), groups);
+        plan.block = divide_up(groups, plan.blocks) * plan.rows;
+        plan.slice = plan.block / plan.rows;
+        return;
+    }
+    plan.blocks = divide_up(tiles, std::max(kMostPacked / (plan.points * plan.depth), kFewestTiles));
+    int64_t block = divide_up(tiles, plan.blocks);
+    plan.rows = divide_up(block, divide_up(block, target.most_rows));
+    plan.blocks = std::min(plan.blocks, divide_up(tiles, plan.rows));
+    plan.block = divide_up(divide_up(tiles, plan.rows), plan.blocks) * plan.rows;
+    plan.slice = std::max<int64_t>(kMostProducts / (plan.points * plan.rows * panel), 1);
+    plan.slice = std::min(plan.slice, plan.block / plan.rows);
 }
 
 }  // namespace
@@ -74,16 +119,10 @@ Plan plan_of(const Shape& shape, Method method, const Target& target) {
     plan.depth = depth_of(method, shape, target.lanes);
     plan.panels = divide_up(shape.outputs, target.panel());
 
-    int64_t tiles = plan.tiles(shape);
-    int64_t blocks = divide_up(tiles, std::max(kMostPacked / (plan.points * plan.depth), kFewestTiles));
-    int64_t block = divide_up(tiles, blocks);
-    plan.rows = divide_up(block, divide_up(block, target.most_rows));
-    plan.block = round_up(block, plan.rows);
-    plan.slice = std::max<int64_t>(kMostProducts / (plan.points * plan.rows * target.panel()), 1);
-    plan.slice = std::min(plan.slice, plan.block / plan.rows);
-
-    plan.panel_parts = 1;
-    int64_t most_parts = std::min(target.threads, divide_up(plan.block, plan.rows));
+    divide_tiles(shape, target, plan);
+    plan.panel_parts = plan.input_parts = 1;
+    if (plan.apart) return plan;
+    int64_t most_parts = std::min(target.threads, plan.block / plan.rows);
     for (int64_t parts = 2; parts <= most_parts; ++parts) {
         double before = panels_cost(shape, plan, plan.panel_parts, target);
         if (panels_cost(shape, plan, parts, target) < before) plan.panel_parts = parts;

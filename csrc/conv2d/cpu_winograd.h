@@ -5,23 +5,34 @@
 
 namespace dd::DD_ISA {
 
-// The sum of M[row][j] in[j] over j = first, first + step, ...; coefficients 0 and 1 cost nothing.
-template <class M, int step>
-DD_INLINE Vec row_sum(int row, int first, const Vec* in) {
-    Vec total{};
-    bool empty = true;
+// The sum of M[row][j] in[j] over j = first, first + step, ..., without `skipped` columns. It starts with the first
+// term whose coefficient is 1, which costs nothing, where there is one; coefficients 0 cost nothing either.
+template <class M, int step, class Skipped>
+DD_INLINE Vec row_sum(int row, int first, const Vec* in, Skipped skipped) {
+    int start = -1;
+#pragma GCC unroll 6
+    for (int j = first; j < M::value.columns; j += step) {
+        if (start < 0 && M::value.at[row][j] == 1 && !skipped(j)) start = j;
+    }
+    bool empty = start < 0;
+    Vec total = empty ? Vec{} : in[start];
 #pragma GCC unroll 6
     for (int j = first; j < M::value.columns; j += step) {
         const float c = static_cast<float>(M::value.at[row][j]);
-        if (c == 0) continue;
+        if (c == 0 || j == start || skipped(j)) continue;
         if (empty) {
-            total = c == 1 ? in[j] : in[j] * c;
+            total = in[j] * c;
         } else {
             total = c == 1 ? total + in[j] : fma(in[j], c, total);
         }
         empty = false;
     }
     return total;
+}
+
+template <class M, int step>
+DD_INLINE Vec row_sum(int row, int first, const Vec* in) {
+    return row_sum<M, step>(row, first, in, [](int) DD_INLINE_LAMBDA { return false; });
 }
 
 // out = M in for B^T, G and A, where the rows of +a and -a differ in the sign of their odd columns: sums of the even
@@ -46,31 +57,15 @@ DD_INLINE void map_column_pairs(const Vec* in, Vec* out) {
     Vec even[columns], odd[columns];
     even[0] = odd[0] = in[0];
     even[columns - 1] = odd[columns - 1] = in[columns - 1];
-    // Coefficients stand in the first column of a pair; the second one's place is left out of the sums.
 #pragma GCC unroll 6
     for (int j = 1; j + 1 < columns; j += 2) {
         even[j] = in[j] + in[j + 1];
         odd[j] = in[j] - in[j + 1];
     }
+    // Coefficients stand in the first column of a pair; the second one's place is left out of the sums.
+    auto second = [](int j) DD_INLINE_LAMBDA { return j > 0 && j % 2 == 0 && j < columns - 1; };
 #pragma GCC unroll 6
-    for (int row = 0; row < M::value.rows; ++row) {
-        const Vec* folded = row % 2 == 0 ? even : odd;
-        Vec total{};
-        bool empty = true;
-#pragma GCC unroll 6
-        for (int j = 0; j < columns; ++j) {
-            const float c = static_cast<float>(M::value.at[row][j]);
-            bool second = j > 0 && j % 2 == 0 && j < columns - 1;
-            if (c == 0 || second) continue;
-            if (empty) {
-                total = c == 1 ? folded[j] : folded[j] * c;
-            } else {
-                total = c == 1 ? total + folded[j] : fma(folded[j], c, total);
-            }
-            empty = false;
-        }
-        out[row] = total;
-    }
+    for (int row = 0; row < M::value.rows; ++row) out[row] = row_sum<M, 1>(row, 0, row % 2 == 0 ? even : odd, second);
 }
 
 template <class M, bool column_pairs>
