@@ -12,6 +12,7 @@ from torch import nn
 
 from .fused_convolution import numbers_of
 from .in_place import compile_in_place
+from .layout import convert_weights
 from .report import AccelerateReport, Report
 
 Target = TypeVar("Target")
@@ -83,7 +84,7 @@ def accelerate(
     report = AccelerateReport([Report(name) for name, _ in networks], notes)
     options = {"accuracy": accuracy, "dtype": dtype, "inductor": inductor, "cuda_graphs": cuda_graphs}
     for (_, module), entry in zip(networks, report.networks, strict=True):
-        undo.append(compile_in_place(module, entry, options))
+        undo += [compile_in_place(module, entry, options), convert_weights(module)]
     _accelerated[target] = report, undo
     return model_or_pipeline, report
 

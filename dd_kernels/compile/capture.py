@@ -21,8 +21,11 @@ from .convolution import find_convolutions, replace_convolutions
 from .cuda_graph import CudaGraphs, devices_of
 from .fused_convolution import FLOAT32, Numbers, numbers_of
 from .identity import relax_views, remove_identities
+from .layout import lay_out
 from .norm import fuse_norms
+from .repeated import share_repeated
 from .report import GraphReport, Report
+from .traced_norm import restore_norms
 
 _log = logging.getLogger(__name__)
 _OPTIONS = ("accuracy", "cuda_graphs", "dtype", "inductor", "report")
@@ -33,11 +36,13 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
     started, identities, convolutions, copies, norms = time.perf_counter(), 0, 0, 0, []
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
-            identities += remove_identities(part.graph)
+            norms += restore_norms(part.graph)
+            identities += remove_identities(part.graph) + share_repeated(part.graph)
             found = find_convolutions(part.graph, numbers)
             norms += fuse_norms(part.graph, channels_last=bool(found))
-            copies += replace_convolutions(part.graph, found, numbers)
+            replace_convolutions(part.graph, found, numbers)
             convolutions += len(found)
+            copies += lay_out(part.graph)
             relax_views(part.graph)
             part.graph.lint()
             part.recompile()

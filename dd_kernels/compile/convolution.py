@@ -6,8 +6,7 @@
 
 Equal without dilation or groups, where only the sum reads the convolution, and only the convolution the norm. It pays
 for 3 x 3 filters of stride 1; for others PyTorch's convolution is up to a fifth faster, and in channels_last less
-exact: they are ours where accuracy="high" is asked for, or products of bfloat16, which take half the time. What follows
-keeps the layout, and what was contiguous where it leaves the graph stays so.
+exact: they are ours where accuracy="high" is asked for, or products of bfloat16, which take half the time.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from .graph import (
     equal,
     hint,
     is_barrier,
-    is_custom,
     mutates,
     only_user,
     operands,
@@ -40,11 +38,6 @@ from .graph import (
 )
 
 _CONVOLUTIONS = Calls(torch.conv2d, F.conv2d)
-# Calls that go over a tensor in the order of its memory: the numbers that they draw, or what they read.
-_IN_MEMORY_ORDER = Calls(
-    *(F.dropout, torch.dropout, torch.rand_like, torch.randn_like, torch.randint_like, torch.bernoulli, "bernoulli"),
-    *(torch.as_strided, "as_strided"),
-)
 _FEWEST_CHANNELS = 16  # of the input: below, a vector of channels is mostly padding, and PyTorch's is faster
 
 
@@ -133,29 +126,8 @@ def _replace(graph: fx.Graph, found: Convolution, numbers: Numbers) -> None:
             graph.erase_node(covered)
 
 
-def _keep_contiguous(graph: fx.Graph) -> int:
-    """Makes contiguous, where it was without the rewrite, what the graph returns or reads in the order of memory.
-
-    Returns how many copies that takes.
-    """
-    copies = 0
-    for reader in [node for node in graph.nodes if node.op == "output" or node in _IN_MEMORY_ORDER or is_custom(node)]:
-        for node in reader.all_input_nodes:
-            value = tensor(node)
-            if node.op == "placeholder" or value is None or value.ndim != 4 or not value.is_contiguous():
-                continue
-            with graph.inserting_before(reader):
-                dense = graph.call_method("contiguous", (node,))
-            dense.meta = dict(node.meta)
-            reader.replace_input_with(node, dense)
-            copies += 1
-    return copies
-
-
-def replace_convolutions(graph: fx.Graph, nodes: list[fx.Node], numbers: Numbers) -> int:
-    """Replaces convolutions that :func:`find_convolutions` found; returns how many copies of layout are left."""
-    copies = len({argument(node, 0, "input") for node in nodes if argument(node, 0, "input").op == "placeholder"})
+def replace_convolutions(graph: fx.Graph, nodes: list[fx.Node], numbers: Numbers) -> None:
+    """Replaces convolutions that :func:`find_convolutions` found."""
     for node in nodes:
         pair = _residual_of(node)
         _replace(graph, Convolution(node, *pair) if pair else Convolution(node), numbers)
-    return copies + _keep_contiguous(graph) if nodes else 0

@@ -47,7 +47,7 @@ def _source(node: fx.Node) -> fx.Node | None:
     return source if alike and all(equal(a, b) for a, b in strides) else None
 
 
-def _root(node: fx.Node) -> fx.Node:
+def root(node: fx.Node) -> fx.Node:
     """Returns the node whose memory a chain of views, or of calls that return their input, shows."""
     while (node in VIEWS or node in CASTS or _source(node) is not None) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -56,14 +56,14 @@ def _root(node: fx.Node) -> fx.Node:
 
 def written_roots(graph: fx.Graph) -> set[fx.Node]:
     """Returns the nodes whose memory a call of the graph may write to."""
-    return {_root(a) for node in graph.nodes if mutates(node) for a in node.all_input_nodes}
+    return {root(a) for node in graph.nodes if mutates(node) for a in node.all_input_nodes}
 
 
 def relax_views(graph: fx.Graph) -> None:
     """Turns ``x.view(sizes)`` into ``x.reshape(sizes)``, so that x may have other strides than when it was captured."""
     written = written_roots(graph)
     for node in graph.find_nodes(op="call_method", target="view"):
-        if not any(isinstance(a, torch.dtype) for a in node.args) and not node.kwargs and _root(node) not in written:
+        if not any(isinstance(a, torch.dtype) for a in node.args) and not node.kwargs and root(node) not in written:
             node.target = "reshape"
 
 
@@ -74,7 +74,7 @@ def remove_identities(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         source = _source(node) if not mutates(node) else None
         returned = any(user.op == "output" for user in node.users)
-        if source is None or returned or _root(source) in written or not node.users:
+        if source is None or returned or root(source) in written or not node.users:
             continue
         node.replace_all_uses_with(source)
         graph.erase_node(node)

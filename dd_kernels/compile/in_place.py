@@ -44,9 +44,10 @@ def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any])
     Where a graph breaks within a function, models share that function's code: torch 2.13 keeps them apart there too.
     """
     before, weakly = module._compiled_call_impl, weakref.ref(module)
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
-    options = {"report": report, **options}
-    compiled: Any = torch.compile(_own_call(module), backend=dd_kernels, options=options, **apart)
+    settings: dict[str, Any] = {"backend": dd_kernels, "options": {"report": report, **options}}
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        settings["isolate_recompiles"] = True
+    compiled: Any = torch.compile(_own_call(module), **settings)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():  # within another model that is compiled
@@ -62,5 +63,5 @@ def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any])
         if (owner := weakly()) is not None:
             owner._compiled_call_impl = before
 
-    module._compiled_call_impl = call  # type: ignore[assignment]
+    module._compiled_call_impl = call
     return undo

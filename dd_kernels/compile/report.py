@@ -23,7 +23,7 @@ class GraphReport:
     """One graph that Dynamo captured."""
 
     norms: tuple[NormReport, ...]
-    identities: int  # calls removed that return their input
+    identities: int  # calls removed that return their input, or repeat another
     convolutions: int  # that run in channels_last
     layout_copies: int  # conversions of layout left between them
     seconds: float  # taken by the rewrites
