@@ -73,6 +73,11 @@ def grid(images: Tensor, columns: int | None = None, zoom: int | None = None, ga
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """Returns one image [H, W, C] uint8 as a PNG file's content."""
+    return _png(_pillow(pixels))
+
+
 def _png(picture: Image.Image) -> bytes:
     # Encoded in memory: Pillow takes no notice of a file that takes fewer bytes than it was given.
     content = io.BytesIO()
@@ -85,13 +90,14 @@ def save_png(picture: Image.Image, path: PathLike) -> None:
     atomic_write(path, _png(picture))
 
 
-def _save_npz(path: PathLike, images: Tensor, labels: Sequence[int] | None, names: tuple[str, str]) -> None:
+def npz_bytes(images: Tensor, labels: Sequence[int] | None, names: tuple[str, str]) -> bytes:
+    """Returns images [N, H, W, C] uint8, and their labels, as a .npz file's content."""
     arrays: dict[str, Any] = {names[0]: images.numpy()}
     if labels is not None:
         arrays[names[1]] = np.asarray(labels, dtype=np.int64)
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    atomic_write(path, content.getvalue())
+    return content.getvalue()
 
 
 class Output:
@@ -128,9 +134,9 @@ class Output:
         if self.kind == ".png":
             save_png(grid(images, columns), self.path)
         elif self.kind == ".npz":
-            _save_npz(self.path, images, labels, self.names)
+            atomic_write(self.path, npz_bytes(images, labels, self.names))
         else:
             numbered = [(f"{first_sample + i:06d}.png", image) for i, image in enumerate(images.numpy())]
             with atomic_folder(self.path) as folder:
                 for name, image in numbered:
-                    write_new(folder / name, _png(_pillow(image)))
+                    write_new(folder / name, png_bytes(image))

@@ -1,4 +1,4 @@
-"""The command line: ``python -m dd_kernels train | sample | interpolate | evaluate``."""
+"""The command line: ``python -m dd_kernels train | sample | interpolate | evaluate | verify``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ... import backend as backends
 from ...backend import BackendUnavailableError
 from ...ops import randn
 from ..training import TrainingDivergedError
-from . import evaluate, interpolate, sample, train
+from . import evaluate, interpolate, sample, train, verify
 
 # A command is a module with a docstring, add_arguments(parser) and run(args) -> exit status.
-COMMANDS = {"train": train, "sample": sample, "interpolate": interpolate, "evaluate": evaluate}
+COMMANDS = {"train": train, "sample": sample, "interpolate": interpolate, "evaluate": evaluate, "verify": verify}
 
 
 class _TerminatedError(BaseException):

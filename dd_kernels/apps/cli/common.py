@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from ... import backend as backends
 from ...nn import UNet
-from ...ops.reverse_step.table import DynamicThreshold
+from ...ops.reverse_step.table import DynamicThreshold, StepTable
 from ...samplers.timesteps import SPACINGS
+from ...sampling import sample
 from .. import checkpoint
 from ..checkpoint import ModelInfo
 from ..data import class_indices
 from ..images import NPZ_NAMES
 from ..memory import check_memory
+from ..shards.processes import local_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,7 +68,7 @@ def device(text: str | None) -> torch.device:
         ValueError: no such device, or this machine has none.
     """
     if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device()
     try:
         found = torch.device(text)
         torch.zeros(1, device=found).item()
@@ -112,7 +115,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -
     parser.add_argument(
         "--guidance", type=number, default=1.0, help="classifier-free guidance; 1 is without (default: 1)"
     )
-    parser.add_argument("--batch-size", type=count, default=256, help="images per model call (default: 256)")
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        default=256,
+        help="images per model call, halved where they do not fit the device's memory (default: 256)",
+    )
     add_run_arguments(parser)
 
 
@@ -179,6 +187,32 @@ class LoadedModel:
     def backend_that_runs(self) -> str:
         """Returns the name of the backend that runs the reverse step."""
         return backends.choose("reverse_step", "auto", self.device)
+
+
+class Batches:
+    """Draws images in batches, which are halved where the device's memory does not hold one; ``size`` is what fits."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def draw(
+        self, loaded: LoadedModel, table: StepTable, n: int, labels: Sequence[int] | None, **options: Any
+    ) -> Tensor:
+        """Returns n samples [n, C, H, W] on the CPU.
+
+        Raises:
+            ValueError: not even one image fits.
+        """
+        while True:
+            try:
+                conditions = loaded.conditions(labels)
+                shape = (n, *loaded.info.sample_shape)
+                return sample(loaded.model, shape, table, batch_size=self.size, **options, **conditions).cpu()
+            except torch.OutOfMemoryError as error:
+                if self.size == 1:
+                    raise ValueError(f"one image is too large for the device's memory: {error}") from error
+            self.size //= 2
+            warnings.warn(f"the device's memory is too small, --batch-size is now {self.size}", stacklevel=2)
 
 
 def clip(text: str) -> float | DynamicThreshold | None:

@@ -1,8 +1,9 @@
 """Draw images with a trained model; without arguments, 64 handwritten digits into samples.png.
 
 --out NAME.png is one grid, NAME.npz holds the arrays images [N, H, W, C] and labels, a name without a suffix
-is a folder of single PNGs. An image depends on its number and --seed, not on -n or --batch-size: image 37 is
---first-sample 37 -n 1.
+is a folder of single PNGs, or of shards with --shard-size or torchrun: then the same command goes on where it was
+stopped, and every process takes the next shard that is free. An image depends on its number and --seed, not on -n
+or --batch-size: image 37 is --first-sample 37 -n 1.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from ...ops.reverse_step.table import StepTable
 from ...samplers import ddim
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.noise_levels import SIGMA_SPACINGS
-from ...sampling import sample
 from ..evaluate.table import LEARNED, ancestral_table
 from ..images import Output
-from . import common
+from ..shards.processes import Processes
+from . import common, shards
 from .common import LoadedModel
 
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip", type=common.clip, default=1.0, help="x0 to this range, none or dynamic (default: 1)")
     parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
     parser.add_argument("--first-sample", type=common.integer(0, 2**32 - 1), default=0, help="(default: 0)")
+    shards.add_arguments(parser)
     common.add_model_arguments(parser)
 
 
@@ -70,36 +72,38 @@ def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
 
 def run(args: argparse.Namespace) -> int:
     """Draws the images, writes them, and prints the speed."""
-    loaded = LoadedModel.from_arguments(args)
-    with common.backend_of(args, loaded.device):
-        table, classes = _table(loaded, args), loaded.labels(args.classes)
-        first, n = args.first_sample, args.num_samples
-        if first + n > 2**32:
-            raise ValueError(f"--first-sample and -n must stay below 2^32 together; got {first} + {n}")
-        common.check_images(loaded, n)
-        labels = None if classes is None else [classes[(first + i) % len(classes)] for i in range(n)]
-        output = Output(args.out, args.overwrite, args.npz_names)
-        start = time.perf_counter()
-        x = sample(
-            loaded.model,
-            (n, *loaded.info.sample_shape),
-            table,
-            seed=args.seed,
-            first_sample=first,
-            batch_size=args.batch_size,
-            progress=not args.no_progress,
-            **loaded.conditions(labels),
-        )
-        x = x.cpu()  # waits for the device, so that the time includes all work
-        seconds = time.perf_counter() - start
-        steps = len(table) * -(-n // args.batch_size)
-        output.write(x, labels, columns=args.columns, first_sample=first)
-        print(
-            f"{args.out}: {n} images, {args.sampler} with {len(table)} steps, in {seconds:.2f} s: "
-            f"{n / seconds:.1f} images/s, {steps / seconds:.1f} steps/s on {_device_name(loaded.device)}, "
-            f"backend {loaded.backend_that_runs()}"
-        )
+    with Processes.joined() as processes:
+        loaded = LoadedModel.from_arguments(args)
+        with common.backend_of(args, loaded.device):
+            table, classes = _table(loaded, args), loaded.labels(args.classes)
+            if args.first_sample + args.num_samples > 2**32:
+                both = f"{args.first_sample} + {args.num_samples}"
+                raise ValueError(f"--first-sample and -n must stay below 2^32 together; got {both}")
+            if args.shard_size is not None or processes.count > 1:
+                shards.run(loaded, table, shards.job_of(loaded, table, classes, args), args, processes)
+            elif args.shard_format is not None:
+                raise ValueError(f"--shard-format needs --shard-size; got {args.shard_format}")
+            else:
+                _run(loaded, table, classes, args)
     return 0
+
+
+def _run(loaded: LoadedModel, table: StepTable, classes: list[int] | None, args: argparse.Namespace) -> None:
+    """Draws all images in one piece."""
+    first, n = args.first_sample, args.num_samples
+    common.check_images(loaded, n)
+    labels = None if classes is None else [classes[(first + i) % len(classes)] for i in range(n)]
+    output, batches = Output(args.out, args.overwrite, args.npz_names), common.Batches(args.batch_size)
+    start = time.perf_counter()
+    x = batches.draw(loaded, table, n, labels, seed=args.seed, first_sample=first, progress=not args.no_progress)
+    seconds = time.perf_counter() - start
+    steps = len(table) * -(-n // batches.size)
+    output.write(x, labels, columns=args.columns, first_sample=first)
+    print(
+        f"{args.out}: {n} images, {args.sampler} with {len(table)} steps, in {seconds:.2f} s: "
+        f"{n / seconds:.1f} images/s, {steps / seconds:.1f} steps/s on {_device_name(loaded.device)}, "
+        f"backend {loaded.backend_that_runs()}"
+    )
 
 
 def _device_name(device: torch.device) -> str:

@@ -46,17 +46,17 @@ def test_ctrl_c_and_memory_are_one_line_each(models, monkeypatch, capsys):
     def greedy(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much")
 
-    monkeypatch.setattr(cli.sample, "sample", interrupted)
+    monkeypatch.setattr(cli.common, "sample", interrupted)
     assert sample(models) == 130
     assert capsys.readouterr().err == "dd_kernels sample: error: interrupted\n"
-    monkeypatch.setattr(cli.sample, "sample", greedy)
-    assert sample(models) == 2
+    monkeypatch.setattr(cli.interpolate, "sample", greedy)
+    assert run("interpolate", "--model", models["digits"]) == 2
     assert "--batch-size is too large for the device's memory: CUDA out of memory. Tried" in capsys.readouterr().err
 
 
 def test_signals_end_with_one_line_and_their_status(models, monkeypatch, capsys):
     for number, status in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
-        monkeypatch.setattr(cli.sample, "sample", lambda *a, number=number, **k: signal.raise_signal(number))
+        monkeypatch.setattr(cli.common, "sample", lambda *a, number=number, **k: signal.raise_signal(number))
         before = signal.getsignal(number)
         assert sample(models) == status
         assert capsys.readouterr().err == f"dd_kernels sample: error: ended by {number.name}\n"
@@ -79,7 +79,7 @@ def test_every_error_is_one_line(models, monkeypatch, capsys, error, message):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(cli.sample, "sample", fail)
+    monkeypatch.setattr(cli.common, "sample", fail)
     assert sample(models) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -90,19 +90,19 @@ def test_an_error_of_ours_is_not_hidden(models, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("a mistake of the program")
 
-    monkeypatch.setattr(cli.sample, "sample", fail)
+    monkeypatch.setattr(cli.common, "sample", fail)
     with pytest.raises(RuntimeError, match="a mistake"):
         sample(models)
 
 
 def test_a_warning_is_one_line(models, monkeypatch, capsys):
-    draw = cli.sample.sample
+    draw = cli.common.sample
 
     def warned(*arguments, **options):
         warnings.warn("some images\nare odd", stacklevel=1)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(cli.sample, "sample", warned)
+    monkeypatch.setattr(cli.common, "sample", warned)
     assert sample(models, "-n", 1, "--steps", 1) == 0
     assert capsys.readouterr().err == "dd_kernels sample: warning: some images are odd\n"
 
