@@ -16,7 +16,8 @@ FIRST_SCREEN = README.split("\n## ")[0]
 ROWS = re.findall(r"^\| [^|`]+ \| `([^`]+)` \|", FIRST_SCREEN, re.MULTILINE)
 BLOCKS = [*ROWS, *re.findall(r"```bash\n(.*?)```", README, re.DOTALL)]
 COMMANDS = [part.strip() for block in BLOCKS for line in block.splitlines() for part in line.split("&&")]
-OURS = [c for c in COMMANDS if c.startswith(("python -m dd_kernels", "dd-kernels"))]
+OURS = [c for c in COMMANDS if c.startswith(("python -m dd_kernels", "dd-kernels", "torchrun"))]
+STARTS = {"dd-kernels": ["-m", "dd_kernels"], "torchrun": ["-m", "torch.distributed.run"], "python": []}
 
 
 def test_the_readme_has_snippets_and_commands():
@@ -50,7 +51,7 @@ def test_what_is_imported_instead_is_there():
 def test_commands_run_one_after_another(tmp_path):
     for command in OURS:
         words = shlex.split(command)
-        words = [sys.executable, "-m", "dd_kernels", *words[1 if words[0] == "dd-kernels" else 3 :]]
+        words = [sys.executable, *STARTS[words[0]], *words[1:]]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
