@@ -90,6 +90,21 @@ def simple_loss(out: Tensor, target: Tensor) -> Tensor:
     return mean_flat((target - out) ** 2)
 
 
+def min_snr_weight(t: Tensor, schedule: Schedule, gamma: float = 5.0, prediction: str = "epsilon") -> Tensor:
+    r"""Returns the min-SNR weight of L_simple at each timestep, [N] float32 (Hang et al., 2023, section 3.4).
+
+    .. math:: w_t = \min(SNR_t, \gamma) \cdot \{1,\ 1 / SNR_t,\ 1 / (SNR_t + 1)\}
+
+    for a model of x_0, epsilon and v: each time the same weight of the error in x_0.
+    """
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
+    snr = schedule.snr
+    with np.errstate(divide="ignore"):  # at zero SNR the weight of epsilon is 1
+        of_epsilon = np.minimum(1.0, gamma / snr)
+    weights = {"x_start": np.minimum(snr, gamma), "epsilon": of_epsilon, "v": np.minimum(snr, gamma) / (snr + 1)}
+    return torch.from_numpy(weights[prediction]).to(torch.float32).to(t.device)[t]
+
+
 def prior_term(mean: Tensor, log_variance: Tensor) -> Tensor:
     """Returns KL(q(x_T | x_0) || N(0, I)), [N], given q's mean and log-variance."""
     return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)

@@ -1,7 +1,8 @@
 """Model files: a U-Net's weights, what they mean, and, while it is trained, the state that training continues from.
 
 Everything is in one file, so that one rename makes a model and its training state visible together. The model's weights
-(the averaged ones) have their own names; the names of the state's tensors begin with ``training.``.
+(the averaged ones) have their own names. The names of the state's tensors begin with ``training.``, those of further
+averages with ``ema.`` and their decay.
 """
 
 from __future__ import annotations
@@ -27,9 +28,14 @@ from .tensors import Entry, TensorFile
 FORMAT = 2
 READABLE = (1, FORMAT)  # files of format 1 have no checksum
 KEY, KIND = "dd_kernels", "model"
-STATE = "training."
+STATE, AVERAGE = "training.", "ema."
 # The greatest length of a schedule, since a header can state any number; DDPM has 1,000.
 MOST_TIMESTEPS = 1_000_000
+
+
+def average_prefix(decay: float) -> str:
+    """Returns what the names of a further average's tensors begin with."""
+    return f"{AVERAGE}{decay}."
 
 
 def check_timesteps(num_timesteps: Any) -> None:
@@ -52,6 +58,7 @@ class ModelInfo:
         prediction: "epsilon", "x_start" or "v".
         classes: names of the classes, () if it has none.
         training: options, steps done and loss of the training; for readers, no code uses it.
+        ema: decays of the averaged weights that the file holds, the model's own first; () where the file says none.
     """
 
     config: dict[str, Any]
@@ -60,6 +67,7 @@ class ModelInfo:
     prediction: str
     classes: tuple[str, ...]
     training: dict[str, Any]
+    ema: tuple[float, ...] = ()
 
     @classmethod
     def from_metadata(cls, path: PathLike, metadata: Mapping[str, Any]) -> ModelInfo:
@@ -69,12 +77,15 @@ class ModelInfo:
             ValueError: naming ``path``.
         """
         try:
-            info = cls(**{**metadata["info"], "classes": tuple(metadata["info"]["classes"])})
+            found = {"ema": (), **metadata["info"]}
+            info = cls(**{**found, "classes": tuple(found["classes"]), "ema": tuple(found["ema"])})
             for name, kind in (("config", dict), ("training", dict), ("schedule", str), ("prediction", str)):
                 if not isinstance(getattr(info, name), kind):
                     raise TypeError(f"{name} must be a {kind.__name__}; got {getattr(info, name)!r}")
             if not all(isinstance(name, str) for name in info.classes):
                 raise TypeError("classes must be strings")
+            if not all(isinstance(decay, float) for decay in info.ema):
+                raise TypeError("ema must be numbers")
             if info.schedule not in SCHEDULES or info.prediction not in PREDICTIONS:
                 raise ValueError(f"schedule {info.schedule!r} or prediction {info.prediction!r} is unknown")
             check_timesteps(info.num_timesteps)
@@ -172,8 +183,22 @@ def save_model(path: PathLike, weights: Mapping[str, Tensor], info: ModelInfo) -
     save(path, weights, info)
 
 
-def load_model(path: PathLike | None = None) -> tuple[UNet, ModelInfo]:
+def _prefix_of(path: PathLike, info: ModelInfo, ema: float | None) -> str:
+    """Returns what the names of an average's tensors begin with: "" for the first of the file, which None means too."""
+    if ema is None or ema in info.ema[:1]:
+        return ""
+    if ema not in info.ema:
+        held = ", ".join(map(str, info.ema)) or "one, and does not say of which decay"
+        raise ValueError(f"ema must be the decay of an average that {str(path)!r} holds, {held}; got {ema}")
+    return average_prefix(ema)
+
+
+def load_model(path: PathLike | None = None, ema: float | None = None) -> tuple[UNet, ModelInfo]:
     """Returns a U-Net (in eval mode, on the CPU) and its description; those of the bundled digits model by default.
+
+    Args:
+        path: the model file.
+        ema: decay of the average of the weights to load, where the file holds several; the first by default.
 
     Raises:
         ValueError: the file is missing, truncated, foreign, changed since it was written, or does not hold what it
@@ -183,9 +208,12 @@ def load_model(path: PathLike | None = None) -> tuple[UNet, ModelInfo]:
     file, metadata = open_model(path)
     with file:
         info = ModelInfo.from_metadata(path, metadata)
-        entries = {name: entry for name, entry in file.entries.items() if not name.startswith(STATE)}
-        model = build_model(path, info, entries)
-        model.load_state_dict(file.read(KEY, without=STATE), assign=True)
+        prefix = _prefix_of(path, info, ema)
+        without = (STATE,) if prefix else (STATE, AVERAGE)
+        names = [name for name in file.entries if name.startswith(prefix) and not name.startswith(without)]
+        model = build_model(path, info, {name.removeprefix(prefix): file.entries[name] for name in names})
+        weights = file.read(KEY, prefix, without)
+        model.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()}, assign=True)
     return channels_last(model).eval().requires_grad_(False), info
 
 

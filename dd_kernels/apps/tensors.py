@@ -199,13 +199,13 @@ class TensorFile:
             return {}
         return {name: value for name, value in found.items() if name != "sha256"} if isinstance(found, dict) else {}
 
-    def read(self, key: str, prefix: str | None = None, without: str | None = None) -> dict[str, Tensor]:
+    def read(self, key: str, prefix: str | None = None, without: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """Returns tensors in memory of their own, after the checksum of the whole file was verified, if it has one.
 
         Args:
             key: of the JSON metadata that holds the checksum.
             prefix: only the tensors whose names begin so.
-            without: only the tensors whose names do not begin so.
+            without: only the tensors whose names begin with none of these.
 
         Raises:
             ValueError: the file cannot be read, or is not what was written.
@@ -215,7 +215,7 @@ class TensorFile:
         self._file.seek(self._data)
         tensors, buffer = {}, bytearray(_CHUNK)
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-            if name.startswith(prefix or "") and not (without and name.startswith(without)):
+            if name.startswith(prefix or "") and not name.startswith(without):
                 tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
                 parts = iter([_bytes_of(tensors[name])])
             else:

@@ -123,6 +123,8 @@ def test_missing_foreign_and_wrong_kinds(tmp_path, path):
         ({"num_timesteps": 10**12}, "does not describe its model: num_timesteps must be an integer in"),
         ({"training": []}, "training must be a dict"),
         ({"classes": (1, 2)}, "classes must be strings"),
+        ({"ema": ("0.9",)}, "ema must be numbers"),
+        ({"ema": 3}, "does not describe its model"),
         ({"num_timesteps": "many"}, "does not describe its model"),
         ({"config": {"image_size": 8}}, "does not describe a U-Net"),
         ({"config": {"flavour": "mint"}}, "does not describe a U-Net"),
@@ -133,6 +135,14 @@ def test_headers_that_make_no_sense(tmp_path, model, changes, message):
     checkpoint.save_model(path, model.state_dict(), _info(model, **changes))
     with pytest.raises(ValueError, match=message):
         checkpoint.load_model(path)
+
+
+def test_a_header_that_names_an_average_which_is_not_there(tmp_path, model):
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, model.state_dict(), _info(model, ema=(0.9, 0.99)))
+    checkpoint.load_model(path, 0.9)
+    with pytest.raises(ValueError, match="need more than 0 tensors"):
+        checkpoint.load_model(path, 0.99)
 
 
 def test_a_header_without_info(tmp_path):

@@ -104,6 +104,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -> None:
     """Adds the model and how it is run; with ``classes`` --classes too."""
     parser.add_argument("--model", help="a model file that train wrote (default: the bundled digits model)")
+    parser.add_argument(
+        "--ema", type=number, help="decay of the average to take, where train --ema kept several (default: the first)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's weights (default: fp32)")
     parser.add_argument(
         "--accelerate",
@@ -137,7 +140,7 @@ class LoadedModel:
     def from_arguments(cls, args: argparse.Namespace) -> LoadedModel:
         """Loads --model in --dtype on --device; checks --guidance."""
         where = device(args.device)
-        model, info = checkpoint.load_model(args.model)
+        model, info = checkpoint.load_model(args.model, args.ema)
         if args.guidance != 1 and model.null_label is None:
             raise ValueError(
                 f"--guidance needs a model trained with dropped labels; got {args.guidance} for one without"

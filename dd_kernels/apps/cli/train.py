@@ -20,7 +20,7 @@ from ...schedules import SCHEDULES
 from .. import data, images, training
 from ..checkpoint import MOST_TIMESTEPS
 from ..files import check_writable
-from ..training import DIGITS, PRECISIONS, TrainOptions
+from ..training import DIGITS, LOSS_WEIGHTS, LR_SCHEDULES, PRECISIONS, TIMESTEPS, TrainOptions
 from . import common
 
 
@@ -87,6 +87,10 @@ def _add_data_and_model(add: Callable[..., None]) -> None:
     add("--prediction", choices=PREDICTIONS, help="what the model predicts")
     add("--label-drop", type=common.number, help="share of labels dropped, for guidance")
     add("--unconditional", action="store_true", help="ignore the labels")
+    add("--loss-weight", choices=LOSS_WEIGHTS, help="of L_simple: by timestep, so that --snr-gamma bounds it (min-snr)")
+    add("--snr-gamma", type=common.number, help="gamma of --loss-weight min-snr (default: 5)")
+    add("--timesteps", choices=TIMESTEPS, help="how a batch's are drawn: alike, or more often where losses are large")
+    add("--input-perturbation", type=common.number, help="gamma of DDPM-IP; 0.1 in the paper (default: 0)")
 
 
 def _add_optimizer(add: Callable[..., None]) -> None:
@@ -97,8 +101,15 @@ def _add_optimizer(add: Callable[..., None]) -> None:
     add("--beta1", type=common.number, help="AdamW's")
     add("--beta2", type=common.number, help="AdamW's")
     add("--warmup", type=common.integer(0), help="steps over which the learning rate grows")
+    add("--lr-schedule", choices=LR_SCHEDULES, help="after the warm-up: constant, or a cosine to 0 at the last step")
     add("--clip-grad", type=common.number, help="greatest norm of the gradient; inf: any")
-    add("--ema", type=common.number, help="decay of the averaged weights")
+    add(
+        "--ema",
+        type=common.number,
+        nargs="+",
+        metavar="DECAY",
+        help="of the averaged weights; of several the first is the file's own, and sample --ema takes the others",
+    )
     add("--precision", choices=PRECISIONS, help="of the forward pass")
     add("--seed", type=common.seed, help="of everything random")
 

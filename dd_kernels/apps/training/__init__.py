@@ -1,13 +1,17 @@
 """Training of a U-Net, which a signal may stop anywhere and a resumed run continues to the same bits."""
 
 from .loop import GRID, check_out, grid_path, resumed_options, train
-from .options import DIGITS, PRECISIONS, TrainOptions
+from .options import DIGITS, LOSS_WEIGHTS, LR_SCHEDULES, PRECISIONS, TrainOptions
+from .timesteps import TIMESTEPS
 from .trainer import Trainer, TrainingDivergedError, make_batch
 
 __all__ = [
     "DIGITS",
     "GRID",
+    "LOSS_WEIGHTS",
+    "LR_SCHEDULES",
     "PRECISIONS",
+    "TIMESTEPS",
     "TrainOptions",
     "Trainer",
     "TrainingDivergedError",

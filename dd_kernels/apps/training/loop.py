@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pathlib
-import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
@@ -20,6 +16,7 @@ from .. import checkpoint, images
 from ..data import ImageData, load
 from ..files import PathLike, check_writable, only_writer, remove_leftovers, resolved
 from .options import TrainOptions
+from .stop import Stop
 from .trainer import Trainer, TrainingDivergedError
 
 # The number of steps between two reads of the losses, so that the device rarely waits for the host.
@@ -28,39 +25,8 @@ READ_EVERY = 10
 DIVERGED = 10.0
 GRID = 64
 GRID_STEPS = 50
-# Options that a resumed run may change.
+# Options that a resumed run may change; the steps only where the learning rate does not depend on them.
 CHANGEABLE = ("steps", "data", "strict")
-
-
-class Stop:
-    """Records SIGINT (Ctrl-C), SIGTERM and SIGHUP; the loop saves and ends after the step that it is in."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Stop]:
-        """Takes the signals inside the block; a second one does what it does outside. ``nohup`` keeps its meaning."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self  # only the main thread may take signals
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
-        if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
-            before[hang_up] = signal.getsignal(hang_up)
-
-        def handler(number: int, frame: object) -> None:
-            self.signal = signal.Signals(number)
-            for each, old in before.items():
-                signal.signal(each, old)
-
-        for number in before:
-            signal.signal(number, handler)
-        try:
-            yield self
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
 
 
 class _StoppedError(Exception):
@@ -233,8 +199,10 @@ def train(
 
 
 def _check_same_run(options: TrainOptions, before: TrainOptions) -> None:
+    # The cosine ends at the last step, so that another end would change the steps before it.
+    changeable = set(CHANGEABLE) - ({"steps"} if before.lr_schedule == "cosine" else set())
     for name, value in asdict(before).items():
-        if name not in CHANGEABLE and getattr(options, name) != value:
+        if name not in changeable and getattr(options, name) != value:
             raise ValueError(f"{name} must be {value!r}, as in the run that is resumed; got {getattr(options, name)!r}")
 
 

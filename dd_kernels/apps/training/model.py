@@ -41,11 +41,13 @@ def build_model(options: TrainOptions, dataset: ImageData) -> tuple[UNet, ModelI
         config = {**base, **fitting, **options.model}
         with torch.device("meta"):  # the size is known before memory is asked for
             size = sum(parameter.numel() for parameter in UNet(**config).parameters())
-        check_memory("training the model (weights, average, gradients and moments)", 5 * 4 * size)
+        copies = 4 + len(options.ema)
+        check_memory("training the model (weights, averages, gradients and moments)", copies * 4 * size)
         model = UNet(**config)
     except (TypeError, RuntimeError, OverflowError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model: no U-Net can be built with {options.model}: {reason}") from error
     classes = dataset.classes if labelled else ()
-    info = ModelInfo(model.config, options.schedule, options.num_timesteps, options.prediction, classes, {})
+    process = (options.schedule, options.num_timesteps, options.prediction)
+    info = ModelInfo(model.config, *process, classes, {}, options.ema)
     return model, info

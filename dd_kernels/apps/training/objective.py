@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...losses import VLB_WEIGHT, simple_loss, variance_bound
+from ...losses import VLB_WEIGHT, min_snr_weight, simple_loss, variance_bound
 from ...schedules import Schedule
 from .options import TrainOptions
 
@@ -43,7 +43,8 @@ class Losses(NamedTuple):
 def losses_of(out: Tensor, asked: Diffused, schedule: Schedule, options: TrainOptions, levels: int) -> Losses:
     """Returns the losses of a model's output: L_simple alone, or L_hybrid where the model learns its variance.
 
-    L_hybrid is eq. 16 of Nichol & Dhariwal (2021): the bound teaches the variance alone.
+    L_hybrid is eq. 16 of Nichol & Dhariwal (2021): the bound teaches the variance alone. A weight of the options is
+    that of L_simple.
 
     Args:
         out: [N, C, H, W], or [N, 2 C, H, W] of a model that learns its variance.
@@ -52,7 +53,10 @@ def losses_of(out: Tensor, asked: Diffused, schedule: Schedule, options: TrainOp
     x_start, x_t, noise, t = asked
     channels, prediction = x_start.shape[1], options.prediction
     simple = simple_loss(out[:, :channels], target_of(prediction, x_start, noise, t, schedule))
+    weighted = simple
+    if options.loss_weight == "min-snr":
+        weighted = min_snr_weight(t, schedule, options.snr_gamma, prediction) * simple
     if out.shape[1] == channels:
-        return Losses(simple, simple)
+        return Losses(simple, weighted)
     bound = variance_bound(out, x_start, x_t, t, schedule, prediction=prediction, levels=levels)
-    return Losses(simple, simple + VLB_WEIGHT * len(schedule) * bound)
+    return Losses(simple, weighted + VLB_WEIGHT * len(schedule) * bound)

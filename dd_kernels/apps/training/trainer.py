@@ -6,7 +6,6 @@ dropout are functions of (seed, step). So a training state is weights, moments a
 
 from __future__ import annotations
 
-import copy
 import math
 import pathlib
 import signal
@@ -15,16 +14,18 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from ...ops import q_sample
+from ...ops import q_sample, randn
 from ...ops.randn import Stream
 from ...schedules import named_schedule
 from .. import checkpoint, data
 from ..checkpoint import ModelInfo
 from ..data import ImageData
 from ..files import PathLike
+from .averages import Averages
 from .model import build_model
 from .objective import Diffused, losses_of
 from .options import PRECISIONS, TrainOptions
+from .timesteps import LossHistory, uniform
 
 
 class TrainingDivergedError(RuntimeError):
@@ -33,15 +34,21 @@ class TrainingDivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
-    """The data of one step: x_0 [N, C, H, W] in [-1, 1], t [N], labels [N] or None."""
+    """The data of one step: x_0 [N, C, H, W] in [-1, 1], t [N], labels [N] or None, weights of the losses [N]."""
 
     x_start: Tensor
     t: Tensor
     labels: Tensor | None
+    weights: Tensor
 
 
-def make_batch(dataset: ImageData, options: TrainOptions, null_label: int | None, step: int) -> Batch:
-    """Returns the batch of step ``step``, on the CPU: a function of (data, options, step)."""
+def make_batch(
+    dataset: ImageData, options: TrainOptions, null_label: int | None, step: int, history: LossHistory | None = None
+) -> Batch:
+    """Returns the batch of step ``step``, on the CPU: a function of (data, options, step), and of ``history``.
+
+    With a history of losses the timesteps and weights are those of importance sampling; else timesteps are uniform.
+    """
     size, seed = options.batch_size, options.seed
 
     def words(stream: int) -> Tensor:
@@ -56,16 +63,21 @@ def make_batch(dataset: ImageData, options: TrainOptions, null_label: int | None
     if labels is not None and null_label is not None:
         dropped = words(Stream.LABEL_DROP) < options.label_drop * 2**32
         labels = torch.where(dropped, null_label, labels)
-    # word * T / 2^32 is uniform on [0, T) for a uniform word of 32 bits.
-    t = words(Stream.TIMESTEPS) * options.num_timesteps >> 32
-    return Batch(x_start, t, labels)
+    of_t = words(Stream.TIMESTEPS)
+    if history is not None:
+        t, weights = history.draw(of_t)
+    else:
+        t, weights = uniform(of_t, options.num_timesteps), torch.ones(size)
+    return Batch(x_start, t, labels, weights)
 
 
 class Trainer:
-    """Weights, their average, the optimizer and a step count.
+    """Weights, their averages, the optimizer and a step count.
 
     Attributes:
-        model, ema: the weights in training and their average; ``info`` describes both.
+        model, ema: the weights in training and their first average; ``info`` describes both.
+        averages: all averages.
+        history: the losses of every timestep, where timesteps are drawn by them.
         step: steps done.
         loss: running mean over about 100 steps, NaN before the first.
         stopped_by: the signal that ended :func:`train` early, or None.
@@ -75,7 +87,10 @@ class Trainer:
         self.options, self.dataset, self.device = options, dataset, device
         model, self.info = build_model(options, dataset)
         self.model = model.to(device).train()
-        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.averages = Averages(self.model, options.ema)
+        self.ema = self.averages.models[0]
+        by_loss = options.timesteps == "loss-second-moment"
+        self.history = LossHistory(options.num_timesteps) if by_loss else None
         self.schedule = named_schedule(options.schedule, options.num_timesteps)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -98,15 +113,15 @@ class Trainer:
         # Dropout's masks, and every other draw from torch's generator, depend on the step alone.
         torch.manual_seed((options.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * min(1.0, (self.step + 1) / max(options.warmup, 1))
-        simple, loss = self._losses(make_batch(self.dataset, options, self.model.null_label, self.step))
+            group["lr"] = options.learning_rate(self.step)
+        simple, loss = self._losses(make_batch(self.dataset, options, self.model.null_label, self.step, self.history))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._average()
+        self.averages.update(self.model, self.step)
         self.step += 1
         return torch.where(loss.isfinite(), simple, loss).detach(), norm.detach()
 
@@ -114,19 +129,28 @@ class Trainer:
         """Returns the batch's L_simple and what is minimised."""
         x_start, t = batch.x_start.to(self.device), batch.t.to(self.device)
         labels = None if batch.labels is None else batch.labels.to(self.device)
-        x_t, noise = q_sample(x_start, t, self.schedule, seed=self.options.seed, draw=self.step, return_noise=True)
+        x_t, noise = self._diffused(x_start, t)
         dtype = PRECISIONS[self.options.precision]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             out = self.model(x_t, t, labels)
         asked, levels = Diffused(x_start, x_t, noise, t), self.dataset.maximum + 1
         losses = losses_of(out.float(), asked, self.schedule, self.options, levels)
-        return losses.simple.mean(), losses.minimised.mean()
+        if self.history is None:
+            return losses.simple.mean(), losses.minimised.mean()
+        self.history.add(batch.t, losses.minimised.detach())
+        weights = batch.weights.to(self.device)
+        return (weights * losses.simple).mean(), (weights * losses.minimised).mean()
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Updates the averaged weights; the decay grows with the steps, so that the first weights lose theirs soon."""
-        decay = min(self.options.ema, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+    def _diffused(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns x_t and the noise that the model is asked for; with input perturbation x_t holds more than that."""
+        seed, draw, gamma = self.options.seed, self.step, self.options.input_perturbation
+        if gamma == 0:
+            return q_sample(x_start, t, self.schedule, seed=seed, draw=draw, return_noise=True)
+        noise, second = (
+            randn(x_start.shape, seed=seed, draw=draw, stream=stream, device=self.device)
+            for stream in (Stream.Q_SAMPLE, Stream.PERTURBATION)
+        )
+        return q_sample(x_start, t, self.schedule, noise + gamma * second), noise
 
     def described(self) -> ModelInfo:
         """Returns the model's description, with the steps done and the loss."""
@@ -135,13 +159,13 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raises ``TrainingDivergedError`` unless all weights, averages and moments are finite."""
-        for name, value in [*self.ema.state_dict().items(), *self._slots().items()]:
+        for name, value in [*self.averages.weights().items(), *self._slots().items()]:
             if not torch.isfinite(value).all():
                 raise TrainingDivergedError(f"after step {self.step} {name} is not a number")
 
     def save(self, out: PathLike, with_state: bool = True) -> None:
         """Writes the model file: the averaged weights and, ``with_state``, the training state; whole or not at all."""
-        weights, info = self.ema.state_dict(), self.described()
+        weights, info = self.averages.weights(), self.described()
         if not with_state:
             checkpoint.save_model(out, weights, info)
             return
@@ -168,7 +192,7 @@ class Trainer:
             if training["fingerprint"] != self.dataset.fingerprint:
                 raise ValueError(f"data: the images are not those that {str(out)!r} was trained on")
             slots = {f"{checkpoint.STATE}{name}": slot for name, slot in self._slots().items()}
-            slots.update(self.ema.state_dict())
+            slots.update(self.averages.weights())
             found = {name: entry.shape for name, entry in file.entries.items()}
             if found != {name: tuple(slot.shape) for name, slot in slots.items()}:
                 raise ValueError(f"{str(out)!r} does not hold the weights and moments of this model")
@@ -180,7 +204,7 @@ class Trainer:
         self.step, self.loss = training["step"], training["loss"]
 
     def _slots(self) -> dict[str, Tensor]:
-        """Returns every tensor of the training state but the average; AdamW's moments are 0 before the first step."""
+        """Returns every tensor of the training state but the averages; AdamW's moments are 0 before the first step."""
         slots = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             state = self.optimizer.state[parameter]
@@ -189,4 +213,6 @@ class Trainer:
                 state["step"] = torch.zeros((), device="cpu" if on_host else parameter.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             slots |= {f"optimizer.{name}.{moment}": value for moment, value in state.items()}
+        if self.history is not None:
+            slots["timesteps.losses"] = self.history.losses
         return slots

@@ -20,3 +20,5 @@ class Stream(IntEnum):
     LABEL_DROP = 5  # which labels classifier-free guidance leaves out in training
     FLIP = 6  # which images of a training batch are mirrored
     SPLIT = 7  # which images of a data set are kept for tests
+    PERTURBATION = 8  # the second noise of a training batch, in input perturbation; draw is the training step
+    LIKELIHOOD = 9  # z of the forward process where the bound is measured; draw is the timestep

@@ -25,7 +25,7 @@ SWITCHES = {"--overwrite", "--no-progress", "--resume", "--grey", "--flip", "--s
 FLAGS = {
     "sample": (
         "-n --out --overwrite --columns --sampler --steps --spacing --eta --variance --clip --seed --first-sample "
-        "--model --dtype --classes --guidance --batch-size --device --backend --npz-names --no-progress"
+        "--model --ema --dtype --classes --guidance --batch-size --device --backend --npz-names --no-progress"
     ),
     "interpolate": (
         "-n --seeds --images --rows --steps --spacing --out --overwrite --model --classes --guidance --device --dtype"
@@ -36,7 +36,8 @@ FLAGS = {
     "train": (
         "--out --resume --overwrite --save-every --sample-every --preview --no-state --device --data --image-size "
         "--grey --background --strict --flip --config --set --schedule --num-timesteps --prediction --label-drop "
-        "--unconditional --batch-size --lr --weight-decay --beta1 --beta2 --warmup --clip-grad --ema --precision --seed"
+        "--unconditional --batch-size --lr --weight-decay --beta1 --beta2 --warmup --clip-grad --ema --precision "
+        "--seed --loss-weight --snr-gamma --timesteps --input-perturbation --lr-schedule"
     ),
 }
 GOOD = {
@@ -52,6 +53,9 @@ GOOD = {
     "--config": ["digits"],
     "--set": ["channels=[8]", "num_groups=4", "dropout={}", "num_heads=1"],
     "--precision": ["bf16"],
+    "--loss-weight": ["min-snr"],
+    "--timesteps": ["loss-second-moment"],
+    "--lr-schedule": ["cosine"],
     "--data": ["digits", "pictures", "a.npz"],
     "--out": ["new.png", "new.npz", "new"],
     "--preview": ["p.png"],

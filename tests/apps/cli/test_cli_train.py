@@ -41,7 +41,9 @@ def test_every_flag_of_train_reaches_the_options(monkeypatch):
         "data": "digits", "image_size": 16, "config": "cifar10", "schedule": "sigmoid", "num_timesteps": 7,
         "prediction": "v", "label_drop": 0.3, "steps": 9, "batch_size": 3, "lr": 0.5, "weight_decay": 0.1,
         "background": "#00ff00",
-        "beta1": 0.5, "beta2": 0.6, "warmup": 2, "clip_grad": 4.0, "ema": 0.7, "precision": "bf16", "seed": 11,
+        "beta1": 0.5, "beta2": 0.6, "warmup": 2, "clip_grad": 4.0, "precision": "bf16", "seed": 11,
+        "loss_weight": "min-snr", "snr_gamma": 3.0, "timesteps": "loss-second-moment", "input_perturbation": 0.1,
+        "lr_schedule": "cosine",
     }  # fmt: skip
     line = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     switches = ["grey", "flip", "strict", "unconditional"]
@@ -56,12 +58,15 @@ def test_every_flag_of_train_reaches_the_options(monkeypatch):
         "reference",
         "--set",
         "dropout=0.2",
+        "--ema",
+        "0.7",
+        "0.9",
     ]
     assert run("train", "--out", "m.safetensors", *line, *[f"--{s}" for s in switches], *extra) == 0
     options = seen["options"]
-    for name, value in {**flags, **dict.fromkeys(switches, True), "model": {"dropout": 0.2}}.items():
+    for name, value in {**flags, **dict.fromkeys(switches, True), "model": {"dropout": 0.2}, "ema": (0.7, 0.9)}.items():
         assert getattr(options, name) == value
-    assert set(flags) | set(switches) | {"model"} == set(type(options).__dataclass_fields__)
+    assert set(flags) | set(switches) | {"model", "ema"} == set(type(options).__dataclass_fields__)
     assert (seen["save_every"], seen["sample_every"], seen["device"], seen["progress"]) == (
         5,
         6,
@@ -72,6 +77,18 @@ def test_every_flag_of_train_reaches_the_options(monkeypatch):
 
 class _Done:
     step, loss, stopped_by = 1, 0.0, None
+
+
+def test_sample_takes_the_average_that_ema_names(capsys):
+    assert run("train", "--out", "m.safetensors", *SMALL, "--data", "digits", "--lr", 1, "--ema", 0.9, 0.1) == 0
+    for flags in ([], ["--ema", 0.9], ["--ema", 0.1]):
+        assert run("sample", "--model", "m.safetensors", "-n", 2, "--out", f"{len(flags)}{flags[-1:]}.npz", *flags) == 0
+    first, named, other = (np.load(name)["images"] for name in ("0[].npz", "2[0.9].npz", "2[0.1].npz"))
+    assert np.array_equal(first, named)
+    assert not np.array_equal(first, other)
+    line = fails(capsys, "sample", "--model", "m.safetensors", "--ema", 0.5, "--out", "c.png")
+    assert "ema must be the decay of an average that 'm.safetensors' holds, 0.9, 0.1; got 0.5" in line
+    assert "holds, one, and does not say of which decay" in fails(capsys, "sample", "--ema", 0.5, "--out", "c.png")
 
 
 def test_train_on_a_folder_and_on_npz(capsys):
@@ -142,7 +159,7 @@ def test_a_finished_file_without_its_state(capsys):
         (["--data", "digits", "--image-size", "16"], "image_size must be that of the data, 8; got 16"),
         (["--data", "digits", "--resume"], "resume: there is no model 'm.safetensors'"),
         (["--data", "digits", "--lr", "0"], "lr must be a positive number; got 0.0"),
-        (["--data", "digits", "--ema", "1"], "ema must be in [0, 1); got 1.0"),
+        (["--data", "digits", "--ema", "1"], "ema must be different numbers in [0, 1); got (1.0,)"),
         (["--data", "digits", "--steps", "0"], "argument --steps: must be an integer of at least 1; got '0'"),
         (["--data", "digits", "--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
         (["--data", "digits", "--config", "huge"], "argument --config: invalid choice: 'huge'"),

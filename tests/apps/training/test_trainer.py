@@ -10,7 +10,7 @@ import dd_kernels as dd
 from dd_kernels import losses
 from dd_kernels.apps import data
 from dd_kernels.apps.data import ImageData
-from dd_kernels.apps.training import Trainer, objective, trainer
+from dd_kernels.apps.training import Trainer, objective, timesteps, trainer
 
 
 def test_dropout_is_on_and_differs_between_steps(images):
@@ -120,6 +120,89 @@ def test_unconditional_and_without_dropped_labels(images):
     assert trainer.make_batch(images, options(label_drop=0.0), None, 0).labels.max() < 10
     unlabelled = ImageData(images.images)
     assert trainer.build_model(options(), unlabelled)[0].config["num_classes"] is None
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v"])
+def test_min_snr_weights_the_error_in_x0_alike_for_every_prediction(images, prediction):
+    run = options(loss_weight="min-snr", snr_gamma=0.7, prediction=prediction, num_timesteps=6)
+    schedule, t = dd.cosine_schedule(6), torch.arange(6)
+    assert schedule.snr[0] > 0.7 > schedule.snr[-1]
+    x_start, noise = (dd.randn((6, 1, 4, 4), seed=seed) for seed in (0, 1))
+    x_t = dd.q_sample(x_start, t, schedule, noise)
+    guess = x_start + 0.1 * dd.randn((6, 1, 4, 4), seed=2)
+    signal, sigma = (schedule.marginal[:, i].float().reshape(6, 1, 1, 1) for i in (0, 1))
+    out = objective.target_of(prediction, guess, (x_t - signal * guess) / sigma, t, schedule)
+    found = objective.losses_of(out, objective.Diffused(x_start, x_t, noise, t), schedule, run, 256)
+    weight = torch.from_numpy(schedule.snr).clamp(max=0.7).float()
+    expected = weight * (guess - x_start).square().flatten(1).mean(1)
+    torch.testing.assert_close(found.minimised, expected, rtol=1e-4, atol=0)
+    assert not torch.allclose(found.simple, found.minimised)
+
+
+def test_timesteps_follow_the_second_moment_of_their_losses_without_bias():
+    history = timesteps.LossHistory(4)
+    words = torch.arange(0, 2**32, 2**20)
+    for _ in range(10):  # until every timestep has ten losses, timesteps are uniform
+        t, weights = history.draw(words)
+        assert torch.equal(t, timesteps.uniform(words, 4))
+        assert (weights == 1).all()
+        history.add(torch.tensor([3, 2, 1, 0]), torch.tensor([8.0, 4.0, 3.0, 1.0]))
+    share = 0.999 * torch.tensor([1.0, 3.0, 4.0, 8.0]).double() / 16 + 0.001 / 4
+    t, weights = history.draw(words)
+    assert (torch.bincount(t) - share * len(words)).abs().max() <= 1
+    assert torch.equal(weights, (1 / (4 * share)).float()[t])
+    # The weighted mean of any loss is its mean over all timesteps, but for one word more or less of each timestep.
+    losses_of_t = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    most = float((losses_of_t / (4 * share)).sum()) / len(words)
+    assert float((weights * losses_of_t[t]).double().mean()) == pytest.approx(4.0, abs=most)
+    history.add(torch.tensor([0, 0]), torch.tensor([6.0, 7.0]))
+    assert history.losses[0].tolist() == [1.0] * 8 + [6.0, 7.0]
+    assert history.draw(torch.tensor([2**32 - 1]))[0].tolist() == [3]
+
+
+def test_the_history_is_of_what_is_minimised_and_weights_the_step(images):
+    run = Trainer(options(timesteps="loss-second-moment", num_timesteps=2, label_drop=0.0), images, CPU)
+    run.history.losses = torch.tensor([[1.0] * 10, [3.0] * 10])
+    batch = trainer.make_batch(images, run.options, None, 0, run.history)
+    assert batch.weights.unique().numel() == 2
+    noise = dd.randn((6, 1, 8, 8), seed=0, stream=2)  # fresh, the model predicts 0
+    each = noise.square().flatten(1).mean(1)
+    assert float(run.train_step()[0]) == pytest.approx(float((batch.weights * each).mean()), rel=1e-5)
+    for timestep in (0, 1):
+        added = each[batch.t == timestep]
+        assert torch.allclose(run.history.losses[timestep, 10 - len(added) :], added, rtol=1e-5)
+    assert float(run.model.conv_out.weight.grad.abs().max()) > 0
+
+
+def test_input_perturbation_adds_noise_that_is_not_asked_for(images):
+    run = Trainer(options(input_perturbation=0.5, seed=3), images, CPU)
+    run.step = 4
+    x_start, t = torch.zeros(2, 1, 8, 8), torch.tensor([0, 3])
+    x_t, noise = run._diffused(x_start, t)
+    first, second = (dd.randn((2, 1, 8, 8), seed=3, draw=4, stream=stream) for stream in (2, 8))
+    assert torch.equal(noise, first)
+    sigma = run.schedule.marginal[t, 1].float().reshape(2, 1, 1, 1)
+    torch.testing.assert_close(x_t, sigma * (first + 0.5 * second), rtol=1e-6, atol=1e-6)
+
+
+def test_several_averages_each_with_its_decay(images):
+    run, alone = (Trainer(options(ema=ema), images, CPU) for ema in ([0.5, 0.2], 0.2))
+    for _ in range(3):
+        run.train_step()
+        alone.train_step()
+    for a, b in zip(run.averages.models[1].parameters(), alone.ema.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(run.ema.conv_out.weight, alone.ema.conv_out.weight)
+
+
+def test_the_cosine_falls_from_the_warm_up_to_the_end(images):
+    cosine = options(lr=0.2, warmup=2, steps=6, lr_schedule="cosine")
+    expected = [0.1, 0.2, 0.2, *(0.1 * (1 + math.cos(math.pi * i / 4)) for i in (1, 2, 3)), 0.0]
+    assert [cosine.learning_rate(step) for step in range(7)] == pytest.approx(expected, abs=1e-15)
+    run = Trainer(cosine, images, CPU)
+    run.step = 4
+    run.train_step()
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
 def test_warmup_clip_and_ema(images):

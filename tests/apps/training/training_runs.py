@@ -1,5 +1,8 @@
 """Training runs of a few steps on a few digits."""
 
+import signal
+from unittest import mock
+
 import torch
 from safetensors.torch import load_file
 
@@ -27,6 +30,19 @@ def options(**changes):
 
 def train(out, images, resume=False, **changes):
     return training.train(options(**changes), out, dataset=images, resume=resume, save_every=4, sample_every=0)
+
+
+def stop_after(steps, out, images, **changes):
+    """Trains until a signal comes in step ``steps``, and saves after it."""
+    step = training.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == steps - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self)
+
+    with mock.patch.object(training.Trainer, "train_step", interrupted):
+        assert train(out, images, **changes).step == steps
 
 
 def metadata(path):
