@@ -61,9 +61,10 @@ def accelerate(
     Args:
         model_or_pipeline: a ``torch.nn.Module`` or a ``diffusers.DiffusionPipeline``.
         accuracy: "high" makes convolutions on a CPU at least as exact as eager's; see :func:`dd_kernels.ops.conv2d`.
-        dtype: "bfloat16" lets convolutions of float32 on a CPU multiply in bfloat16 and add in float32, where the
-            processor has AVX-512 BF16; elsewhere it changes nothing. They are by F(2x2), less far from exact than a
-            model in bfloat16, or with ``accuracy="fast"`` by F(4x4), faster, at almost three times the error.
+        dtype: "bfloat16" lets convolutions and, in inference, linear layers of float32 on a CPU multiply in bfloat16
+            and add in float32, where the processor has AVX-512 BF16; elsewhere it changes nothing. 3 x 3 convolutions
+            are by F(2x2), less far from exact than a model in bfloat16, or with ``accuracy="fast"`` by F(4x4), faster,
+            at almost three times the error.
         inductor: hands the rewritten graphs on to Inductor.
         cuda_graphs: on CUDA, where no gradient is asked for, captures each graph once per shape and replays it.
 

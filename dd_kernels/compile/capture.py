@@ -22,6 +22,7 @@ from .cuda_graph import CudaGraphs, devices_of
 from .fused_convolution import FLOAT32, Numbers, numbers_of
 from .identity import relax_views, remove_identities
 from .layout import lay_out
+from .linear import replace_linears
 from .norm import fuse_norms
 from .repeated import share_repeated
 from .report import GraphReport, Report
@@ -33,20 +34,21 @@ _OPTIONS = ("accuracy", "cuda_graphs", "dtype", "inductor", "report")
 
 def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
     """Rewrites a graph that Dynamo captured, and the graphs within it, in place; ``numbers`` are the convolutions'."""
-    started, identities, convolutions, copies, norms = time.perf_counter(), 0, 0, 0, []
+    started, identities, convolutions, copies, linears, norms = time.perf_counter(), 0, 0, 0, 0, []
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
             norms += restore_norms(part.graph)
             identities += remove_identities(part.graph) + share_repeated(part.graph)
-            found = find_convolutions(part.graph, numbers)
+            found = find_convolutions(part.graph)
             norms += fuse_norms(part.graph, channels_last=bool(found))
             replace_convolutions(part.graph, found, numbers)
             convolutions += len(found)
+            linears += replace_linears(part.graph, numbers)
             copies += lay_out(part.graph)
             relax_views(part.graph)
             part.graph.lint()
             part.recompile()
-    return GraphReport(tuple(norms), identities, convolutions, copies, time.perf_counter() - started)
+    return GraphReport(tuple(norms), identities, convolutions, copies, time.perf_counter() - started, linears)
 
 
 def _has_gpu(inputs: Sequence[Any]) -> bool:

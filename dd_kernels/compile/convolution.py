@@ -3,10 +3,10 @@
     conv2d(x, weight, bias, stride, padding)      ->  conv2d in channels_last
     conv2d(h, weight, bias, stride, padding) + x  ->  conv2d with residual=x
     conv2d(act(norm(x)), weight, ...)             ->  conv2d of x, which applies the norm as it reads x
+    conv2d(pad(x, sides), weight, ...)            ->  conv2d of x with more zeros around it
 
-Equal without dilation or groups, where only the sum reads the convolution, and only the convolution the norm. It pays
-for 3 x 3 filters of stride 1; for others PyTorch's convolution is up to a fifth faster, and in channels_last less
-exact: they are ours where accuracy="high" is asked for, or products of bfloat16, which take half the time.
+Equal without dilation or groups, where only the sum reads the convolution, only the convolution the norm, and x is not
+written to between.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .. import backend
+from ..ops.conv2d.reference import Padding
 from .fused_convolution import Numbers, channels_last_conv2d, norm_conv2d
 from .fused_norm import checked_norm
 from .graph import (
@@ -27,8 +28,6 @@ from .graph import (
     argument,
     between,
     elements,
-    equal,
-    hint,
     is_barrier,
     mutates,
     only_user,
@@ -38,7 +37,7 @@ from .graph import (
 )
 
 _CONVOLUTIONS = Calls(torch.conv2d, F.conv2d)
-_FEWEST_CHANNELS = 16  # of the input: below, a vector of channels is mostly padding, and PyTorch's is faster
+_PAD = Calls(F.pad, torch._C._nn.pad)
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ def _pair(value: Any) -> tuple[int, int] | None:
     return (sizes[0], sizes[1]) if len(sizes) == 2 and all(isinstance(size, int) for size in sizes) else None
 
 
-def _serves(node: fx.Node, numbers: Numbers) -> bool:
-    """Returns whether our kernel computes this convolution, and should."""
+def _serves(node: fx.Node) -> bool:
+    """Returns whether our kernel computes this convolution."""
     x, weight, result = tensor(argument(node, 0, "input")), tensor(argument(node, 1, "weight")), tensor(node)
     if x is None or weight is None or result is None or x.ndim != 4 or x.device.type != "cpu":
         return False
@@ -66,14 +65,11 @@ def _serves(node: fx.Node, numbers: Numbers) -> bool:
         return False
     stride, padding = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 4, "padding", 0))
     dilation, groups = _pair(argument(node, 5, "dilation", 1)), argument(node, 6, "groups", 1)
-    if stride is None or stride[0] != stride[1] or padding is None or dilation != (1, 1) or groups != 1:
-        return False
-    winograd = stride == (1, 1) and equal(weight.shape[2], 3) and equal(weight.shape[3], 3)
-    pays = winograd or numbers.accuracy == "high" or numbers.products == "bfloat16"
-    return pays and hint(weight.shape[1]) >= _FEWEST_CHANNELS
+    square = stride is not None and stride[0] == stride[1] and elements(weight) > 0
+    return square and padding is not None and dilation == (1, 1) and groups == 1
 
 
-def _residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+def residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Returns the sum that alone reads ``node``, and its other term of the same shape, or None."""
     total, value = only_user(node), tensor(node)
     pair = operands(total) if total in ADD and total is not None else None
@@ -88,22 +84,33 @@ def _residual_of(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return total, other
 
 
-def find_convolutions(graph: fx.Graph, numbers: Numbers) -> list[fx.Node]:
+def find_convolutions(graph: fx.Graph) -> list[fx.Node]:
     """Returns the convolutions that :func:`replace_convolutions` serves."""
     if backend.unavailable("cpu") is not None:
         return []
-    return [node for node in graph.nodes if node in _CONVOLUTIONS and _serves(node, numbers)]
+    return [node for node in graph.nodes if node in _CONVOLUTIONS and _serves(node)]
 
 
-def _norm_before(node: fx.Node, last: fx.Node) -> fx.Node | None:
-    """Returns the norm whose result only this convolution reads, if it may be computed at ``last``."""
-    norm, weight = argument(node, 0, "input"), tensor(argument(node, 1, "weight"))
-    if norm.target is not checked_norm or only_user(norm) is not node or weight is None or elements(weight) == 0:
+def _norm_before(x: fx.Node, reader: fx.Node, last: fx.Node) -> fx.Node | None:
+    """Returns the norm whose result ``x`` is, if only ``reader`` reads it and it may be computed at ``last``."""
+    if x.target is not checked_norm or only_user(x) is not reader:
         return None
-    read = tensor(norm.args[0])
+    read = tensor(x.args[0])
     if read is None or read.dtype != torch.float32 or elements(read) == 0:
         return None
-    return None if any(is_barrier(other) for other in between(norm, last)) else norm
+    return None if any(is_barrier(other) for other in between(x, last)) else x
+
+
+def _zeros_before(x: fx.Node, last: fx.Node) -> Padding | None:
+    """Returns the sides of the zeros that the call ``x`` puts around its input, if it may be done at ``last``."""
+    if x not in _PAD or argument(x, 2, "mode", "constant") != "constant" or argument(x, 3, "value") not in (None, 0):
+        return None
+    sides = argument(x, 1, "pad")
+    if len(sides) != 4 or not all(isinstance(size, int) and size >= 0 for size in sides):
+        return None
+    if any(is_barrier(other) for other in between(x, last)):
+        return None
+    return sides[0], sides[1], sides[2], sides[3]
 
 
 def _replace(graph: fx.Graph, found: Convolution, numbers: Numbers) -> None:
@@ -112,22 +119,29 @@ def _replace(graph: fx.Graph, found: Convolution, numbers: Numbers) -> None:
     x, filters = argument(node, 0, "input"), (argument(node, 1, "weight"), argument(node, 2, "bias"))
     stride, padding = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 4, "padding", 0))
     assert stride is not None
-    arguments = (*filters, stride[0], padding, found.residual, tuple(numbers))
-    norm = _norm_before(node, last)
+    assert padding is not None
+    sides, reader, covered = (padding[1], padding[1], padding[0], padding[0]), node, [last, node]
+    if (zeros := _zeros_before(x, last)) is not None:
+        covered.append(x)
+        sides = (sides[0] + zeros[0], sides[1] + zeros[1], sides[2] + zeros[2], sides[3] + zeros[3])
+        reader, x = x, argument(x, 0, "input")
+    arguments = (*filters, stride[0], sides, found.residual, tuple(numbers))
+    norm = _norm_before(x, reader, last) if reader is node or only_user(reader) is node else None
     with graph.inserting_before(last):
         if norm is None:
             result = graph.call_function(channels_last_conv2d, (x, *arguments))
         else:
             result = graph.call_function(norm_conv2d, (norm.args, dict(norm.kwargs), *arguments))
+            covered.append(norm)
     result.meta = {**node.meta, "example_value": tensor(last)}
     last.replace_all_uses_with(result)
-    for covered in (last, node, norm):
-        if covered is not None and not covered._erased:
-            graph.erase_node(covered)
+    for other in covered:
+        if not other._erased and not other.users:
+            graph.erase_node(other)
 
 
 def replace_convolutions(graph: fx.Graph, nodes: list[fx.Node], numbers: Numbers) -> None:
     """Replaces convolutions that :func:`find_convolutions` found."""
     for node in nodes:
-        pair = _residual_of(node)
+        pair = residual_of(node)
         _replace(graph, Convolution(node, *pair) if pair else Convolution(node), numbers)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -22,6 +23,7 @@ from .. import backend
 from ..ops import conv2d
 from ..ops.checks import transform_reason
 from ..ops.conv2d import ACCURACIES, method_of, op
+from ..ops.conv2d.reference import Padding
 from ..ops.group_norm_silu.op import AFFINE
 from .fused_norm import checked_norm
 from .kept_filters import keep
@@ -64,18 +66,18 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
-    padding: tuple[int, int],
+    padding: Padding,
     residual: Tensor | None,
     numbers: Numbers,
+    parameter: Tensor | None = None,
 ) -> Tensor:
-    """Calls the kernel; ``before`` is what x passes first."""
-    (top, left), numbers = padding, Numbers(*numbers)
-    sides = (left, left, top, top)
+    """Calls the kernel; ``before`` is what x passes first, ``parameter`` what the weight is a view of, if it is one."""
+    numbers = Numbers(*numbers)
     method = method_of(*numbers)
     bfloat16 = numbers.products == "bfloat16"
-    call = (*x.shape, stride, sides, method, torch.get_num_threads())
-    memory = None if is_compiling() else partial(keep, weight, call, bfloat16)
-    return op.forward(x, weight, bias, *before, residual, stride, sides, method, bfloat16, memory)
+    call = (*x.shape, stride, padding, method, torch.get_num_threads())
+    memory = None if is_compiling() else partial(keep, weight if parameter is None else parameter, call, bfloat16)
+    return op.forward(x, weight, bias, *before, residual, stride, padding, method, bfloat16, memory)
 
 
 def channels_last_conv2d(
@@ -83,11 +85,11 @@ def channels_last_conv2d(
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
-    padding: tuple[int, int],
+    padding: Padding,
     residual: Tensor | None,
     numbers: Numbers,
 ) -> Tensor:
-    """Convolves x in channels_last, and leaves the result so."""
+    """Convolves x in channels_last, and leaves the result so; the padding is of left, right, top and bottom."""
     x = x.contiguous(memory_format=torch.channels_last)
     if not _records():
         return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers)
@@ -105,3 +107,22 @@ def norm_conv2d(norm: tuple[Any, ...], options: dict[str, Any], *convolution: An
     term = torch.empty_like(factor)
     AFFINE(x, num_groups, weight, bias, eps, *small, factor, term)
     return _run(x, (factor, term, activation), *convolution)
+
+
+def _as_image(tokens: Tensor) -> Tensor:
+    """Returns tokens [..., C] as an image [1, C, tokens, 1] in channels_last, a view of contiguous ones."""
+    return tokens.reshape(1, -1, 1, tokens.shape[-1]).permute(0, 3, 1, 2)
+
+
+def tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, numbers: Numbers) -> Tensor:
+    """Returns ``F.linear(x, weight, bias)``, plus the residual: by the kernel of 1 x 1 convolutions.
+
+    Where a gradient may be asked for, it is PyTorch's, whose gradients are matrix products too.
+    """
+    if _records():
+        y = F.linear(x, weight, bias)
+        return y if residual is None else y + residual
+    beside = None if residual is None else _as_image(residual)
+    filters = weight[:, :, None, None]
+    y = _run(_as_image(x), (None, None, 0), filters, bias, 1, (0, 0, 0, 0), beside, numbers, weight)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .graph import elements
 
+_FEWEST_TOKENS = 16
 _NORM_ALONE = 1 << 16  # elements of the batch
 _GELU, _GELU_CHANNELS_LAST = 1 << 15, 1 << 12
 
@@ -36,6 +37,11 @@ def activation(name: str, x: Tensor, channels_last: bool) -> str | None:
 def convolution_bias(device: torch.device) -> bool:
     """Returns whether a norm should add the bias of the convolution before it."""
     return device.type != "cpu"
+
+
+def linear(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether our kernel should compute a linear layer of x [..., C]."""
+    return elements(weight) > 0 and elements(x) >= _FEWEST_TOKENS * int(weight.shape[1])
 
 
 def two_inputs(device: torch.device) -> bool:

@@ -27,6 +27,7 @@ class GraphReport:
     convolutions: int  # that run in channels_last
     layout_copies: int  # conversions of layout left between them
     seconds: float  # taken by the rewrites
+    linears: int = 0  # linear layers that run by the kernel of 1 x 1 convolutions
 
 
 @dataclass
@@ -67,6 +68,8 @@ class Report:
         convolutions = max(graph.convolutions for graph in self.graphs)
         if convolutions:
             lines.append(f"  {convolutions} convolutions in channels_last, {copies} layout copies left")
+        if linears := max(graph.linears for graph in self.graphs):
+            lines.append(f"  {linears} linear layers by the convolutions' kernel")
         return "\n".join(lines + [f"  {note}" for note in dict.fromkeys(self.notes)])
 
 
