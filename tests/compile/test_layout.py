@@ -50,7 +50,7 @@ class Tokens(Net):
 @pytest.fixture
 def _as_on_cuda(monkeypatch):
     monkeypatch.setattr(layout, "in_channels_last", lambda device, dtype: True)
-    monkeypatch.setattr(capture, "find_convolutions", lambda graph, numbers: [])
+    monkeypatch.setattr(capture, "find_convolutions", lambda graph: [])
 
 
 def run(model, *inputs):
