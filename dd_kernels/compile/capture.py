@@ -55,6 +55,19 @@ def _has_gpu(inputs: Sequence[Any]) -> bool:
     return any(map(cuda_graph.serves, devices_of(inputs)))
 
 
+def _changes_python_state() -> bool:
+    """Returns whether the code that Dynamo is capturing changes objects that outlive the call; True where unknown."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._dynamo.variables.base import AttributeMutationExisting, ValueMutationExisting
+
+        effects = InstructionTranslator.current_tx().output.side_effects
+        tracked = [v for v in effects.id_to_variable.values() if effects.is_modified(v)]
+        return any(isinstance(v.mutation_type, AttributeMutationExisting | ValueMutationExisting) for v in tracked)
+    except (AttributeError, ImportError):
+        return True
+
+
 def _counted(call: Callable[..., Any], report: Report) -> Callable[..., Any]:
     """Returns what calls a graph and counts that in the report."""
 
@@ -89,6 +102,7 @@ def dd_kernels(
         raise ValueError(f"options must be among {', '.join(map(repr, _OPTIONS))}; got {', '.join(map(repr, unknown))}")
     report: Report = options.get("report") or Report()
     report.graphs.append(rewrite(module, numbers))
+    report.is_pure &= not _changes_python_state()
     _log.info("%s", report)
     call: Any = module.forward
     graphs = CudaGraphs(module, report.notes) if options.get("cuda_graphs", True) and _has_gpu(example_inputs) else None

@@ -28,6 +28,14 @@ _GAVE_UP = (
 )
 
 
+_reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+
+
+def report_of(module: nn.Module) -> Report | None:
+    """Returns the report of a network that is compiled in place; None of another."""
+    return _reports.get(module)
+
+
 def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Calls a module with its hooks, past what it was compiled to."""
     return self._call_impl(*args, **kwargs)
@@ -53,6 +61,7 @@ def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any])
         if is_compiling():  # within another model that is compiled
             return compiled(*args, **kwargs)
         runs = report.runs
+        report.calls += 1
         result = compiled(*args, **kwargs)
         if report.runs == runs and _GAVE_UP not in report.notes:
             report.notes.append(_GAVE_UP)
@@ -62,6 +71,8 @@ def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any])
     def undo() -> None:
         if (owner := weakly()) is not None:
             owner._compiled_call_impl = before
+            _reports.pop(owner, None)
 
     module._compiled_call_impl = call
+    _reports[module] = report
     return undo

@@ -37,7 +37,9 @@ class Report:
     name: str = "model"
     graphs: list[GraphReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what was found while the graphs ran
-    runs: int = 0  # calls of the graphs
+    calls: int = 0  # of the network, where it was accelerated
+    runs: int = 0  # of its graphs
+    is_pure: bool = True  # no call of a graph changes a Python object that outlives it
 
     @property
     def norms(self) -> list[NormReport]:

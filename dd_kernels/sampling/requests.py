@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from ..ops.randn import randn
 from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
 from .buffers import Buffers
+from .guards import Guards
 from .guidance import Model, device_of, float_parameter, predict, rescaled
 
 Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
@@ -168,10 +170,11 @@ class Request:
         sigmas = self.table.column("sigma").tolist()
         options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
         options["history"] = self.table.history_like(x) if history is None else history
-        buffers = Buffers()
+        buffers, is_seen = Buffers(), return_x0 or callable(self.source.noise)
+        guards = Guards(self.model, len(self.table) - first, is_seen)
         for index, timestep in enumerate(self.table.timesteps[first:].tolist(), first):
             t = times[index].expand(x.shape[0])
-            out, uncond = self.predict(x, t, kwargs, uncond_kwargs)
+            out, uncond = guards.call(x, partial(self.predict, x, t, kwargs, uncond_kwargs))
             noise = self.source.of_step(index, x, batch) if sigmas[index] != 0 else None
             result = reverse_step(
                 x,
