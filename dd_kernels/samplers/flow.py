@@ -73,6 +73,6 @@ def flow_euler(
     after = np.append(sigma[1:], 0.0)
     columns = rows.flow_columns(sigma, after)
     if stochastic:
-        columns |= {"prev_from_x": 0.0, "prev_from_out": 0.0, "prev_from_x0": 1 - after, "sigma": after}
+        columns |= rows.renoised_columns(rows.Level.of_flow(after))
     times = sigma * num_timesteps
     return from_columns(distinct_draws(times), times=times, **columns)

@@ -110,11 +110,16 @@ def x0_of_epsilon(alpha_bar: Array, epsilon: Epsilon) -> Columns:
 
 def x0_columns(prediction: str, alpha_bar: Array) -> Columns:
     r"""x_0 of x_t and the output: epsilon (eq. 15 of DDPM), x_start, or v (Salimans & Ho, 2022, appendix D)."""
+    return x0_at(prediction, Level.of_alpha_bar(alpha_bar))
+
+
+def x0_at(prediction: str, level: Level) -> Columns:
+    """:func:`x0_columns` at any level; the output's v is signal * epsilon - noise * x_0."""
     if prediction == "x_start":
         return {"x0_num_out": 1.0}
     if prediction == "v":
-        return {"x0_num_x": alpha_bar**0.5, "x0_num_out": -((1 - alpha_bar) ** 0.5)}
-    return x0_of_epsilon(alpha_bar, GIVEN_EPSILON)
+        return {"x0_num_x": level.signal, "x0_num_out": -level.noise}
+    return {"x0_num_x": 1.0, "x0_num_out": -level.noise, "x0_den": level.signal}
 
 
 def x0_of_mean(step: Transition) -> Columns:
@@ -252,22 +257,28 @@ def correction_columns(level: Level, after: Level) -> Columns:
     return {"prev_from_x0": weight, "prev_from_x": 1.0, "prev_from_last": -weight}
 
 
-def consistency_columns(time: Array, after: Level, sigma_data: float, scaling: float, draws: Array) -> Columns:
-    r"""A step of a consistency model, eq. 5 and algorithm 2 of latent consistency models (Luo et al., 2023).
+def boundary_weights(time: Array, sigma_data: float, scaling: float) -> tuple[Array, Array]:
+    r"""The boundary condition of a consistency model, eq. 5 of Luo et al. (2023): f = c_{skip} x_t + c_{out} x_0.
 
-    .. math:: f = c_{skip} x_t + c_{out} x_0, \qquad c_{skip} = \frac{d^2}{\tau^2 + d^2}, \qquad
-        c_{out} = \frac{\tau}{\sqrt{\tau^2 + d^2}}, \qquad x \leftarrow \alpha f + \sigma z
+    .. math:: c_{skip} = \frac{d^2}{\tau^2 + d^2}, \qquad c_{out} = \frac{\tau}{\sqrt{\tau^2 + d^2}}
 
-    where tau is ``scaling`` times the timestep and d is ``sigma_data``; the last step, which does not draw, gives f.
+    where tau is ``scaling`` times the timestep and d is ``sigma_data``.
     """
     tau = time * scaling
+    return sigma_data**2 / (tau**2 + sigma_data**2), tau / (tau**2 + sigma_data**2) ** 0.5
+
+
+def consistency_columns(time: Array, after: Level, sigma_data: float, scaling: float, draws: Array) -> Columns:
+    r"""A step of a consistency model, algorithm 2 of latent consistency models (Luo et al., 2023).
+
+    .. math:: x \leftarrow \alpha f + \sigma z
+
+    with f of :func:`boundary_weights`; the last step, which does not draw, gives f.
+    """
+    skip, out = boundary_weights(time, sigma_data, scaling)
     draws = 1.0 * draws
     signal = after.signal * draws + (1.0 - draws)
-    return {
-        "prev_from_x0": signal * tau / (tau**2 + sigma_data**2) ** 0.5,
-        "prev_from_x": signal * sigma_data**2 / (tau**2 + sigma_data**2),
-        "sigma": after.noise * draws,
-    }
+    return {"prev_from_x0": signal * out, "prev_from_x": signal * skip, "sigma": after.noise * draws}
 
 
 def flow_columns(sigma: Array, sigma_next: Array) -> Columns:
@@ -276,3 +287,8 @@ def flow_columns(sigma: Array, sigma_next: Array) -> Columns:
     x_0 = x - sigma out plays no part in it.
     """
     return {"x0_num_x": 1.0, "x0_num_out": -sigma, "prev_from_x": 1.0, "prev_from_out": sigma_next - sigma}
+
+
+def renoised_columns(after: Level) -> Columns:
+    """x_0 with fresh noise, at the level where the step ends."""
+    return {"prev_from_x0": after.signal, "prev_from_x": 0.0, "prev_from_out": 0.0, "sigma": after.noise}

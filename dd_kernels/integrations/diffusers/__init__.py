@@ -8,6 +8,9 @@ generator; the same images to rounding. Where versions of diffusers differ, ours
 
 - ``step`` reads its coefficients on the device, with a tensor timestep too. Nothing is synchronised, so it can be
   captured in a CUDA graph and by ``torch.compile(fullgraph=True)``.
+- Euler's ``scale_model_input`` is a pass of its own, as theirs: pipelines hand x itself to the next step.
+- What no row fits runs diffusers' own step: flow matching with ``per_token_timesteps``, and a threshold in "dpmsolver"
+  and "sde-dpmsolver", which combine epsilon. Euler's ``s_churn`` is a pass before the step.
 - ``noise="philox"`` (in the constructor or ``from_config``) draws the steps' noise inside the kernel from the
   generator's seed and the timestep: image n of a seed is the same in any batch.
 
@@ -27,7 +30,13 @@ zero SNR with ``thresholding``                        NaN (a quantile of inf)   
 DDIMInverse, "sample", at alpha_bar = 1               divides by 0                 epsilon at the next noise level
 a negative timestep                                   counts from the end          an error
 ``set_timesteps(0)``, or below                        no timesteps, or an error    an error
-a timestep that DDPM's list has not, on the device    an error                     NaN: the device is not asked
+a timestep that the list has not, on the device       an error                     NaN: the device is not asked
+``pred_original_sample`` of Euler with 16 bits        float32                      the samples' dtype
+EulerAncestral with "sample", LCM at a float          an error                     as the others
+"sde-dpmsolver" of third order                        an error                     as its second order goes on
+LCM after the last step                               goes on at the last          an error, as the others
+``step_index`` of a first timestep on the device      an int: the device is asked  a tensor [1]
+``model_outputs`` of DPM-Solver                       the converted outputs        None: kept where the step reads
 ====================================================  ===========================  ================================
 
 An error that both raise is of their type too, but for calls with several mistakes.
@@ -38,6 +47,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .ddim import DDIMInverseScheduler, DDIMScheduler
 from .ddpm import DDPMScheduler
+from .dpm_solver import DPMSolverMultistepScheduler
+from .euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from .flow import FlowMatchEulerDiscreteScheduler
+from .lcm import LCMScheduler
 from .unclip import UnCLIPScheduler
 from .unet import from_diffusers, to_diffusers
 
@@ -45,6 +58,11 @@ __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "LCMScheduler",
     "SchedulerMixin",
     "UnCLIPScheduler",
     "from_diffusers",
@@ -52,5 +70,16 @@ __all__ = [
 ]
 
 # A saved pipeline names the module of its scheduler's class: this one, wherever the class is written.
-for _scheduler in (DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLIPScheduler):
+SCHEDULERS = (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    UnCLIPScheduler,
+)
+for _scheduler in SCHEDULERS:
     _scheduler.__module__ = __name__

@@ -10,14 +10,9 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from .ddim import DDIMInverseScheduler, DDIMScheduler
-from .ddpm import DDPMScheduler
-from .unclip import UnCLIPScheduler
+from . import SCHEDULERS
 
-_SCHEDULERS = {
-    getattr(diffusers, ours.__name__): ours
-    for ours in (DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, UnCLIPScheduler)
-}
+_SCHEDULERS = {getattr(diffusers, ours.__name__): ours for ours in SCHEDULERS}
 
 
 def _networks(pipeline: Any) -> Iterator[tuple[str, Any]]:

@@ -23,8 +23,8 @@ class TimestepTypeError(TypeError, IndexError):
     """A timestep that is no integer; diffusers raises IndexError."""
 
 
-class StepCountError(ValueError, ZeroDivisionError):
-    """A number of steps below 1; some of diffusers' spacings divide by it."""
+class StepCountError(ValueError, ZeroDivisionError, IndexError, RuntimeError):
+    """A number of steps below 1, which diffusers divides by, or makes an empty or impossible list of."""
 
 
 class ShapeError(ValueError, RuntimeError, TypeError):

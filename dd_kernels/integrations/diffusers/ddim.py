@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import rows
 from .arguments import Timestep, as_step_count, as_timestep
-from .scheduler import FusedScheduler, FusedSchedulerWithVelocity, Generators, constructor
+from .base import Generators, constructor
+from .scheduler import FusedScheduler, FusedSchedulerWithVelocity
 
 # Without its types, which differ from version to version of diffusers.
 _DDIMScheduler: Any = scheduling_ddim.DDIMScheduler

@@ -11,7 +11,8 @@ from torch import Tensor
 from ...samplers.rows import Transition
 from . import rows
 from .arguments import Timestep, TimestepValueError, as_step_count, as_timestep
-from .scheduler import FusedSchedulerWithVelocity, Generators, constructor
+from .base import Generators, constructor
+from .scheduler import FusedSchedulerWithVelocity
 
 # Without its types, which differ from version to version of diffusers.
 _DDPMScheduler: Any = scheduling_ddpm.DDPMScheduler

@@ -102,8 +102,16 @@ class Threshold(DynamicThreshold):
         pass
 
 
-def as_table(columns: Mapping[str, Tensor | float], clip: tuple | None, learned_variance: bool = False) -> StepTable:
-    """The table of these columns; ``clip`` is None, ("clip", range) or ("threshold", ratio, max_value)."""
+def as_table(
+    columns: Mapping[str, Any],
+    clip: tuple | None,
+    learned_variance: bool = False,
+    draws: np.ndarray | None = None,
+) -> StepTable:
+    """The table of these columns; ``clip`` is None, ("clip", range) or ("threshold", ratio, max_value).
+
+    ``draws`` is the coordinate of each row's noise, the row itself if None.
+    """
     arrays: dict[str, Any] = {k: v.double().numpy() if isinstance(v, Tensor) else v for k, v in columns.items()}
     threshold = None
     if clip is not None and clip[0] == "threshold":
@@ -111,14 +119,10 @@ def as_table(columns: Mapping[str, Tensor | float], clip: tuple | None, learned_
     elif clip is not None:
         arrays["x0_clip"] = clip[1]
     steps = next(len(v) for v in arrays.values() if isinstance(v, np.ndarray))
-    return from_columns(np.arange(steps), learned_variance=learned_variance, threshold=threshold, **arrays)
+    draws = np.arange(steps) if draws is None else draws
+    return from_columns(draws, learned_variance=learned_variance, threshold=threshold, **arrays)
 
 
-class Marginal(MarginalTable):
-    """The table of sqrt(alpha_bar) and +-sqrt(1 - alpha_bar), of which q_sample makes noisy samples and velocities."""
-
-    def __init__(self, alpha_bar: Tensor, sign: float) -> None:
-        super().__init__(torch.stack((alpha_bar**0.5, sign * (1 - alpha_bar) ** 0.5), dim=1).double())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MarginalTable, (self.marginal,)
+def marginal(x: Tensor, y: Tensor) -> MarginalTable:
+    """The table of what q_sample multiplies a sample and its noise by, such as the signal and the noise of levels."""
+    return MarginalTable(torch.stack((x, y), dim=1).double())

@@ -14,7 +14,8 @@ from ...ops.reverse_step.table import COLUMNS, DeviceTable
 from ...samplers.rows import Transition
 from . import rows
 from .arguments import Timestep, as_step_count, as_timestep
-from .scheduler import FusedScheduler, Generators, constructor
+from .base import Generators, constructor
+from .scheduler import FusedScheduler
 
 # Without its types, which differ from version to version of diffusers.
 _UnCLIPScheduler: Any = scheduling_unclip.UnCLIPScheduler
@@ -138,7 +139,7 @@ class UnCLIPScheduler(FusedScheduler, _UnCLIPScheduler):
         return "listed" if dict(pairwise(self._values)).get(value) == previous else (value, previous)
 
     def _process(self) -> Process:
-        return Process(self._given_alphas_cumprod.cpu(), self.alphas.cpu(), self.betas.cpu())
+        return Process(self._given.cpu(), self.alphas.cpu(), self.betas.cpu())
 
     def _unclip(self, pairs: str | tuple[int, int], *key: Any) -> rows.StepTable:
         options = rows.AncestralOptions(*key)

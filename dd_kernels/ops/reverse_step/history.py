@@ -43,6 +43,6 @@ def checked_history(
         if torch.is_grad_enabled() and slot.requires_grad:
             check_not_leaf("history", slot)
         apart = (x, *others, *slots[:i])
-        if not is_compiling() and all(y is None or type(y) is Tensor for y in (slot, *apart)):
+        if not is_compiling() and not slot.is_meta and all(y is None or type(y) is Tensor for y in (slot, *apart)):
             _check_apart(slot, apart)
     return slots

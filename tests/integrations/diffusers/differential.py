@@ -14,12 +14,19 @@ from typing import Any
 import diffusers as theirs
 import numpy as np
 import torch
+from differential_loops import LOOPS, Loop
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_unclip
 from torch import Tensor
 
 from dd_kernels.integrations import diffusers as ours
 
 NAMES = ("DDPMScheduler", "DDIMScheduler", "DDIMInverseScheduler", "UnCLIPScheduler")
+# Where theirs draws its noise.
+MODULES: dict[str, Any] = {
+    "DDPMScheduler": scheduling_ddpm,
+    "DDIMScheduler": scheduling_ddim,
+    "UnCLIPScheduler": scheduling_unclip,
+}
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((2, 3, 4, 4), (1, 4, 5, 3), (3, 6, 7), (2, 3, 2, 4, 4), (2, 8))
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "strange")
@@ -113,6 +120,7 @@ class Call:
             out = torch.cat((out, torch.rand(shape, generator=generator) * 0.5 + 0.01), dim=1)
         self.out = out.to(dtype if pick.random() < 0.7 else pick.choice(DTYPES))
         self.noise = torch.randn(shape, generator=generator).to(self.out.dtype)
+        self.module, self.noise_dtype = MODULES.get(self.name), self.out.dtype
 
     def run(self, module: Any, exact: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
         """(previous sample, x_0, what the generator gives next), or None where there are no timesteps."""
@@ -149,8 +157,34 @@ class Call:
             options["prev_timestep"] = torch.tensor(following)
         return options
 
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors of the call."""
+        return self.sample, self.out
 
-def _outcome(call: Call, module: Any, exact: bool = False) -> Any:
+    def degenerate(self, module: Any) -> bool:
+        """Whether no result is defined."""
+        return False
+
+    def mistakes(self) -> int:
+        """Returns how many arguments are wrong; each class may report any of several mistakes."""
+        fits = self.out.shape[-1] == self.sample.shape[-1]
+        kinds = ("epsilon", "sample") if self.name == "UnCLIPScheduler" else ("epsilon", "sample", "v_prediction")
+        learns = self.config.get("variance_type", "").startswith("learned")
+        return sum(
+            (
+                self.form not in (*LIKELY, "int32", "numpy", "array"),
+                not isinstance(self.steps, int) or not 1 <= self.steps <= self.config["num_train_timesteps"],
+                not self.is_set,
+                self.generators == "too many" or self.variance_noise,
+                not fits,
+                learns and self.out.shape[1] != 2 * self.sample.shape[1],
+                self.config["prediction_type"] not in kinds,
+                self.name == "UnCLIPScheduler" and self.config["variance_type"] == "fixed_small",
+            )
+        )
+
+
+def _outcome(call: Call | Loop, module: Any, exact: bool = False) -> Any:
     """The result, or the exception."""
     try:
         return call.run(module, exact)
@@ -158,85 +192,67 @@ def _outcome(call: Call, module: Any, exact: bool = False) -> Any:
         return error
 
 
-def _exact(call: Call) -> Any:
-    """Theirs in float64, of the noise that is drawn in the output's dtype."""
-    modules = (scheduling_ddpm, scheduling_ddim, scheduling_unclip)
-    draws = [module.randn_tensor for module in modules]
-    for module, draw in zip(modules, draws, strict=True):
-        module.randn_tensor = lambda *a, dtype, d=draw, **k: d(*a, dtype=call.out.dtype, **k).double()
+def _exact(call: Call | Loop) -> Any:
+    """Theirs in float64, of the noise that is drawn in the dtype that it is drawn in otherwise."""
+    module: Any = call.module
+    if not hasattr(module, "randn_tensor"):
+        return _outcome(call, theirs, exact=True)
+    draw = module.randn_tensor
+    module.randn_tensor = lambda *a, dtype=None, **k: draw(*a, dtype=call.noise_dtype, **k).double()
     try:
         return _outcome(call, theirs, exact=True)
     finally:
-        for module, draw in zip(modules, draws, strict=True):
-            module.randn_tensor = draw
+        module.randn_tensor = draw
 
 
 def difference(name: str, seed: int) -> str | None:
     """Returns how ours differs from theirs in one case; None if not, or only as the package's docstring says."""
-    call = Call(name, seed)
+    call = Loop(name, seed) if name in LOOPS else Call(name, seed)
     their, value = _outcome(call, theirs), _outcome(call, ours)
     if isinstance(value, Exception):
         return _error_difference(call, their, value)
     if isinstance(their, Exception):  # where theirs crashes, ours is right
-        return None if value is None or all(x.isfinite().all() for x in value) else "neither a result nor an error"
+        fine = value is None or call.degenerate(ours) or not any(x.isnan().any() for x in value)
+        return None if fine else "neither a result nor an error"
     if (their is None) != (value is None):
         return "a list of timesteps that is empty in one alone"
     return None if value is None else _value_difference(call, their, value, _exact(call))
 
 
-def _mistakes(call: Call) -> int:
-    """Returns how many arguments are wrong; each class may report any of several mistakes."""
-    fits = call.out.shape[-1] == call.sample.shape[-1]
-    kinds = ("epsilon", "sample") if call.name == "UnCLIPScheduler" else ("epsilon", "sample", "v_prediction")
-    learns = call.config.get("variance_type", "").startswith("learned")
-    return sum(
-        (
-            call.form not in (*LIKELY, "int32", "numpy", "array"),
-            not isinstance(call.steps, int) or not 1 <= call.steps <= call.config["num_train_timesteps"],
-            not call.is_set,
-            call.generators == "too many" or call.variance_noise,
-            not fits,
-            learns and call.out.shape[1] != 2 * call.sample.shape[1],
-            call.config["prediction_type"] not in kinds,
-            call.name == "UnCLIPScheduler" and call.config["variance_type"] == "fixed_small",
-        )
-    )
-
-
-def _error_difference(call: Call, their: Any, value: Exception) -> str | None:
+def _error_difference(call: Call | Loop, their: Any, value: Exception) -> str | None:
     if isinstance(their, Exception):
         known = isinstance(value, type(their)) or call.form in ("string", "bool") or call.steps == 2.5
-        return None if known or _mistakes(call) > 1 else f"{type(their).__name__} is {type(value).__name__}: {value}"
+        return None if known or call.mistakes() > 1 else f"{type(their).__name__} is {type(value).__name__}: {value}"
     # diffusers counts from the end, takes True as a mask, and makes no steps at all.
     wrong = call.form in ("below", "bool") or (isinstance(call.steps, (int, float)) and call.steps < 1)
     return None if wrong or call.steps == 2.5 else f"an error, {value}"
 
 
-def _value_difference(call: Call, their: tuple, value: tuple, exact: Any) -> str | None:
-    if not torch.equal(their[2], value[2]):
+def _value_difference(call: Call | Loop, their: tuple, value: tuple, exact: Any) -> str | None:
+    if not torch.equal(their[-1], value[-1]):
         return "the generator is left elsewhere"
     if call.config.get("variance_type") == "fixed_large_log":  # theirs is NaN, and 0 at zero SNR
         return "a result is NaN" if any(x.isnan().any() for x in value) else None
-    large = max(x.double().abs().max().item() for x in (call.sample, call.out))
-    for what, x, y, truth in zip(("prev_sample", "pred_original_sample"), value, their, exact, strict=False):
+    large = max(x.double().abs().max().item() for x in call.inputs())
+    wide = torch.promote_types(call.sample.dtype, call.out.dtype)
+    for place, (x, y, truth) in enumerate(zip(value[:-1], their[:-1], exact[:-1], strict=True)):
         if not y.isfinite().all() or not truth.isfinite().all():
-            if x.isnan().any():
-                return f"{what} is NaN"
+            if x.isnan().any() and isinstance(call, Call):
+                return f"result {place} is NaN"
             continue
-        wide = torch.promote_types(call.sample.dtype, call.out.dtype)
-        if x.dtype != wide:
-            return f"{what} is {x.dtype}"
+        if x.dtype not in (wide, y.dtype):
+            return f"result {place} is {x.dtype}"
         y, truth = torch.broadcast_tensors(y, x)[0], torch.broadcast_tensors(truth, x)[0]
         error, their_error = ((z.double() - truth).abs().max().item() for z in (x, y))
         size = max(large, truth.abs().max().item())
-        budget = 2 * their_error + 2 * max(torch.finfo(wide).eps, 1.2e-7) * size
+        budget = 2 * their_error + 2 * max(torch.finfo(x.dtype).eps, 1.2e-7) * size
         if error > budget:
-            return f"{what} is {error} off, theirs {their_error}, budget {budget}"
+            return f"result {place} is {error} off, theirs {their_error}, budget {budget}"
     return None
 
 
 def main(count: int) -> None:
-    for name in NAMES:
+    for name in NAMES + LOOPS:
         found = {seed: text for seed in range(count) if (text := difference(name, seed)) is not None}
         print(f"{name}: {len(found)} of {count} differ")
         for seed, text in found.items():

@@ -20,6 +20,10 @@ FILES = {
     "test_scheduler_ddim.py": "DDIMScheduler",
     "test_scheduler_ddim_inverse.py": "DDIMInverseScheduler",
     "test_scheduler_unclip.py": "UnCLIPScheduler",
+    "test_scheduler_euler.py": "EulerDiscreteScheduler",
+    "test_scheduler_lcm.py": "LCMScheduler",
+    "test_scheduler_dpm_multi.py": "DPMSolverMultistepScheduler",
+    "test_scheduler_euler_ancestral.py": "EulerAncestralDiscreteScheduler",
 }
 
 

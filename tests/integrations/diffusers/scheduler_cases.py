@@ -103,6 +103,14 @@ class Case:
         return result.prev_sample, result.pred_original_sample, torch.randn(2, generator=source)
 
 
+def restart(one: Any) -> None:
+    """Lets a loop begin anew, as set_timesteps does, which a captured graph cannot call."""
+    if hasattr(one, "_step_index"):
+        one._step_index = None
+    if hasattr(one, "lower_order_nums"):
+        one.lower_order_nums = 0
+
+
 def denoise(
     one: Any,
     x: Tensor,
@@ -113,13 +121,15 @@ def denoise(
 ) -> Tensor:
     """The loop with a model that is 0.5 sin(2 x); ``copies``: of timesteps that are no views of the scheduler's."""
     timesteps = one.timesteps
+    restart(one)
     for place, t in enumerate(timesteps):
         if "UnCLIP" in type(one).__name__:
             prev = timesteps[place + 1] if place + 1 < len(timesteps) else None
             options["prev_timestep"] = prev.clone() if copies and prev is not None else prev
         if generator is not None:
             options["generator"] = generator
-        out = 0.5 * torch.sin(2 * x)
+        seen = x if "Euler" not in type(one).__name__ or "Flow" in type(one).__name__ else one.scale_model_input(x, t)
+        out = 0.5 * torch.sin(2 * seen)
         out = torch.cat((out, out.abs() + 0.1), dim=1) if learned else out
         x = one.step(out, t.clone() if copies else t, x, **options).prev_sample
     return x

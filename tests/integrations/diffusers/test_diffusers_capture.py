@@ -35,7 +35,19 @@ OPTIONS = (
     ("DDIMInverseScheduler", {"timestep_spacing": "trailing"}, {}),
     ("UnCLIPScheduler", {}, {}),
     ("UnCLIPScheduler", {"variance_type": "learned_range", "prediction_type": "sample"}, {}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, {}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "prediction_type": "v_prediction"}, {"s_churn": 1.0}),
+    ("EulerAncestralDiscreteScheduler", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, {}),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}),
+    ("LCMScheduler", {}, {}),
+    ("LCMScheduler", {"clip_sample": True, "prediction_type": "v_prediction"}, {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, {}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "thresholding": True}, {}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}, {}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {"variance_noise": ...}),
 )
+ANCESTRAL = ("DDPMScheduler", "UnCLIPScheduler")
 EVERY_OPTION = pytest.mark.parametrize(("name", "config", "options"), OPTIONS)
 
 
@@ -73,6 +85,16 @@ def _denoise_on_device(one: Any, config: dict, options: dict, copies: bool = Fal
     return len(drawn)
 
 
+def _draws(name: str, config: dict, options: dict) -> bool:
+    """Whether the steps of a scheduler draw noise."""
+    if "variance_noise" in options:
+        return False
+    if name in (*ANCESTRAL, "LCMScheduler", "EulerAncestralDiscreteScheduler"):
+        return True
+    by_option = options.get("eta", 0) > 0 or options.get("s_churn", 0) > 0
+    return by_option or config.get("stochastic_sampling", False) or config.get("algorithm_type", "").startswith("sde")
+
+
 @EVERY_OPTION
 @pytest.mark.parametrize(
     ("backend", "noise"), [("reference", "generator"), ("triton", "generator"), ("triton", "philox")]
@@ -88,11 +110,11 @@ def test_no_step_asks_the_device(
             monkeypatch.setattr(importlib.import_module(f"dd_kernels.ops.{op}.triton"), op, lambda *a: None)
     one = getattr(ours, name)(**config, noise=noise)
     one.set_timesteps(5)
-    ancestral = "DDIM" not in name
-    draws = noise == "generator" and (ancestral or options.get("eta", 0) > 0) and "variance_noise" not in options
-    # DDPM has no noise at timestep 0. A copy of it does not tell what it is: noise is drawn, and left out by its row.
-    needed = sum(t > 0 or not ancestral for t in one.timesteps.tolist()) if draws else 0
-    assert _denoise_on_device(one, config, options) == needed
+    draws = noise == "generator" and _draws(name, config, options)
+    # DDPM has no noise at timestep 0, LCM none at the last step. A copy of a timestep does not tell what it is: noise
+    # is drawn, and left out by its row.
+    without = {"LCMScheduler": 1}.get(name, sum(t <= 0 for t in one.timesteps.tolist()) if name in ANCESTRAL else 0)
+    assert _denoise_on_device(one, config, options) == (5 - without if draws else 0)
     assert _denoise_on_device(one, config, options, copies=True) == (5 if draws else 0)
 
 

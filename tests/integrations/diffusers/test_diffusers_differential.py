@@ -11,14 +11,14 @@ from torch import Tensor
 
 theirs = pytest.importorskip("diffusers")
 
-from differential import NAMES, difference  # noqa: E402
+from differential import LOOPS, NAMES, difference  # noqa: E402
 
 from dd_kernels.integrations import diffusers as ours  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(36))
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LOOPS)
 def test_a_random_call_differs_only_as_documented(name: str, seed: int) -> None:
     assert difference(name, seed) is None
 
