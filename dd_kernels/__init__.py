@@ -27,7 +27,16 @@ from .samplers import (
     timestep_sequence,
     unipc,
 )
-from .sampling import Step, ddim_step, ddpm_step, posterior_mean, sample, sample_progressive
+from .sampling import (
+    Sampler,
+    SampleRequest,
+    Step,
+    ddim_step,
+    ddpm_step,
+    posterior_mean,
+    sample,
+    sample_progressive,
+)
 from .schedules import (
     Schedule,
     cosine_schedule,
@@ -90,6 +99,8 @@ __all__ = [
     "LossType",
     "ModelMeanType",
     "ModelVarType",
+    "SampleRequest",
+    "Sampler",
     "Schedule",
     "SpacedDiffusion",
     "Step",

@@ -71,15 +71,15 @@ def predict(
     return out, uncond
 
 
-def rescaled(out: Tensor, uncond: Tensor, scale: float, amount: float, channels: int) -> Tensor:
+def rescaled(out: Tensor, uncond: Tensor, scale: float | Tensor, amount: float | Tensor, channels: int) -> Tensor:
     r"""Returns the guided output with a standard deviation nearer to the conditional one's, [N, C or 2 C, ...].
 
     Lin et al. (2023), section 3.4, eq. 15 and 16, against the overexposure that strong guidance gives:
 
     .. math:: g = uncond + scale\, (out - uncond), \qquad amount \cdot \frac{std(out)}{std(g)} g + (1 - amount)\, g
 
-    with the standard deviation over each sample, of the first ``channels`` channels; what follows them, a learned
-    variance, is the conditional output's.
+    with ``scale`` and ``amount`` numbers or [N, 1, ...], and the standard deviation over each sample, of the first
+    ``channels`` channels; what follows them, a learned variance, is the conditional output's.
     """
     prediction, uncond = out[:, :channels].float(), uncond[:, :channels].float()
     guided = uncond + scale * (prediction - uncond)
