@@ -102,6 +102,11 @@ class Sampler:
             self._changed.notify_all()
         return future
 
+    @property
+    def busy(self) -> bool:
+        """Returns whether any request waits or is in flight."""
+        return bool(self._waiting or self._slots)
+
     @torch.no_grad()
     def step(self) -> bool:
         """Takes one step of every image in flight, after free places are filled; returns False where there is none."""
