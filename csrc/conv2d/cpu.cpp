@@ -37,12 +37,11 @@ struct KeptHeader {
 constexpr int64_t kHeaderFloats = sizeof(KeptHeader) / sizeof(float);
 
 // Beyond, packing the filters in each call takes 3 % of its time and less.
-constexpr int64_t kManyTiles = 160;
+constexpr int64_t kManyTiles = 256, kManyPixels = 640;
 
 // Floats that kept filters take, or 0 where keeping them does not pay.
 int64_t kept_size(const Shape& shape, const Plan& plan, const Target& target) {
-    if (plan.method != Method::direct && plan.tiles(shape) > kManyTiles) return 0;
-    if (plan.method == Method::direct && plan.tiles(shape) > 4 * kManyTiles) return 0;
+    if (plan.tiles(shape) > (plan.method == Method::direct ? kManyPixels : kManyTiles)) return 0;
     return kHeaderFloats + plan.panels * panel_size(plan, target.panel());
 }
 

@@ -23,10 +23,14 @@ template <int rows, int vectors, bool transposed>
 DD_INLINE void multiply(const Packed* a, const Packed* b, int64_t blocks, Vec (&sum)[rows][vectors]) {
     using At = Steps<rows, transposed>;
     for (int64_t i = 0; i < blocks; ++i, a += At::block, b += kLanes * kPanel) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int step = 0; step < kLanes; step += kStep) {
             Factor column[vectors];
-            for (int v = 0; v < vectors; ++v) column[v] = load_factor(b + step * kPanel + v * kLanes * kStep);
+            for (int v = 0; v < vectors; ++v) {
+                const Packed* at = b + step * kPanel + v * kLanes * kStep;
+                column[v] = load_factor(at);
+                fetch_ahead(at);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
                 Factor element = splat_factor(a + r * At::row + step * At::step);
