@@ -20,7 +20,7 @@ from torch import Tensor
 from .ops.reverse_step import reverse_step
 from .ops.reverse_step.table import StepTable, from_columns
 from .samplers import rows
-from .schedules import Schedule
+from .schedules import Gaussian, Schedule
 
 # Grey levels of 8-bit images. A pixel's bin goes half the way to the levels beside it: 1 / 255 on the scale of [-1, 1].
 LEVELS = 256
@@ -147,12 +147,69 @@ def variational_bound(
     return bound_term(x_start, t, q.mean, q.log_variance.expand(x_start.shape), mean, log_variance, levels)
 
 
+def consistency_term(
+    x_before: Tensor, x_t: Tensor, t: Tensor, mean: Tensor, log_variance: Tensor, schedule: Schedule
+) -> Tensor:
+    r"""Returns \log q(x_t | x_{t-1}) - \log p(x_t | x_{t+1}) of each sample, [N], in bits per dimension.
+
+    Args:
+        x_before, x_t: x_{t-1} (x_0 itself at t = 0) and x_t, of one chain of q.
+        t: timesteps [N].
+        mean, log_variance: of the model's p(x_t | x_{t+1}), of x_t's shape.
+    """
+    q = schedule.q_step(x_before, t)
+    log_q = q.log_variance + (x_t - q.mean) ** 2 * torch.exp(-q.log_variance)
+    log_p = log_variance + (x_t - mean) ** 2 * torch.exp(-log_variance)
+    return 0.5 * mean_flat(log_p - log_q) / math.log(2.0)
+
+
 @lru_cache(maxsize=32)
-def _mean_table(schedule: Schedule, prediction: str) -> StepTable:
+def _mean_table(schedule: Schedule, prediction: str, clip: float | None) -> StepTable:
     """Row t gives the mean of p(x_{t-1} | x_t) of the model's output."""
     step = rows.Transition.of(schedule)
-    columns = rows.x0_columns(prediction, step.alpha_bar) | rows.posterior_columns(step)
+    columns = rows.x0_columns(prediction, step.alpha_bar) | rows.posterior_columns(step) | rows.clip_columns(clip)
     return from_columns(np.arange(len(schedule)), **columns)
+
+
+def model_gaussian(
+    out: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    *,
+    prediction: str = "epsilon",
+    variance: str = "fixed_small",
+    clip: float | None = None,
+) -> Gaussian:
+    """Returns the model's p(x_{t-1} | x_t), whose mean is eq. 7 of DDPM at the x_0 that it predicts.
+
+    At t = 0 it is the decoder's Gaussian, whose fixed variances are both that of the posterior at 1, as in DDPM's code.
+
+    Args:
+        out: the model's output, [N, C, ...], or [N, 2 C, ...] where it learns its variance.
+        x_t, t: [N, C, ...] and timesteps [N].
+        prediction: "epsilon", "x_start" or "v".
+        variance: "fixed_small", "fixed_large", "learned_range" or "learned", see :func:`dd_kernels.ddpm`.
+        clip: x_0 is clipped to [-clip, clip]; None: not at all.
+    """
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
+    rows.check_choice("variance", variance, rows.VARIANCES)
+    learned = variance.startswith("learned")
+    wanted = x_t.shape[1] * (2 if learned else 1)
+    if out.shape[1] != wanted:
+        twice = ", twice those of x_t" if learned else ""
+        raise ValueError(f"out must have {wanted} channels{twice}; got {out.shape[1]}")
+    predicted, values = out.chunk(2, dim=1) if learned else (out, None)
+    mean = reverse_step(x_t, predicted, _mean_table(schedule, prediction, clip), t)
+    small, log_beta = schedule.posterior_log_variance_clipped, np.log(schedule.beta)
+    if values is None:
+        fixed = small if variance == "fixed_small" else np.append(small[:1], log_beta[1:])
+        log_variance = schedule.gather(fixed, t, x_t).expand(mean.shape)
+    elif variance == "learned":
+        log_variance = values
+    else:
+        log_variance = learned_log_variance(values, schedule.gather(small, t, x_t), schedule.gather(log_beta, t, x_t))
+    return Gaussian(mean, log_variance.exp(), log_variance)
 
 
 def variance_bound(
@@ -175,14 +232,10 @@ def variance_bound(
         prediction: "epsilon", "x_start" or "v".
         levels: grey levels of x_0.
     """
-    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
-    if out.shape[1] != 2 * x_t.shape[1]:
-        raise ValueError(f"out must have {2 * x_t.shape[1]} channels, twice those of x_t; got {out.shape[1]}")
-    predicted, values = out.chunk(2, dim=1)
-    mean = reverse_step(x_t, predicted.detach(), _mean_table(schedule, prediction), t)
-    low = schedule.gather(schedule.posterior_log_variance_clipped, t, x_t)
-    high = schedule.gather(np.log(schedule.beta), t, x_t)
-    return variational_bound(x_start, x_t, t, mean, learned_log_variance(values, low, high), schedule, levels)
+    predicted, values = out[:, : x_t.shape[1]], out[:, x_t.shape[1] :]
+    frozen = torch.cat((predicted.detach(), values), dim=1)
+    p = model_gaussian(frozen, x_t, t, schedule, prediction=prediction, variance="learned_range")
+    return variational_bound(x_start, x_t, t, p.mean, p.log_variance, schedule, levels)
 
 
 def hybrid_loss(

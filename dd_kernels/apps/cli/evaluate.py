@@ -3,28 +3,37 @@
 Prints three tables, of samplers (rows) and numbers of steps (columns): the Fréchet distance of the samples
 to held-out real digits, in the features of a classifier that is trained on real digits first (seconds); the
 share of samples that the classifier is sure of; images/s. The floor is that distance of real training digits.
+With --bits-per-dim: the variational bound of held-out images (--data), with its standard error and its terms.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.timesteps import SPACINGS
 from .. import data
-from ..evaluate import Evaluation, Judge, as_json, environment, evaluate, markdown, sampler_table
+from ..evaluate import (
+    Evaluation,
+    Judge,
+    as_json,
+    environment,
+    evaluate,
+    likelihood_json,
+    likelihood_markdown,
+    markdown,
+    sampler_table,
+    terms_png,
+)
 from ..evaluate.table import LARGE, LEARNED, ROWS, SAMPLES, STEPS
-from ..files import atomic_write, check_writable
-from ..folders import atomic_folder, check_folder, write_new
-from . import common
+from ..files import atomic_write
+from . import bits_per_dim, common
 from .common import LoadedModel
-
-WRITERS: dict[str, Callable[..., str]] = {".md": markdown, ".json": as_json}
+from .report import Report
 
 
 def row(text: str) -> float | str:
@@ -43,9 +52,7 @@ def row(text: str) -> float | str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument(
-        "--steps", type=common.count, nargs="+", default=STEPS, help="the columns (default: 10 20 50 100 1000)"
-    )
+    parser.add_argument("--steps", type=common.count, nargs="+", help="the columns (default: 10 20 50 100 1000)")
     parser.add_argument(
         "--etas",
         "--rows",
@@ -59,34 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n",
         "--num-samples",
         type=common.integer(2),
-        default=SAMPLES,
         help=f"samples per cell; a distance of fewer is biased upwards more (default: {SAMPLES})",
     )
-    parser.add_argument("--spacing", choices=SPACINGS, default="leading", help="of the timesteps (default: leading)")
-    parser.add_argument("--seed", type=common.seed, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: leading)")
+    parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
+    bits_per_dim.add_arguments(parser)
     parser.add_argument("--out", help="to write too: a .md (the tables), a .json (everything) or a folder for both")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
     common.add_model_arguments(parser, classes=False)
-
-
-class _Report:
-    """The place of --out: one file, or a folder in which both files appear at once."""
-
-    def __init__(self, out: str, overwrite: bool) -> None:
-        self.path = pathlib.Path(out)
-        self.writer = WRITERS.get(self.path.suffix.lower())
-        if self.writer is None:
-            check_folder("--out", out, overwrite, tuple(WRITERS))
-        else:
-            check_writable("--out", out, overwrite)
-
-    def write(self, evaluation: Evaluation, facts: dict[str, Any]) -> None:
-        if self.writer is not None:
-            atomic_write(self.path, self.writer(evaluation, facts).encode())
-            return
-        with atomic_folder(self.path) as folder:
-            for suffix, writer in WRITERS.items():
-                write_new(folder / f"evaluation{suffix}", writer(evaluation, facts).encode())
 
 
 def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
@@ -107,27 +94,27 @@ def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
     schedule = loaded.info.make_schedule()
     kind: dict[str, Any] = {"prediction": loaded.info.prediction, "learned_variance": loaded.learns_variance}
     for row in _rows(loaded, args):
-        for steps in args.steps:
-            sampler_table(schedule, row, steps, spacing=args.spacing, **kind)
-    common.check_images(loaded, args.num_samples)
+        for steps in args.steps or STEPS:
+            sampler_table(schedule, row, steps, spacing=args.spacing or "leading", **kind)
+    common.check_images(loaded, args.num_samples or SAMPLES)
 
 
 def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
     train, test = data.digits("train"), data.digits("test")
     _check_fits(loaded, test)
     _check_samplers(loaded, args)
-    judge = Judge(train, test)
-    classes = None if loaded.model.config["num_classes"] is None else judge.labels(args.num_samples).tolist()
+    judge, n = Judge(train, test), args.num_samples or SAMPLES
+    classes = None if loaded.model.config["num_classes"] is None else judge.labels(n).tolist()
     return evaluate(
         loaded.model,
         loaded.info.make_schedule(),
         judge,
-        n=args.num_samples,
-        steps=args.steps,
+        n=n,
+        steps=args.steps or STEPS,
         rows=_rows(loaded, args),
         prediction=loaded.info.prediction,
         learned_variance=loaded.learns_variance,
-        spacing=args.spacing,
+        spacing=args.spacing or "leading",
         seed=args.seed,
         progress=not args.no_progress,
         batch_size=args.batch_size,
@@ -136,21 +123,40 @@ def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures the samplers, prints the tables and writes them."""
+    """Measures samples or the bound, prints the tables and writes them."""
+    bits_per_dim.check(args)
     loaded = LoadedModel.from_arguments(args)
     with common.backend_of(args, loaded.device):
-        report = None if args.out is None else _Report(args.out, args.overwrite)
+        report = None if args.out is None else Report(args.out, args.overwrite)
         start = time.perf_counter()
-        evaluation = _measure(loaded, args)
-        facts = {
-            **environment(loaded.device, loaded.backend_that_runs()),
-            "seconds": round(time.perf_counter() - start, 1),
-            "model": args.model or "digits",
-            "dtype": args.dtype,
-            "guidance": args.guidance,
-            "batch_size": args.batch_size,
-        }
-    print(markdown(evaluation, facts), end="")
+        contents, plot = _measured(loaded, args, start)
+    print(contents[".md"], end="")
     if report is not None:
-        report.write(evaluation, facts)
+        report.write(contents)
+    if plot is not None:
+        atomic_write(args.plot, plot)
     return 0
+
+
+def _measured(loaded: LoadedModel, args: argparse.Namespace, start: float) -> tuple[dict[str, str], bytes | None]:
+    """Returns the measurement's text for each suffix, and its plot, if it has one."""
+    if args.bits_per_dim:
+        bound = bits_per_dim.measure(loaded, args)
+        facts = _facts(loaded, args, start)
+        plot = None if args.plot is None else terms_png(bound)
+        return {".md": likelihood_markdown(bound, facts), ".json": likelihood_json(bound, facts)}, plot
+    evaluation = _measure(loaded, args)
+    facts = _facts(loaded, args, start)
+    return {".md": markdown(evaluation, facts), ".json": as_json(evaluation, facts)}, None
+
+
+def _facts(loaded: LoadedModel, args: argparse.Namespace, start: float) -> dict[str, Any]:
+    """Returns what a measurement ran on, and for how long."""
+    return {
+        **environment(loaded.device, loaded.backend_that_runs()),
+        "seconds": round(time.perf_counter() - start, 1),
+        "model": args.model or "digits",
+        "dtype": args.dtype,
+        "guidance": args.guidance,
+        "batch_size": args.batch_size,
+    }

@@ -11,7 +11,7 @@ from .dataset import (
 from .digits import SPLITS, digits
 from .folder import SUFFIXES, image_folder
 from .pictures import load_image, parse_colour
-from .sources import load
+from .sources import held_out, load
 from .tables import huggingface_folder
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "ImageData",
     "class_indices",
     "digits",
+    "held_out",
     "huggingface_folder",
     "image_folder",
     "load",

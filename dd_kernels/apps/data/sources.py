@@ -14,6 +14,14 @@ from .pictures import parse_colour
 from .tables import huggingface_folder, table_files
 
 
+def held_out(source: PathLike, progress: bool = False) -> ImageData:
+    """Returns images that training does not see: those of "digits" kept for tests, or all of any other source.
+
+    Raises: as :func:`load`.
+    """
+    return digits("test") if os.fspath(source) == "digits" else load(source, progress=progress)
+
+
 def load(
     source: PathLike,
     image_size: int | None = None,

@@ -2,20 +2,26 @@
 
 from .frechet import frechet_distance, moments
 from .judge import Classifier, Judge, train_classifier
+from .likelihood import BitsPerDim, bits_per_dim, likelihood_json, likelihood_markdown, terms_png
 from .report import as_json, environment, markdown
 from .table import Cell, Evaluation, evaluate, sampler_table
 
 __all__ = [
+    "BitsPerDim",
     "Cell",
     "Classifier",
     "Evaluation",
     "Judge",
     "as_json",
+    "bits_per_dim",
     "environment",
     "evaluate",
     "frechet_distance",
+    "likelihood_json",
+    "likelihood_markdown",
     "markdown",
     "moments",
     "sampler_table",
+    "terms_png",
     "train_classifier",
 ]

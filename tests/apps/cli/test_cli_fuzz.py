@@ -22,6 +22,7 @@ ODD = [
 ]  # fmt: skip
 ODD += ["", " ", "9" * 40, "a\nb"]
 SWITCHES = {"--overwrite", "--no-progress", "--resume", "--grey", "--flip", "--strict", "--unconditional", "--no-state"}
+SWITCHES |= {"--bits-per-dim"}
 FLAGS = {
     "sample": (
         "-n --out --overwrite --columns --sampler --steps --spacing --eta --variance --clip --seed --first-sample "
@@ -31,7 +32,8 @@ FLAGS = {
         "-n --seeds --images --rows --steps --spacing --out --overwrite --model --classes --guidance --device --dtype"
     ),
     "evaluate": (
-        "-n --steps --etas --spacing --seed --out --overwrite --model --guidance --batch-size --device --dtype"
+        "-n --steps --etas --spacing --seed --out --overwrite --model --guidance --batch-size --device --dtype "
+        "--bits-per-dim --data --plot --variance"
     ),
     "train": (
         "--out --resume --overwrite --save-every --sample-every --preview --no-state --device --data --image-size "
@@ -59,6 +61,7 @@ GOOD = {
     "--data": ["digits", "pictures", "a.npz"],
     "--out": ["new.png", "new.npz", "new"],
     "--preview": ["p.png"],
+    "--plot": ["p.png"],
     "--image-size": ["8"],
     "--model": ["m.safetensors"],
     "--images": ["a.png"],

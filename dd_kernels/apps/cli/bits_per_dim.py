@@ -1,0 +1,85 @@
+"""``evaluate --bits-per-dim``: the bound of held-out images, and its terms."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ...likelihood import Process
+from .. import data
+from ..evaluate import BitsPerDim, bits_per_dim
+from ..evaluate.table import LEARNED, SAMPLES
+from ..files import check_writable
+from .common import LoadedModel
+
+VARIANCES = ("fixed_small", "fixed_large", LEARNED)
+# Options of the other measurement, and of this one.
+OF_SAMPLES, OF_BOUND = ("steps", "etas", "spacing"), ("data", "plot", "variance")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of this measurement."""
+    parser.add_argument(
+        "--bits-per-dim",
+        action="store_true",
+        help="measure the variational bound of held-out images instead of samples; -n says of how many",
+    )
+    parser.add_argument("--data", help="where the held-out images are, as train takes it (default: digits)")
+    parser.add_argument("--plot", metavar="PICTURE.png", help="where to plot the bound's terms by timestep")
+    parser.add_argument(
+        "--variance", choices=VARIANCES, help="of the bound (default: fixed_small; the learned one of a model with it)"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ``ValueError`` for options that belong to the other measurement, and a plot that cannot be written."""
+    wrong = OF_SAMPLES if args.bits_per_dim else OF_BOUND
+    for name in wrong:
+        if getattr(args, name) is not None:
+            where = "with" if args.bits_per_dim else "without"
+            raise ValueError(f"--{name} must be left out {where} --bits-per-dim; got {getattr(args, name)}")
+    if args.bits_per_dim and args.guidance != 1:
+        raise ValueError(f"--guidance must be 1 with --bits-per-dim; got {args.guidance}")
+    if args.plot is not None:
+        if not args.plot.lower().endswith(".png"):
+            raise ValueError(f"--plot must name a .png; got {args.plot!r}")
+        check_writable("--plot", args.plot, args.overwrite)
+
+
+def _labels(loaded: LoadedModel, held_out: data.ImageData) -> torch.Tensor | None:
+    """Returns the images' own labels; those of "no class" where they have none and the model knows it."""
+    classes, null_label = loaded.model.config["num_classes"], loaded.model.null_label
+    if classes is None:
+        return None
+    if held_out.labels is not None and len(held_out.classes) == classes:
+        return held_out.labels
+    if null_label is None:
+        raise ValueError(f"the held-out images must have labels of the model's {classes} classes; got other images")
+    return torch.full((len(held_out),), null_label)
+
+
+def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:
+    """Returns the bound of the first images that are held out.
+
+    Raises:
+        ValueError: the model is not of these images, or has no such variance.
+    """
+    held_out = data.held_out(args.data or "digits", progress=not args.no_progress)
+    shape = tuple(held_out.images.shape[1:])
+    if loaded.info.sample_shape != shape:
+        raise ValueError(f"--model must draw images of {shape}; got a model that draws {loaded.info.sample_shape}")
+    learned = loaded.learns_variance
+    if (args.variance not in (None, LEARNED) and learned) or (args.variance == LEARNED and not learned):
+        kind = "learns its variance" if learned else "does not learn its variance"
+        raise ValueError(f"--variance {args.variance} does not fit a model that {kind}")
+    process = Process(
+        model=loaded.model,
+        schedule=loaded.info.make_schedule(),
+        prediction=loaded.info.prediction,
+        variance=args.variance or (LEARNED if learned else "fixed_small"),
+    )
+    options: dict[str, Any] = {"labels": _labels(loaded, held_out), "seed": args.seed, "batch_size": args.batch_size}
+    n = min(SAMPLES, len(held_out)) if args.num_samples is None else args.num_samples
+    return bits_per_dim(process, held_out, n=n, device=loaded.device, progress=not args.no_progress, **options)
