@@ -2,7 +2,7 @@
 
 Dynamo keeps what it compiled by code object, at most ``torch._dynamo.config.recompile_limit`` graphs of each (8). The
 models of a class share the code of ``forward``, so that after eight a further one would run eagerly. Each network is
-called through a code object of its own.
+called through a code object of its own, with a limit of its own where PyTorch takes one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from .capture import dd_kernels
 from .report import Report
 
 _log = logging.getLogger(__name__)
+GRAPHS = 16  # of one network, by sizes, modes and adapters: enough to put some in and take them out
 _GAVE_UP = (
-    "PyTorch ran a call eagerly: the graphs of other calls have reached torch._dynamo.config.recompile_limit,"
-    " or compiling is turned off"
+    f"PyTorch ran a call eagerly: the graphs of other calls have reached their limit ({GRAPHS}, before torch 2.13"
+    " torch._dynamo.config.recompile_limit), or compiling is turned off"
 )
 
 
@@ -54,7 +55,7 @@ def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any])
     before, weakly = module._compiled_call_impl, weakref.ref(module)
     settings: dict[str, Any] = {"backend": dd_kernels, "options": {"report": report, **options}}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        settings["isolate_recompiles"] = True
+        settings |= {"isolate_recompiles": True, "recompile_limit": GRAPHS}
     compiled: Any = torch.compile(_own_call(module), **settings)
 
     def call(*args: Any, **kwargs: Any) -> Any:
