@@ -43,12 +43,24 @@ def _note(name: str, scheduler: str) -> str:
     )
 
 
+def _ours_of(scheduler: Any, ours: Any) -> Any:
+    """Returns our scheduler with the options of diffusers' one.
+
+    A pipeline's constructor may change an option (Stable Diffusion's sets ``steps_offset``) that the configuration goes
+    on to list as a default, which from_config would take for one.
+    """
+    result = ours.from_config(scheduler.config)
+    kept = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    changed = {key: value for key, value in kept.items() if result.config.get(key) != value}
+    return ours.from_config(scheduler.config, **changed) if changed else result
+
+
 def _swap_schedulers(pipeline: Any) -> Iterator[tuple[Callable[[], None], str]]:
     """Puts this package's schedulers in; yields for each what undoes it, and a note."""
     for name, component in list(pipeline.components.items()):
         ours = _SCHEDULERS.get(type(component))
         if ours is not None:
-            setattr(pipeline, name, ours.from_config(component.config))
+            setattr(pipeline, name, _ours_of(component, ours))
             yield partial(_put_back, weakref.ref(pipeline), name, component), _note(name, ours.__name__)
         elif isinstance(component, diffusers.SchedulerMixin) and not isinstance(component, tuple(_SCHEDULERS.values())):
             yield lambda: None, f"{name}: {type(component).__name__} stays, there is no kernel for it"
