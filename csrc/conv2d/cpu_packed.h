@@ -57,7 +57,10 @@ constexpr int kStep = 1;
 DD_INLINE Factor load_factor(const float* p) { return load(p); }
 DD_INLINE Factor splat_factor(const float* p) { return splat(*p); }
 DD_INLINE Vec multiply_add(Factor a, Factor b, Vec c) { return fma(a, b, c); }
-DD_INLINE void fetch_ahead(const float*) {}
+// The same with AVX2; with AVX-512 float32 gains nothing.
+DD_INLINE void fetch_ahead(const float* panel) {
+    if constexpr (kLanes == 8) __builtin_prefetch(panel + 64 * kPanel);
+}
 DD_INLINE void put_row(float* to, Vec v) { store(to, v); }
 DD_INLINE void put_columns(float* panel, int64_t depth, int64_t column, Vec v) {
     store(panel + depth * kPanel + column, v);

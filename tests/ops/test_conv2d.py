@@ -179,6 +179,14 @@ def test_several_blocks_of_tiles(kernel):
         assert_within(actual, exact, bound(x.double(), weight.double(), method, kernel.isa))
 
 
+def test_blocks_that_threads_share(kernel):
+    """Filters of so many channels that threads share each block of tiles, of which 36 x 36 pixels are two."""
+    x, weight = torch.randn(1, 512, 36, 36), torch.randn(480, 512, 3, 3) / 64
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    actual = op.forward(x, weight, None, None, None, 0, None, 1, SAME, Method.WINOGRAD4)
+    assert_within(actual, exact, bound(x.double(), weight.double(), Method.WINOGRAD4, kernel.isa))
+
+
 def test_any_shape(kernel):
     def test(data):
         size = st.integers(1, 14)
