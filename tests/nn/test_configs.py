@@ -17,6 +17,7 @@ PARAMETERS = {
     "imagenet128": 421_529_606,
     "imagenet256": 553_838_086,
     "digits": 702_753,
+    "fashion": 1_114_209,
 }
 
 

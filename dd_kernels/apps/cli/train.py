@@ -1,8 +1,9 @@
-"""Train a U-Net on digits, a folder of images, a Hugging Face dataset on disk or a .npz file.
+"""Train a U-Net on digits, Fashion-MNIST, a folder of images or IDX files, a Hugging Face dataset or a .npz file.
 
 Writes --out MODEL.safetensors, with the averaged weights (which sample loads) and the training state (which --resume
 continues from), and MODEL.samples.png, with 64 samples. Ctrl-C, SIGTERM and SIGHUP save first. Options left out have
-DDPM's values for CIFAR-10; with --data digits, those that the bundled digits model was trained with.
+DDPM's values for CIFAR-10; with --data digits, those that the bundled digits model was trained with, and with --data
+fashion-mnist those of a model that trains in an hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ...schedules import SCHEDULES
 from .. import data, images, training
 from ..checkpoint import MOST_TIMESTEPS
 from ..files import check_writable
-from ..training import DIGITS, LOSS_WEIGHTS, LR_SCHEDULES, PRECISIONS, TIMESTEPS, TrainOptions
+from ..training import LOSS_WEIGHTS, LR_SCHEDULES, PRECISIONS, RECIPES, TIMESTEPS, TrainOptions
 from . import common
 
 
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample-every", type=common.integer(0), default=1000, help="steps (default: 1000; 0: at the end)"
     )
     parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="values of options left out (default: those for --data, where it is a name)",
+    )
+    parser.add_argument(
         "--preview", metavar="PICTURE.png", help="write a picture of the first images as training sees them, and stop"
     )
     parser.add_argument(
@@ -66,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data_and_model(add: Callable[..., None]) -> None:
     add(
-        "--data", help="digits, a folder of images (subfolders are classes) or of a dataset, or a .npz (images, labels)"
+        "--data",
+        help="digits, fashion-mnist, a .npz (images, labels), or a folder: of images (subfolders are classes), of IDX "
+        "files by MNIST's names, or of a Hugging Face dataset",
     )
     add("--image-size", type=common.count, help="side in pixels that a folder's images are cropped and resized to")
     add("--grey", action="store_true", help="read a folder's images as grey")
@@ -120,11 +128,13 @@ def _options(args: argparse.Namespace) -> TrainOptions:
     if "model" in given:
         given["model"] = dict(given["model"])
     if args.resume:
+        if args.recipe is not None:
+            raise ValueError(f"--recipe must be left out with --resume; got {args.recipe}")
         before = training.resumed_options(args.out)
         return replace(before, **given)
     if "data" not in given:
-        raise ValueError("--data must be given: digits, a folder of images or a .npz file")
-    return TrainOptions(**{**(DIGITS if given["data"] == "digits" else {}), **given})
+        raise ValueError(f"--data must be given: {', '.join(data.NAMED)}, a folder or a .npz file")
+    return TrainOptions(**{**RECIPES.get(args.recipe or given["data"], {}), **given})
 
 
 def _preview(options: TrainOptions, args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Training images (scikit-learn's digits, folders, Hugging Face datasets, .npz), and the order they are visited in."""
+"""Training images (scikit-learn's digits, folders, Hugging Face datasets, IDX, .npz), and their order in training."""
 
 from .arrays import npz_file
 from .dataset import (
@@ -10,18 +10,22 @@ from .dataset import (
 )
 from .digits import SPLITS, digits
 from .folder import SUFFIXES, image_folder
+from .idx import fashion_mnist, idx_folder
 from .pictures import load_image, parse_colour
-from .sources import held_out, load
+from .sources import NAMED, held_out, load
 from .tables import huggingface_folder
 
 __all__ = [
+    "NAMED",
     "SPLITS",
     "SUFFIXES",
     "ImageData",
     "class_indices",
     "digits",
+    "fashion_mnist",
     "held_out",
     "huggingface_folder",
+    "idx_folder",
     "image_folder",
     "load",
     "load_image",

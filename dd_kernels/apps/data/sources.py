@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 
 from ..files import PathLike, check_readable
 from .arrays import npz_file
 from .dataset import ImageData
 from .digits import digits
 from .folder import image_folder
+from .idx import fashion_mnist, idx_folder, is_idx_folder
 from .pictures import parse_colour
 from .tables import huggingface_folder, table_files
 
+NAMED: dict[str, Callable[[str], ImageData]] = {"digits": digits, "fashion-mnist": fashion_mnist}
+
 
 def held_out(source: PathLike, progress: bool = False) -> ImageData:
-    """Returns images that training does not see: those of "digits" kept for tests, or all of any other source.
+    """Returns images that training does not see: those of a named source or of IDX files that are kept for tests.
 
-    Raises: as :func:`load`.
+    Of any other source they are all that it has. Raises as :func:`load`.
     """
-    return digits("test") if os.fspath(source) == "digits" else load(source, progress=progress)
+    source = os.fspath(source)
+    if is_idx_folder(source):
+        return idx_folder(source, "test")
+    return NAMED[source]("test") if source in NAMED else load(source, progress=progress)
 
 
 def load(
@@ -30,7 +37,8 @@ def load(
     background: str = "grey",
     strict: bool = False,
 ) -> ImageData:
-    """Returns the images of ``source``: "digits", a .npz file, a folder of images or of a Hugging Face dataset.
+    """Returns the images of ``source``: a name of ``NAMED``, a .npz file, or a folder: of IDX files, of images, or of a
+    Hugging Face dataset.
 
     Args:
         source: the name or the path.
@@ -42,19 +50,20 @@ def load(
     """
     source = os.fspath(source)
     path = pathlib.Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_idx_folder(path):
         if image_size is None:
             raise ValueError(f"image_size must be given for the folder of images {source!r}")
         read = huggingface_folder if table_files(path) else image_folder
         return read(path, int(image_size), 1 if grey else 3, progress, parse_colour(background), strict)
-    if source == "digits":
-        data = digits("train")
+    if path.is_dir():
+        data = idx_folder(path)
+    elif source in NAMED:
+        data = NAMED[source]("train")
     elif path.exists():
         data = npz_file(check_readable("data", path))
     else:
-        raise ValueError(
-            f"data must be 'digits', a folder of images or a .npz file; got {source!r}, which is not there"
-        )
+        names = ", ".join(map(repr, NAMED))
+        raise ValueError(f"data must be {names}, a folder or a .npz file; got {source!r}, which is not there")
     if grey:
         raise ValueError(f"grey may be given only for a folder of images; got it for {source!r}")
     side = data.images.shape[-1]

@@ -1,4 +1,4 @@
-"""The options of a training run, their checks, and the defaults for digits."""
+"""The options of a training run, their checks, and recipes for named data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TrainOptions:
     """The options of a training run. The defaults are DDPM's for CIFAR-10 (Ho et al., 2020, appendix B).
 
     Args:
-        data: "digits", a folder of images, a folder of a Hugging Face dataset, or a .npz file.
+        data: "digits", "fashion-mnist", a .npz file, or a folder of images, of IDX files or of a Hugging Face dataset.
         image_size, grey: side that a folder's images are resized to; grey instead of RGB.
         background: colour behind transparent pixels, as CSS spells it ("grey", "#ff0000").
         strict: refuse a folder with images that cannot be read, instead of skipping them.
@@ -165,3 +165,16 @@ DIGITS: dict[str, Any] = {
     "warmup": 200,
     "ema": 0.999,
 }
+# 15 epochs of Fashion-MNIST. A step takes 0.65 s of one core of an AMD EPYC with AVX-512 BF16 (0.89 s in fp32): the run
+# an hour and a half on two cores.
+FASHION: dict[str, Any] = {
+    "config": "fashion",
+    "steps": 14_000,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "warmup": 500,
+    "lr_schedule": "cosine",
+    "ema": 0.999,
+    "precision": "bf16",
+}
+RECIPES = {"digits": DIGITS, "fashion-mnist": FASHION}

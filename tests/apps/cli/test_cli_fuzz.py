@@ -39,7 +39,7 @@ FLAGS = {
         "--out --resume --overwrite --save-every --sample-every --preview --no-state --device --data --image-size "
         "--grey --background --strict --flip --config --set --schedule --num-timesteps --prediction --label-drop "
         "--unconditional --batch-size --lr --weight-decay --beta1 --beta2 --warmup --clip-grad --ema --precision "
-        "--seed --loss-weight --snr-gamma --timesteps --input-perturbation --lr-schedule"
+        "--seed --recipe --loss-weight --snr-gamma --timesteps --input-perturbation --lr-schedule"
     ),
 }
 GOOD = {
@@ -62,6 +62,7 @@ GOOD = {
     "--out": ["new.png", "new.npz", "new"],
     "--preview": ["p.png"],
     "--plot": ["p.png"],
+    "--recipe": ["digits"],
     "--image-size": ["8"],
     "--model": ["m.safetensors"],
     "--images": ["a.png"],

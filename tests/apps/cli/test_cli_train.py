@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -79,6 +80,25 @@ class _Done:
     step, loss, stopped_by = 1, 0.0, None
 
 
+def test_a_recipe_gives_what_is_left_out(monkeypatch, capsys):
+    pathlib.Path("idx").mkdir()
+    for kind, shape in (("images-idx3", (4, 8, 8)), ("labels-idx1", (4,))):
+        header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+        pathlib.Path("idx", f"train-{kind}-ubyte").write_bytes(header + bytes(range(int(np.prod(shape)))))
+    recipe = ["--recipe", "digits", "--sample-every", 0, *SMALL]
+    assert run("train", "--data", "idx", "--out", "m.safetensors", *recipe) == 0
+    info = checkpoint.load_model("m.safetensors")[1]
+    assert info.training["lr"] == 1e-3
+    assert (info.training["batch_size"], info.classes) == (4, ("0", "1", "2", "3"))
+    line = fails(capsys, "train", "--out", "m.safetensors", "--resume", "--recipe", "digits")
+    assert "--recipe must be left out with --resume; got digits" in line
+    seen = []
+    monkeypatch.setattr(cli.train.training, "train", lambda options, out, **k: seen.append(options) or _Done())
+    for flags in (["--data", "fashion-mnist"], ["--data", "idx"], ["--data", "digits", "--recipe", "fashion-mnist"]):
+        assert run("train", "--out", "n.safetensors", *flags) == 0
+    assert [options.config for options in seen] == ["fashion", None, "fashion"]
+
+
 def test_sample_takes_the_average_that_ema_names(capsys):
     assert run("train", "--out", "m.safetensors", *SMALL, "--data", "digits", "--lr", 1, "--ema", 0.9, 0.1) == 0
     for flags in ([], ["--ema", 0.9], ["--ema", 0.1]):
@@ -151,8 +171,8 @@ def test_a_finished_file_without_its_state(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--data must be given: digits, a folder of images or a .npz file"),
-        (["--data", "nowhere"], "data must be 'digits', a folder of images or a .npz file; got 'nowhere'"),
+        ([], "--data must be given: digits, fashion-mnist, a folder or a .npz file"),
+        (["--data", "nowhere"], "data must be 'digits', 'fashion-mnist', a folder or a .npz file; got 'nowhere'"),
         (["--data", "."], "image_size must be given for the folder of images '.'"),
         (["--data", ".", "--image-size", "8"], "holds no images"),
         (["--data", "text.npz"], "cannot read 'text.npz' as .npz"),

@@ -9,9 +9,9 @@ import torch
 from training_runs import TINY, metadata, options, train
 
 from dd_kernels.apps import checkpoint, training
-from dd_kernels.apps.data import ImageData
+from dd_kernels.apps.data import NAMED, ImageData
 from dd_kernels.apps.training import TrainOptions, trainer
-from dd_kernels.apps.training.options import DIGITS
+from dd_kernels.apps.training.options import DIGITS, RECIPES
 from dd_kernels.nn import CONFIGS, UNet, fitting_config
 
 
@@ -103,8 +103,14 @@ def test_numpy_numbers_and_paths_are_options(tmp_path, images):
     assert metadata(tmp_path / "a.safetensors")["options"]["steps"] == 1
 
 
-def test_the_digits_defaults_are_options():
+def test_the_recipes_are_options_for_data_that_have_their_names():
+    assert RECIPES.keys() == NAMED.keys()
     assert TrainOptions(**DIGITS).precision == "fp32"
+    fashion = TrainOptions(**RECIPES["fashion-mnist"])
+    dataset = ImageData(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10), tuple("0123456789"))
+    model, _ = trainer.build_model(fashion, dataset)
+    assert 1.0e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.2e6
+    assert fashion.learning_rate(fashion.warmup) == fashion.lr > 100 * fashion.learning_rate(fashion.steps - 1)
 
 
 def test_out_is_never_lost(tmp_path, images):
