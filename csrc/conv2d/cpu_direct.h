@@ -7,12 +7,51 @@
 
 namespace dd::DD_ISA {
 
+// Whether an output pixel's packed row would be an input pixel: of 1 x 1 filters of stride 1 with nothing around.
+DD_INLINE bool rows_are_pixels(const conv2d::Forward& a) {
+    const conv2d::Shape& shape = a.shape;
+    return a.plan.method == conv2d::Method::direct && shape.taps() == 1 && shape.stride == 1 && shape.top == 0 &&
+           shape.left == 0 && shape.out_height == shape.height && shape.out_width == shape.width;
+}
+
+// Whether the micro-kernel reads the rows where they lie, so that none is packed.
+DD_INLINE bool multiplies_pixels(const conv2d::Forward& a) {
+    return kPackedFloat32 && rows_are_pixels(a) && a.x.dtype == DType::float32 && a.scale == nullptr &&
+           a.activation == 0 && a.shape.channels % kLanes == 0;
+}
+
+// Packs pixels [first, last) of a block whose rows they are. Images lie dense, so that a pixel is found by its number.
+template <class Activation>
+DD_INLINE void pack_pixels(const conv2d::Forward& a, const conv2d::Block& block, int64_t first, int64_t last,
+                           Packed* packed) {
+    const int64_t channels = a.shape.channels, pixels = a.shape.height * a.shape.width, rows = a.plan.rows;
+    for (int64_t pixel = first; pixel < last; ++pixel) {
+        const int64_t index = block.first + pixel;
+        const Prologue prologue = prologue_of(a, a.scale == nullptr ? 0 : index / pixels);
+        Packed* to = packed + pixel / rows * a.plan.depth * rows + pixel % rows * kLanes;
+        for_vectors(channels, [&](int64_t i, int64_t left) DD_INLINE_LAMBDA {
+            Vec z[1] = {read(a.x, index * channels + i, left)};
+            if (prologue.scale != nullptr)
+                z[0] = fma(z[0], load(prologue.scale + i, left), load(prologue.shift + i, left));
+            activate<Activation>(z);
+            put_row(to + i * rows, z[0]);
+        });
+    }
+}
+
 // Packs output pixels [first, last) of a block. scratch holds one row of a chunk.
 DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& block, int64_t first, int64_t last,
                                  float* scratch, Packed* packed) {
     using conv2d::kChunk;
     const conv2d::Shape& shape = a.shape;
     const conv2d::Plan& plan = a.plan;
+    if (multiplies_pixels(a)) return;
+    if (rows_are_pixels(a)) {
+        Activations::visit(static_cast<int>(a.activation), [&](auto activation) DD_INLINE_LAMBDA {
+            pack_pixels<decltype(activation)>(a, block, first, last, packed);
+        });
+        return;
+    }
     for (int64_t pixel = first; pixel < last; ++pixel) {
         int64_t index = block.first + pixel, out_pixels = shape.out_height * shape.out_width;
         int64_t sample = index / out_pixels, in_sample = index % out_pixels;
@@ -55,18 +94,16 @@ DD_INLINE void pack_direct_filters(const conv2d::Forward& a, int64_t panel, int6
     }
 }
 
-// Writes one output pixel of a panel. products: [kPanel].
+// Writes one output pixel of a panel. products: [kPanel]. Images lie dense, so that a pixel is found by its number.
 DD_INLINE void write_direct_pixel(const conv2d::Forward& a, int64_t index, int64_t panel, const float* products) {
-    const conv2d::Shape& shape = a.shape;
-    int64_t out_pixels = shape.out_height * shape.out_width, sample = index / out_pixels;
     for (int v = 0; v < 2; ++v) {
-        int64_t output = panel * kPanel + v * kLanes, left = shape.outputs - output;
+        int64_t output = panel * kPanel + v * kLanes, left = a.shape.outputs - output;
         if (left <= 0) break;
-        int64_t at = index % out_pixels * shape.outputs + output;
+        int64_t at = index * a.shape.outputs + output;
         Vec value = load(products + v * kLanes);
         if (a.bias != nullptr) value += load(a.bias + output, left);
-        if (a.residual) value += read(a.residual, sample * a.residual.sample_stride + at, left);
-        write(a.y, sample * a.y.sample_stride + at, left, value);
+        if (a.residual) value += read(a.residual, at, left);
+        write(a.y, at, left, value);
     }
 }
 

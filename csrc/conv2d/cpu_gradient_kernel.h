@@ -118,7 +118,8 @@ DD_INLINE void multiply_gradient(const WeightGradient& a, int64_t tiles, int64_t
         float* out = products + point * kChunk * kPanel;
         for (int64_t c = 0; c < count; c += kLanes) {
             for (int64_t r = 0; r < kLanes; r += kGradientRows) {
-                product<kGradientRows, 2, true>(rows + c * block + r, columns, depth, out + (c + r) * kPanel);
+                multiply_chunks<kGradientRows, 2>(rows + c * block + r, columns, depth, TransposedRows{},
+                                                  out + (c + r) * kPanel);
             }
         }
     }

@@ -68,14 +68,31 @@ void conv2d_pack_filters(const Forward& a, int64_t first, int64_t last, float* k
 DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_t last, const Packed* packed,
                                const Packed* filters, float* products) {
     const Plan& plan = a.plan;
-    const Product multiply_group = product_of(plan.rows, two);
+    const Product multiply_group = product_of(plan.rows, two, false);
     for (int64_t point = 0; point < plan.points; ++point) {
         const Packed* rows = packed + point * plan.plane() + first * plan.depth * plan.rows;
         const Packed* columns = filters + point * conv2d::filter_plane(plan, kPanel);
         float* out = products + point * conv2d::product_plane(plan, kPanel);
         for (int64_t group = first; group < last; ++group, rows += plan.depth * plan.rows, out += plan.rows * kPanel) {
-            multiply_group(rows, columns, plan.depth, out);
+            multiply_group(rows, columns, plan.depth, 0, out);
         }
+    }
+}
+
+// The same of pixels [first, last) of the image, which are rows as they lie: products [pixels][kPanel]. The memory of
+// the outputs is fetched meanwhile, which otherwise takes a twentieth of the time where there are many.
+DD_INLINE void multiply_pixels(const Forward& a, int64_t panel, bool two, int64_t first, int64_t last,
+                               const Packed* filters, float* products) {
+    const int64_t channels = a.shape.channels, group = a.plan.rows;
+    const Packed* image = static_cast<const Packed*>(a.x.data);
+    const float* outputs = static_cast<const float*>(a.y.data) + panel * kPanel;
+    for (int64_t pixel = first; pixel < last; pixel += group, products += group * kPanel) {
+        const int64_t rows = last - pixel < group ? last - pixel : group;
+        for (int64_t i = pixel; i < pixel + rows; ++i) {
+            __builtin_prefetch(outputs + i * a.shape.outputs, 1);
+            if (two) __builtin_prefetch(outputs + i * a.shape.outputs + kLanes, 1);
+        }
+        product_of(rows, two, true)(image + pixel * channels, filters, channels, channels, products);
     }
 }
 
@@ -112,9 +129,14 @@ void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_
         const Packed* filters = reinterpret_cast<const Packed*>(memory_of_filters);
         for (int64_t group = from; group < to; group += plan.slice) {
             int64_t end = group + plan.slice < to ? group + plan.slice : to;
-            multiply_groups(a, two, group, end, reinterpret_cast<const Packed*>(memory), filters, products);
             int64_t tiles = end * plan.rows < block.tiles ? end * plan.rows : block.tiles;
-            write_tiles(a, panel, block.first + group * plan.rows, block.first + tiles, products);
+            int64_t first_tile = block.first + group * plan.rows, last_tile = block.first + tiles;
+            if (multiplies_pixels(a)) {
+                multiply_pixels(a, panel, two, first_tile, last_tile, filters, products);
+            } else {
+                multiply_groups(a, two, group, end, reinterpret_cast<const Packed*>(memory), filters, products);
+            }
+            write_tiles(a, panel, first_tile, last_tile, products);
         }
     }
 }

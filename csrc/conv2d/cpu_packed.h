@@ -9,6 +9,7 @@ constexpr int kPanel = 2 * kLanes;
 typedef uint16_t Packed;
 typedef VecU Factor;
 constexpr int kStep = 2;  // of the depth
+constexpr bool kPackedFloat32 = false;
 
 DD_INLINE Factor load_factor(const uint16_t* p) {
     Factor v;
@@ -53,6 +54,7 @@ DD_INLINE void put_columns(uint16_t* panel, int64_t depth, int64_t column, Vec v
 typedef float Packed;
 typedef Vec Factor;
 constexpr int kStep = 1;
+constexpr bool kPackedFloat32 = true;
 
 DD_INLINE Factor load_factor(const float* p) { return load(p); }
 DD_INLINE Factor splat_factor(const float* p) { return splat(*p); }

@@ -10,6 +10,9 @@ namespace {
 constexpr int64_t kMostPacked = int64_t{1} << 19, kMostProducts = int64_t{1} << 16;
 // Of a thread that computes apart, packed input and products of a block; of all threads, the filters.
 constexpr int64_t kMostApart = int64_t{1} << 18, kMostFilters = int64_t{1} << 23;
+// Of 1 x 1 filters, a block's pixels as they are read and as they are written, but no fewer groups than let a thread
+// read all filters seldom.
+constexpr int64_t kMostPixels = int64_t{1} << 16, kFewestPixelGroups = 16;
 // Groups a thread from which on threads compute apart: with fewer, filters are read too often.
 constexpr int64_t kFewestGroups = 4;
 // Of a weight gradient: both packed inputs of a block, which stay in the last-level cache.
@@ -80,6 +83,14 @@ double cost(const Shape& shape, const Plan& plan, const Target& target) {
     return static_cast<double>(divide_up(plan.blocks, target.threads)) * block + filters;
 }
 
+// Groups of the largest block that a thread computes apart.
+int64_t most_groups(const Shape& shape, const Plan& plan, int64_t panel) {
+    if (shape.taps() == 1) {
+        return std::max(kMostPixels / ((shape.channels + shape.outputs) * plan.rows), kFewestPixelGroups);
+    }
+    return std::max<int64_t>(kMostApart / (plan.points * (plan.depth + panel) * plan.rows), 1);
+}
+
 bool serves(const Shape& shape, Method method) {
     return method == Method::direct || (shape.kernel_height == 3 && shape.kernel_width == 3 && shape.stride == 1);
 }
@@ -92,8 +103,8 @@ void divide_tiles(const Shape& shape, const Target& target, Plan& plan) {
     int64_t groups = divide_up(tiles, plan.rows);
     plan.apart = groups >= kFewestGroups * target.threads && plan.panels * panel_size(plan, panel) <= kMostFilters;
     if (plan.apart) {
-        int64_t most = std::max<int64_t>(kMostApart / (plan.points * (plan.depth + panel) * plan.rows), 1);
-        plan.blocks = std::min(round_up(divide_up(groups, most), target.threads), groups);
+        int64_t blocks = divide_up(groups, most_groups(shape, plan, panel));
+        plan.blocks = std::min(round_up(blocks, target.threads), groups);
         plan.block = divide_up(groups, plan.blocks) * plan.rows;
         plan.slice = plan.block / plan.rows;
         return;

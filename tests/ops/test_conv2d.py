@@ -137,6 +137,28 @@ def test_direct(kernel, size, stride, padding, channels):
         assert_within(actual, exact, limit)
 
 
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("channels", [16, 20, 144])
+@pytest.mark.parametrize("side", [1, 3, 14])
+def test_pixels_are_multiplied_where_they_lie(kernel, side, channels, affine, dtype, products):
+    """1 x 1 filters with nothing around have the bits of those with a row of zeros below, which packs the pixels."""
+    x = torch.randn(3, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(40, channels, 1, 1), torch.randn(40)
+    options = {"products": products}
+    if affine:
+        scale, shift = torch.randn(2, 3, channels)
+        options |= {"input_scale": scale, "input_shift": shift, "input_activation": "silu"}
+    actual = conv2d(x, weight, bias, **options)
+    padded = conv2d(x, weight, bias, padding=(0, 0, 0, 1), **options)
+    assert actual.equal(padded[:, :, :-1])
+    residual = torch.randn_like(actual)
+    assert conv2d(x, weight, residual=residual, **options).equal(
+        conv2d(x, weight, padding=(0, 0, 0, 1), residual=F.pad(residual, (0, 0, 0, 1)), **options)[:, :, :-1]
+    )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
