@@ -1,10 +1,12 @@
 """One DDPM or DDIM step, x_t and the model's output to x_{t-1}, beside plain PyTorch, compiled or not, and diffusers.
 
+The steps of few-step samplers are those of the drop-in schedulers, beside diffusers' own.
 :func:`dd_kernels.sample` runs the step in place. The pages of a new tensor can cost more than the step.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +31,15 @@ MAIN = {"cpu": (64, 3, 32, 32), "cuda": (256, 3, 32, 32)}  # measured in every v
 SCHEDULE = dd.linear_schedule()
 TABLES = {"ddpm": dd.ddpm(SCHEDULE), "ddim": dd.ddim(SCHEDULE, steps=50)}
 SEEDS = {"ddpm": 0, "ddim": None}
+# Drop-ins for diffusers' classes, by the name of the sampler, with their options.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {"noise": "philox"}),
+    "lcm": ("LCMScheduler", {"noise": "philox"}),
+    "dpm++": ("DPMSolverMultistepScheduler", {}),
+    "dpm++sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "noise": "philox"}),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {}),
+}
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -36,7 +47,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 class Variant(variants.Variant):
     """A step; ``dtype`` is that of the model's output, the state is float32."""
 
-    sampler: str = variants.option("ddpm", "whose step", ("ddpm", "ddim"))
+    sampler: str = variants.option("ddpm", "whose step", (*TABLES, *SCHEDULERS))
     in_place: bool = variants.option(False, "write x_{t-1} over x_t")
     alone: bool = variants.option(False, "call the op without its public function, in place (CPU)")
 
@@ -78,6 +89,44 @@ def _diffusers(sampler: str) -> Step | str:
     return lambda x, out: scheduler.step(out, t, x, return_dict=False)[0]
 
 
+def _scheduler_step(sampler: str, module: Any) -> Step:
+    """Returns the step in the middle of a loop of a scheduler, of second order where it keeps earlier outputs."""
+    name, options = SCHEDULERS[sampler]
+    if not module.__name__.startswith("dd_kernels"):
+        options = {key: value for key, value in options.items() if key != "noise"}
+    scheduler = getattr(module, name)(**options)
+    scheduler.set_timesteps(20)
+    scheduler.is_scale_input_called = True  # by the pipeline, before the model
+    middle = len(scheduler.timesteps) // 2
+    t = scheduler.timesteps[middle]
+
+    def step(x: Tensor, out: Tensor) -> Tensor:
+        scheduler._step_index = middle
+        return scheduler.step(out, t, x, return_dict=False)[0]
+
+    return step
+
+
+def _drop_in(target: Target, variant: Variant) -> Case:
+    """Returns the case of a drop-in scheduler beside diffusers' own."""
+    import diffusers
+
+    from dd_kernels.integrations import diffusers as ours
+
+    size = 12 * math.prod(variant.shape)
+    return Case(
+        "reverse_step",
+        f"{variant.sampler}, scheduler",
+        variant.shape,
+        _scheduler_step(variant.sampler, ours),
+        rotated(target, lambda: _inputs(target, variant), size),
+        size,
+        {"diffusers": _scheduler_step(variant.sampler, diffusers)},
+        layout=variant.layout,
+        device=target.device,
+    )
+
+
 def _ours(variant: Variant, backend: str) -> Step:
     """Returns our step by one backend."""
     table, seed = TABLES[variant.sampler], SEEDS[variant.sampler]
@@ -117,15 +166,18 @@ def _peers(target: Target, variant: Variant) -> dict[str, Step | str]:
     return found
 
 
+def _inputs(target: Target, variant: Variant) -> tuple[Tensor, Tensor]:
+    memory_format = variants.LAYOUTS[variant.layout]
+    x, out = (
+        torch.randn(variant.shape, device=target.device).contiguous(memory_format=memory_format) for _ in range(2)
+    )
+    return x, out.to(variant.dtype)
+
+
 def _case(target: Target, variant: Variant) -> Case:
     """Returns the case of a variant."""
-    device = target.device
-
-    def make() -> tuple[Tensor, Tensor]:
-        memory_format = variants.LAYOUTS[variant.layout]
-        x, out = (torch.randn(variant.shape, device=device).contiguous(memory_format=memory_format) for _ in range(2))
-        return x, out.to(variant.dtype)
-
+    if variant.sampler in SCHEDULERS:
+        return _drop_in(target, variant)
     size = (4 + variant.dtype.itemsize + 4) * math.prod(variant.shape)
     dtype = "float32" if variant.dtype == torch.float32 else f"float32 and {dtype_name(variant.dtype)}"
     return Case(
@@ -133,12 +185,12 @@ def _case(target: Target, variant: Variant) -> Case:
         variant.name,
         variant.shape,
         _alone(variant.sampler) if variant.alone else _ours(variant, "auto"),
-        [make()] if variant.alone else rotated(target, make, size),
+        [_inputs(target, variant)] if variant.alone else rotated(target, lambda: _inputs(target, variant), size),
         size,
         _peers(target, variant),
         dtype,
         variant.layout,
-        device,
+        target.device,
         hot=variant.alone,
     )
 
@@ -154,6 +206,8 @@ def _variants(kind: str) -> list[Variant]:
     found += [replace(v, shape=shape) for shape in SHAPES[kind] if shape != main for v in both]
     if kind == "cpu" and not backends.unavailable("cpu"):
         found += [replace(v, alone=True, shape=shape) for v in both for shape in SHAPES[kind]]
+    if importlib.util.find_spec("diffusers") is not None:
+        found += [Variant(main, sampler=sampler) for sampler in SCHEDULERS]
     return found
 
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 import dd_kernels as dd
-from benchmarks.few_steps import MARKS, README, STEPS, measured, table
+from benchmarks.few_steps import MARKS, PLOT, README, STEPS, draw, measured, table
 from benchmarks.gaussian_mixture import SCHEDULE, SOLVERS, errors, slopes
 from dd_kernels.samplers import multistep, noise_levels, solver_table
 from dd_kernels.samplers.dpm_solver import orders
@@ -30,6 +30,13 @@ def test_the_readme_has_these_figures():
         first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in (a, b))
         assert first[0] == second[0]
         assert [float(v) for v in first[1:]] == pytest.approx([float(v) for v in second[1:]], rel=0.11)
+
+
+def test_the_plot_is_drawn_and_the_readme_names_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    draw(tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert str(PLOT.relative_to(README.parent)) in README.read_text()
 
 
 def test_with_the_weights_of_their_code_third_order_is_second():

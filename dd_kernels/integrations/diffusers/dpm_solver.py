@@ -120,7 +120,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler, _DPMSolver):
 
     def _solve(self, index: int | Tensor, sample: Tensor, model_output: Tensor, source: dict[str, Any]) -> Tensor:
         config = self.config
-        options = Options(*(config.get(name, False) for name in Options._fields))
+        options = Options(*[config[name] for name in Options._fields])
         block = min(self.lower_order_nums, config.solver_order - 1)
         row = self._row(block * self._block_size() + index, sample.device)
         dtype = model_output.dtype
