@@ -12,11 +12,12 @@ from .. import data
 from ..evaluate import BitsPerDim, bits_per_dim
 from ..evaluate.table import LEARNED, SAMPLES
 from ..files import check_writable
+from . import common
 from .common import LoadedModel
 
 VARIANCES = ("fixed_small", "fixed_large", LEARNED)
 # Options of the other measurement, and of this one.
-OF_SAMPLES, OF_BOUND = ("steps", "etas", "spacing"), ("data", "plot", "variance")
+OF_SAMPLES, OF_BOUND = ("steps", "etas", "spacing"), ("plot", "variance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the variational bound of held-out images instead of samples; -n says of how many",
     )
-    parser.add_argument("--data", help="where the held-out images are, as train takes it (default: digits)")
     parser.add_argument("--plot", metavar="PICTURE.png", help="where to plot the bound's terms by timestep")
     parser.add_argument(
         "--variance", choices=VARIANCES, help="of the bound (default: fixed_small; the learned one of a model with it)"
@@ -67,9 +67,7 @@ def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:
         ValueError: the model is not of these images, or has no such variance.
     """
     held_out = data.held_out(args.data or "digits", progress=not args.no_progress)
-    shape = tuple(held_out.images.shape[1:])
-    if loaded.info.sample_shape != shape:
-        raise ValueError(f"--model must draw images of {shape}; got a model that draws {loaded.info.sample_shape}")
+    common.check_shape(loaded, held_out)
     learned = loaded.learns_variance
     if (args.variance not in (None, LEARNED) and learned) or (args.variance == LEARNED and not learned):
         kind = "learns its variance" if learned else "does not learn its variance"

@@ -21,7 +21,7 @@ from ...samplers.timesteps import SPACINGS
 from ...sampling import sample
 from .. import checkpoint
 from ..checkpoint import ModelInfo
-from ..data import class_indices
+from ..data import ImageData, class_indices
 from ..images import NPZ_NAMES
 from ..memory import check_memory
 from ..shards.processes import local_device
@@ -241,6 +241,16 @@ def ddim_options(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any
     steps = min(50, loaded.info.num_timesteps) if args.steps is None else args.steps
     kind = {"prediction": loaded.info.prediction, "learned_variance": loaded.learns_variance}
     return {"steps": steps, "spacing": args.spacing or "leading", **kind}
+
+
+def check_shape(loaded: LoadedModel, real: ImageData) -> None:
+    """Raises ``ValueError`` where the model draws images of another shape than ``real``."""
+    shape = tuple(real.images.shape[1:])
+    if loaded.info.sample_shape != shape:
+        raise ValueError(
+            f"--model must draw images of {shape}, as the data are (--data names others); "
+            f"got a model that draws {loaded.info.sample_shape}"
+        )
 
 
 def check_images(loaded: LoadedModel, n: int) -> None:

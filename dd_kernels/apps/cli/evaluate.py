@@ -1,9 +1,9 @@
-"""Measure the quality and speed of a digits model's samples: table 1 of DDIM (Song et al., 2021).
+"""Measure the quality and speed of a model's samples: table 1 of DDIM (Song et al., 2021).
 
 Prints three tables, of samplers (rows) and numbers of steps (columns): the Fréchet distance of the samples
-to held-out real digits, in the features of a classifier that is trained on real digits first (seconds); the
-share of samples that the classifier is sure of; images/s. The floor is that distance of real training digits.
-With --bits-per-dim: the variational bound of held-out images (--data), with its standard error and its terms.
+to held-out real images of --data, in the features of a classifier that is trained on the others first (for digits in
+seconds); the share of samples that the classifier is sure of; images/s. The floor is that distance of training images.
+With --bits-per-dim: the variational bound of held-out images, with its standard error and its terms.
 """
 
 from __future__ import annotations
@@ -70,18 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: leading)")
     parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
+    parser.add_argument(
+        "--data",
+        help="real images, of which the held-out ones are taken; as train takes it (default: digits)",
+    )
     bits_per_dim.add_arguments(parser)
     parser.add_argument("--out", help="to write too: a .md (the tables), a .json (everything) or a folder for both")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
     common.add_model_arguments(parser, classes=False)
 
 
-def _check_fits(loaded: LoadedModel, digits: data.ImageData) -> None:
-    shape, classes = tuple(digits.images.shape[1:]), loaded.model.config["num_classes"]
-    if loaded.info.sample_shape != shape:
-        raise ValueError(f"--model must draw digits, {shape}; got a model that draws {loaded.info.sample_shape}")
-    if classes not in (None, len(digits.classes)):
-        raise ValueError(f"--model must have the {len(digits.classes)} classes of the digits, or none; got {classes}")
+def _check_fits(loaded: LoadedModel, real: data.ImageData) -> None:
+    classes = loaded.model.config["num_classes"]
+    common.check_shape(loaded, real)
+    if classes not in (None, len(real.classes)):
+        raise ValueError(f"--model must have the {len(real.classes)} classes of the data, or none; got {classes}")
 
 
 def _rows(loaded: LoadedModel, args: argparse.Namespace) -> Sequence[float | str]:
@@ -100,7 +103,7 @@ def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
 
 
 def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
-    train, test = data.digits("train"), data.digits("test")
+    train, test = data.splits(args.data or "digits")
     _check_fits(loaded, test)
     _check_samplers(loaded, args)
     judge, n = Judge(train, test), args.num_samples or SAMPLES

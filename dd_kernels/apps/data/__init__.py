@@ -12,7 +12,7 @@ from .digits import SPLITS, digits
 from .folder import SUFFIXES, image_folder
 from .idx import fashion_mnist, idx_folder
 from .pictures import load_image, parse_colour
-from .sources import NAMED, held_out, load
+from .sources import NAMED, held_out, load, splits
 from .tables import huggingface_folder
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "parse_colour",
     "positions",
     "shuffled",
+    "splits",
     "uniform_words",
 ]

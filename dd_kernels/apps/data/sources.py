@@ -29,6 +29,18 @@ def held_out(source: PathLike, progress: bool = False) -> ImageData:
     return NAMED[source]("test") if source in NAMED else load(source, progress=progress)
 
 
+def splits(source: PathLike) -> tuple[ImageData, ImageData]:
+    """Returns the images for training and the held-out ones of a source that keeps some: a named one, or IDX files.
+
+    Raises:
+        ValueError: another source.
+    """
+    if os.fspath(source) not in NAMED and not is_idx_folder(source):
+        names = ", ".join(map(repr, NAMED))
+        raise ValueError(f"data must be {names} or a folder of IDX files, which keep images for tests; got {source!r}")
+    return load(source), held_out(source)
+
+
 def load(
     source: PathLike,
     image_size: int | None = None,

@@ -1,14 +1,17 @@
 """``evaluate``: the table's layout, its files, every error in one line."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from known_judge import KnownJudge
 from torch import nn
 
 from dd_kernels.apps.checkpoint import ModelInfo, save_model
 from dd_kernels.apps.cli import evaluate as command
 from dd_kernels.apps.cli import main
+from dd_kernels.apps.data import ImageData, sources
 from dd_kernels.nn import UNet
 
 
@@ -59,6 +62,24 @@ class TestCommand:
         model = tiny_model(tmp_path / "model.safetensors")
         assert run("--model", model, "--steps", "2", "--etas", "0", "--out", "t.md") == 0
         assert capsys.readouterr().out == (tmp_path / "t.md").read_text(encoding="utf-8")
+
+    def test_other_data(self, tmp_path, monkeypatch, capsys):
+        """Compares with the held-out images of the data named; one that has none of its own is refused."""
+        judges = []
+
+        class Recording(KnownJudge):
+            def __init__(self, train, test):
+                judges.append((train, test))
+
+        monkeypatch.setattr(command, "Judge", Recording)
+        real = ImageData(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10, tuple("0123456789"))
+        monkeypatch.setitem(sources.NAMED, "zeros", lambda split: replace(real, maximum=len(split)))
+        line = ["evaluate", "--model", tiny_model(tmp_path / "m.safetensors"), "--steps", "1", "--rows", "0", "-n", "2"]
+        assert main([*line, "--no-progress", "--data", "zeros"]) == 0
+        assert [data.maximum for data in judges[0]] == [len("train"), len("test")]
+        capsys.readouterr()
+        assert main([*line, "--no-progress", "--data", "a.npz"]) == 2
+        assert "or a folder of IDX files, which keep images for tests; got 'a.npz'" in capsys.readouterr().err
 
     def test_same_seed_same_figures(self, run, tmp_path):
         model = tiny_model(tmp_path / "model.safetensors")
@@ -111,8 +132,12 @@ class TestCommand:
             ({}, ["--steps", "2000"], "steps must be an int in [1, 1000]; got 2000"),
             ({"null_class": False}, ["--guidance", "2"], "--guidance needs a model trained with dropped labels"),
             ({}, ["--rows", "learned_range"], "learned_range needs a model that learns its variance"),
-            ({"num_classes": 3}, [], "--model must have the 10 classes of the digits, or none; got 3"),
-            ({"in_channels": 3}, [], "--model must draw digits, (1, 8, 8); got a model that draws (3, 8, 8)"),
+            ({"num_classes": 3}, [], "--model must have the 10 classes of the data, or none; got 3"),
+            (
+                {"in_channels": 3},
+                [],
+                "--model must draw images of (1, 8, 8), as the data are (--data names others); got a model that draws",
+            ),
             ({}, ["--model", "absent.safetensors"], "there is no model 'absent.safetensors'"),
             ({}, ["--device", "nowhere"], "--device 'nowhere' cannot be used"),
         ],

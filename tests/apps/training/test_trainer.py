@@ -132,11 +132,17 @@ def test_min_snr_weights_the_error_in_x0_alike_for_every_prediction(images, pred
     guess = x_start + 0.1 * dd.randn((6, 1, 4, 4), seed=2)
     signal, sigma = (schedule.marginal[:, i].float().reshape(6, 1, 1, 1) for i in (0, 1))
     out = objective.target_of(prediction, guess, (x_t - signal * guess) / sigma, t, schedule)
-    found = objective.losses_of(out, objective.Diffused(x_start, x_t, noise, t), schedule, run, 256)
+    asked = objective.Diffused(x_start, x_t, noise, t)
+    found = objective.losses_of(out, asked, schedule, run, 256)
     weight = torch.from_numpy(schedule.snr).clamp(max=0.7).float()
     expected = weight * (guess - x_start).square().flatten(1).mean(1)
     torch.testing.assert_close(found.minimised, expected, rtol=1e-4, atol=0)
     assert not torch.allclose(found.simple, found.minimised)
+    # Of L_hybrid, L_simple alone is weighted.
+    both = torch.cat((out, out), dim=1)
+    bound = losses.variance_bound(both, x_start, x_t, t, schedule, prediction=prediction)
+    hybrid = objective.losses_of(both, asked, schedule, run, 256)
+    torch.testing.assert_close(hybrid.minimised, found.minimised + 1e-3 * 6 * bound)
 
 
 def test_timesteps_follow_the_second_moment_of_their_losses_without_bias():
