@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops.q_sample import q_sample
 from ...ops.reverse_step import reverse_step
 from ...ops.upload import real
-from .arguments import as_step_count, broadcast
+from .arguments import StepsNotSetError, as_step_count, broadcast
 
 Generators = torch.Generator | list[torch.Generator] | None
 # A scheduler drops its tables when there would be more than this, as when eta changes at every step.
@@ -104,6 +104,12 @@ class FusedBase:
         # Bypasses __setattr__, which would read the values back from the device; they are known already.
         object.__setattr__(self, "timesteps", self.timesteps.to(device))
         self._seed = self._drawn_seed()
+
+    def _steps_set(self) -> int:
+        """Returns the number of steps that set_timesteps was called with."""
+        if self.num_inference_steps is None:
+            raise StepsNotSetError("num_inference_steps must be set before step is called: call set_timesteps first")
+        return self.num_inference_steps
 
     def _listed(self, timestep: Tensor) -> Any:
         """Returns the value of a view of ``timesteps``, as ``for t in timesteps`` hands out, of its offset; or None."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...samplers.multistep import half_log_snr, multistep_columns
 from ...samplers.rows import Columns, Level, x0_at
 from . import rows
-from .arguments import StepsNotSetError
 from .base import Generators, constructor, timesteps_setter
 from .indexed import SigmaScheduler
 
@@ -97,8 +96,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler, _DPMSolver):
             variance_noise: the noise itself, instead of ``generator``.
             return_dict: return an object with ``prev_sample``, not a tuple.
         """
-        if self.num_inference_steps is None:
-            raise StepsNotSetError("num_inference_steps must be set before step is called: call set_timesteps first")
+        self._steps_set()
         index, config = self._index(timestep), self.config
         thresholds_epsilon = config.thresholding and not config.algorithm_type.endswith("++")
         if thresholds_epsilon or (self.lower_order_nums > 0 and config.solver_order > 1 and not self._slots):

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...ops.q_sample.table import MarginalTable
 from ...samplers.rows import Columns, Level, boundary_weights, consistency_columns, x0_at
 from . import rows
-from .arguments import StepsNotSetError
 from .base import Generators, constructor, timesteps_setter
 from .indexed import IndexedScheduler
 from .scheduler import VelocityScheduler
@@ -60,14 +59,12 @@ class LCMScheduler(IndexedScheduler, VelocityScheduler, _LCM):
             generator: of the noise, one or a list of one per sample; torch's global one if None.
             return_dict: return an object with ``prev_sample`` and ``denoised``, not a tuple.
         """
-        if self.num_inference_steps is None:
-            raise StepsNotSetError("num_inference_steps must be set before step is called: call set_timesteps first")
-        index = self._index(timestep)
-        draws = isinstance(index, Tensor) or index != self.num_inference_steps - 1
+        steps, index = self._steps_set(), self._index(timestep)
+        draws = isinstance(index, Tensor) or index != steps - 1
         wide = torch.promote_types(sample.dtype, model_output.dtype)
         source = self._noise(model_output, generator, wide) if draws else {}
         given, clip = self._given_timestep(index, timestep), self._clip()
-        config, steps = self.config, self.num_inference_steps
+        config = self.config
         key = ("lcm", config.prediction_type, config.timestep_scaling, clip, given, steps if draws else None)
         row = self._row(index, sample.device)
         table = self._table(key, sample.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops.q_sample.table import MarginalTable
 from ...samplers.rows import Level
 from . import rows
-from .arguments import ShapeError, StepsNotSetError, Timestep, TimestepValueError, check_values
+from .arguments import ShapeError, Timestep, TimestepValueError, check_values
 from .base import FusedBase, Generators
 
 
@@ -109,9 +109,7 @@ class FusedScheduler(AlphaScheduler):
 
     def _stride(self) -> int:
         """Returns how far DDIM steps: T // N, whatever the list of timesteps says."""
-        if self.num_inference_steps is None:
-            raise StepsNotSetError("num_inference_steps must be set before step is called: call set_timesteps first")
-        return self.config.num_train_timesteps // self.num_inference_steps
+        return self.config.num_train_timesteps // self._steps_set()
 
     def _advance(
         self,

@@ -76,23 +76,29 @@ def small_vae(**options: Any) -> Any:
     )
 
 
-def stable_diffusion(kind: str, scheduler: Any, unet_options: dict[str, Any] | None = None, **call: Any) -> Case:
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        **(unet_options or {}),
+def small_unet(**options: Any) -> Any:
+    """A network of latents and text."""
+    return diffusers.UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "block_out_channels": (16, 32),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+            **options,
+        }
     )
+
+
+def stable_diffusion(kind: str, scheduler: Any, unet_options: dict[str, Any] | None = None, **call: Any) -> Case:
     pipe = getattr(diffusers, kind)(
         vae=small_vae(),
         text_encoder=transformers.CLIPTextModel(text_config()),
         tokenizer=Tokenizer(),
-        unet=unet,
+        unet=small_unet(**(unet_options or {})),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

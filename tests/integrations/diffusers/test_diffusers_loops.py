@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -68,21 +67,6 @@ def test_loops_of_every_order_equal_theirs(algorithm: str, order: int) -> None:
 
     for begin in (0, 3):
         both(lambda module, begin=begin: loop(module, begin))
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_saved_and_loaded_as_theirs(name: str, tmp_path: Any) -> None:
-    a = getattr(theirs, name)(num_train_timesteps=500)
-    b = getattr(ours, name).from_config(a.config)
-    assert dict(b.config) == dict(a.config)
-    b.save_pretrained(tmp_path)
-    assert type(getattr(theirs, name).from_pretrained(tmp_path)) is getattr(theirs, name)
-    assert getattr(ours, name).from_pretrained(tmp_path).config["num_train_timesteps"] == 500
-    philox = getattr(ours, name).from_config(a.config, noise="philox")
-    philox.save_pretrained(tmp_path)
-    again = getattr(ours, name).from_pretrained(tmp_path)
-    assert again.config.noise == "philox"
-    assert copy.deepcopy(again).timesteps.tolist() == again.timesteps.tolist()
 
 
 @pytest.mark.parametrize("name", [name for name in LOOPS if "Flow" not in name])

@@ -12,20 +12,21 @@ from torch import Tensor
 
 theirs = pytest.importorskip("diffusers")
 
+from differential_loops import LOOPS  # noqa: E402
 from scheduler_cases import NAMES, denoise  # noqa: E402
 
 import dd_kernels as dd  # noqa: E402
 from dd_kernels.integrations import diffusers as ours  # noqa: E402
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + LOOPS)
 def test_saved_and_loaded_as_theirs(name: str, tmp_path: Any) -> None:
-    a = getattr(theirs, name)(num_train_timesteps=50)
+    a = getattr(theirs, name)(num_train_timesteps=500)
     b = getattr(ours, name).from_config(a.config)
     assert dict(b.config) == dict(a.config)
     b.save_pretrained(tmp_path)
     assert type(getattr(theirs, name).from_pretrained(tmp_path)) is getattr(theirs, name)
-    assert dict(getattr(ours, name).from_pretrained(tmp_path).config)["num_train_timesteps"] == 50
+    assert dict(getattr(ours, name).from_pretrained(tmp_path).config)["num_train_timesteps"] == 500
     philox = getattr(ours, name).from_config(a.config, noise="philox")
     philox.save_pretrained(tmp_path)
     again = getattr(ours, name).from_pretrained(tmp_path)

@@ -17,6 +17,7 @@ from pipeline_parts import (  # noqa: E402
     latent_scheduler,
     picture,
     run,
+    small_unet,
     small_vae,
     stable_diffusion,
 )
@@ -69,14 +70,7 @@ def latent_consistency() -> Case:
 
 
 def xl() -> Case:
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
+    unet = small_unet(
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
