@@ -8,7 +8,7 @@ generator; the same images to rounding. Where versions of diffusers differ, ours
 
 - ``step`` reads its coefficients on the device, with a tensor timestep too. Nothing is synchronised, so it can be
   captured in a CUDA graph and by ``torch.compile(fullgraph=True)``.
-- Euler's ``scale_model_input`` is a pass of its own, as theirs: pipelines hand x itself to the next step.
+- Euler's ``scale_model_input`` is a pass of its own, as diffusers': pipelines hand x itself to the next step.
 - What no row fits runs diffusers' own step: flow matching with ``per_token_timesteps``, and a threshold in "dpmsolver"
   and "sde-dpmsolver", which combine epsilon. Euler's ``s_churn`` is a pass before the step.
 - ``noise="philox"`` (in the constructor or ``from_config``) draws the steps' noise inside the kernel from the

@@ -205,7 +205,7 @@ class FusedBase:
         source: dict[str, Any],
         return_x0: bool = True,
     ) -> Any:
-        """Returns (previous sample, x_0), or the first alone, in the wider of the two dtypes, broadcast as theirs."""
+        """Returns (previous sample, x_0), or the first alone, in the wider of the dtypes, broadcast as diffusers'."""
         noise = source.get("noise")
         sample, model_output, noise = broadcast(sample, model_output, noise, table.learned_variance)
         if sample.dtype is not model_output.dtype:

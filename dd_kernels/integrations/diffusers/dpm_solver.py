@@ -123,7 +123,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler, _DPMSolver):
         row = self._row(block * self._block_size() + index, sample.device)
         dtype = model_output.dtype
         if config.prediction_type != ("sample" if config.algorithm_type.endswith("++") else "epsilon"):
-            # The converted output, whose dtype theirs returns, has a part of the sample in it.
+            # diffusers returns the dtype of the converted output, which has a part of the sample in it here.
             dtype = torch.promote_types(dtype, sample.dtype)
         table = self._table(("dpm_solver", options, self._clip()), sample.device)
         prev_sample = self._reverse(table, row, sample, model_output, source, return_x0=False).to(dtype)

@@ -35,7 +35,7 @@ class Churn(NamedTuple):
 
 
 def check_no_index(timestep: Any) -> None:
-    """Raises for an integer, which a caller may mean as a step's place in the list; theirs does too."""
+    """Raises for an integer, which a caller may mean as a step's place in the list, as diffusers does."""
     if isinstance(timestep, Tensor):
         wrong = timestep.is_cpu and timestep.dtype in (torch.int32, torch.int64)
     else:
@@ -69,7 +69,7 @@ class _EulerBase(SigmaScheduler):
     def _stepped(
         self, key: tuple, index: Index, sample: Tensor, model_output: Tensor, source: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Takes the step ``index`` by the table of a key; the next sample is of the output's dtype, as theirs."""
+        """Takes the step ``index`` by the table of a key; the next sample is of the output's dtype, as diffusers'."""
         if not self.is_scale_input_called and not torch.compiler.is_compiling():
             _logger.warning(
                 "scale_model_input should be called before step, so that the model is given what it expects"
