@@ -44,8 +44,9 @@ class LossHistory:
     def draw(self, words: Tensor) -> tuple[Tensor, Tensor]:
         """Returns timesteps [N] for words [N] uniform on [0, 2^32), and the weights 1 / (T p_t) of their losses."""
         p = self.probabilities()
-        # The middle of a word's interval lies inside (0, 1); rounding may leave the last sum below it.
-        t = np.searchsorted(np.cumsum(p), (words.numpy() + 0.5) / 2**32, side="right").clip(max=len(p) - 1)
+        below = np.cumsum(p)
+        # The middle of a word's interval lies inside (0, 1), and so below the last sum, which the division makes 1.
+        t = np.searchsorted(below / below[-1], (words.numpy() + 0.5) / 2**32, side="right")
         return torch.from_numpy(t), torch.from_numpy(1 / (len(p) * p[t])).to(torch.float32)
 
     def add(self, t: Tensor, losses: Tensor) -> None:

@@ -167,7 +167,8 @@ def test_timesteps_follow_the_second_moment_of_their_losses_without_bias():
 
 
 def test_the_history_is_of_what_is_minimised_and_weights_the_step(images):
-    run = Trainer(options(timesteps="loss-second-moment", num_timesteps=2, label_drop=0.0), images, CPU)
+    by_loss = options(timesteps="loss-second-moment", loss_weight="min-snr", snr_gamma=0.1, num_timesteps=2)
+    run = Trainer(by_loss, images, CPU)
     run.history.losses = torch.tensor([[1.0] * 10, [3.0] * 10])
     batch = trainer.make_batch(images, run.options, None, 0, run.history)
     assert batch.weights.unique().numel() == 2
@@ -175,9 +176,17 @@ def test_the_history_is_of_what_is_minimised_and_weights_the_step(images):
     each = noise.square().flatten(1).mean(1)
     assert float(run.train_step()[0]) == pytest.approx(float((batch.weights * each).mean()), rel=1e-5)
     for timestep in (0, 1):
-        added = each[batch.t == timestep]
+        added = each[batch.t == timestep] * min(1.0, 0.1 / run.schedule.snr[timestep])
         assert torch.allclose(run.history.losses[timestep, 10 - len(added) :], added, rtol=1e-5)
     assert float(run.model.conv_out.weight.grad.abs().max()) > 0
+
+
+def test_a_bound_that_is_no_number_is_the_loss_that_is_read(images):
+    run = Trainer(options(model={**TINY, "learn_variance": True}), images, CPU)
+    assert math.isfinite(run.train_step()[0])
+    with torch.no_grad():
+        run.model.conv_out.bias[1] = -1e6  # a log-variance of which the divergence overflows
+    assert not math.isfinite(run.train_step()[0])
 
 
 def test_input_perturbation_adds_noise_that_is_not_asked_for(images):
