@@ -4,6 +4,9 @@ On a CPU, PyTorch's norm alone is faster on small maps (0.44 to 0.88 of its spee
 channels_last (0.6 to 0.9 where the map is large); a norm with its activation, or with an embedding, saves passes over
 the data (1.06 to 1.6 with SiLU, 1.5 to 7 with Mish; an exact GELU 1.1 to 1.6 on small maps, 0.85 to 1.05 on large
 ones). A convolution adds its bias at no cost on a CPU, and in a pass of its own on a GPU.
+
+On a CPU with AVX-512 our convolutions that are not by Winograd's algorithm, and linear layers of 16 tokens and more,
+take 0.3 to 1.06 of PyTorch's time (one thread); of a linear layer of few tokens both read the weights once.
 """
 
 from __future__ import annotations
