@@ -133,7 +133,9 @@ def test_environment_variable(monkeypatch):
         backends.choose("op", "auto", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "foo"])
+@pytest.mark.parametrize(
+    "isa", [*(pytest.param(isa, marks=pytest.mark.slow) for isa in ("baseline", "avx2")), "avx512", "foo"]
+)
 def test_instruction_set_from_the_environment(isa):
     status, text = run_python(
         "import ctypes, pathlib, dd_kernels as dd; dd.randn((1, 2), seed=0);"

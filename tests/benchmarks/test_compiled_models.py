@@ -45,6 +45,7 @@ def test_a_large_model_runs_one_sample_and_only_where_it_is_named(monkeypatch, c
     assert "| vae 512 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*public_models.MODELS, *public_models.LARGE])
 def test_every_model_is_built_and_fits_its_inputs(name):
     """On a device without memory, so that public widths cost nothing; the temporal decoder makes tensors on the CPU."""

@@ -171,6 +171,7 @@ def test_another_scheduler_stays():
     assert report.notes == ["scheduler: EulerDiscreteScheduler stays, there is no kernel for it"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["accelerated", "our scheduler"])
 def test_a_saved_pipeline_loads_without_this_package(tmp_path, how):
     pipe = pipeline()

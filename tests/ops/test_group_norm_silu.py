@@ -26,7 +26,9 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 def test_forward_and_backward(kernel, shape, groups, dtype):
-    for seed, row in enumerate(ROWS):
+    # The interpreter takes a third of the rows with each dtype, and so all of them with every shape.
+    third = slice(DTYPES.index(dtype), None, 3) if kernel.interpreted else slice(None)
+    for seed, row in list(enumerate(ROWS))[third]:
         x, dy, options, activation = make(shape, dtype, row, seed)
         check(kernel, x, dy, groups, options, activation)
 

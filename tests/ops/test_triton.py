@@ -260,6 +260,7 @@ def _inverse_up(v):
 
 
 @interpreted
+@pytest.mark.slow
 @pytest.mark.parametrize("inverse", [_inverse_down, _inverse_up])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_budget_has_room_for_the_reciprocal_of_a_gpu(kernel, dtype, inverse, monkeypatch):

@@ -80,6 +80,7 @@ def test_a_change_is_noticed_or_survives_and_is_undone(folder, capsys):
     assert lines[3] == "    return a + b + c"
 
 
+@pytest.mark.slow
 def test_the_tests_of_the_folder_run_unless_only_the_near_ones_are_wanted(folder):
     (folder / "dd_kernels" / "more").mkdir()
     (folder / "tests" / "more").mkdir()
@@ -93,6 +94,7 @@ def test_the_tests_of_the_folder_run_unless_only_the_near_ones_are_wanted(folder
     assert not mutate.survives(change, folder)
 
 
+@pytest.mark.slow
 def test_a_change_that_runs_forever_is_noticed(folder, monkeypatch, capsys):
     (folder / "dd_kernels" / "adding.py").write_text("def add(a, b):\n    while a != 3: a += 1\n    return a\n")
     change = mutate.Finder("dd_kernels/adding.py", "def add(a, b):\n    while a != 3: a += 1\n").mutations()[1]
@@ -119,6 +121,7 @@ def test_tests_that_fail_without_a_change_are_refused(folder):
         mutate.survives(change, folder)
 
 
+@pytest.mark.slow
 def test_the_command_line_lists_or_runs_in_a_copy(folder, monkeypatch, capsys):
     monkeypatch.setattr(mutate, "ROOT", folder)
     monkeypatch.setattr("sys.argv", ["mutate", "--count", "2", "--list"])

@@ -129,7 +129,7 @@ def test_output_to_a_full_device(models):
     ("name", "message"),
     [("DD_KERNELS_BACKEND", "must be one of auto, cpu"), ("DD_KERNELS_CPU_ISA", "must be baseline, avx2 or avx512")],
 )
-@pytest.mark.parametrize("command", ["sample", "train"])
+@pytest.mark.parametrize("command", ["sample", pytest.param("train", marks=pytest.mark.slow)])
 def test_a_wrong_variable_is_named(models, command, name, message):
     """A wrong environment variable is an error of one line, before anything is written."""
     if name == "DD_KERNELS_CPU_ISA" and backends.unavailable("cpu") is not None:

@@ -52,6 +52,7 @@ def check(counts, least):
     assert counts["short"]["before"] == 0
 
 
+@pytest.mark.slow
 def test_faults_in_the_writing_of_a_model(library):
     counts = inject(library, "write a model")
     check(counts, 15)

@@ -176,10 +176,10 @@ def test_processes_that_add_at_the_same_time_lose_nothing(tmp_path):
     code = (
         "import sys, pathlib; from dd_kernels.apps.shards import Manifest\n"
         "m = Manifest.read(pathlib.Path(sys.argv[1]))\n"
-        "for s in m.job.shards[int(sys.argv[2])::3]: m.add(s, '0' * 64)"
+        "for s in m.job.shards[int(sys.argv[2])::2]: m.add(s, '0' * 64)"
     )
-    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(3)]
-    assert [process.wait(60) for process in running] == [0, 0, 0]
+    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)]) for i in range(2)]
+    assert [process.wait(60) for process in running] == [0, 0]
     assert len(Manifest.read(tmp_path).checksums()) == 60
 
 

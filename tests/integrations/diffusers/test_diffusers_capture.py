@@ -176,7 +176,7 @@ def test_a_whole_loop_captures(name: str, config: dict, options: dict, noise: st
 
 
 @EVERY_OPTION
-@pytest.mark.parametrize("noise", ["generator", "philox"])
+@pytest.mark.parametrize("noise", [pytest.param("generator", marks=pytest.mark.slow), "philox"])
 def test_a_whole_loop_compiles(name: str, config: dict, options: dict, noise: str) -> None:
     one = getattr(ours, name)(**config, noise=noise)
     torch.compiler.reset()
