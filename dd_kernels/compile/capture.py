@@ -18,6 +18,7 @@ from torch import fx
 
 from ..ops import cuda_graph
 from .convolution import find_convolutions, replace_convolutions
+from .convolution3d import find_convolutions3d, replace_convolutions3d
 from .cuda_graph import CudaGraphs, devices_of
 from .fused_convolution import FLOAT32, Numbers, numbers_of
 from .identity import relax_views, remove_identities
@@ -39,10 +40,11 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
         if isinstance(part, fx.GraphModule):
             norms += restore_norms(part.graph)
             identities += remove_identities(part.graph) + share_repeated(part.graph)
-            found = find_convolutions(part.graph)
+            found, found3d = find_convolutions(part.graph), find_convolutions3d(part.graph)
             norms += fuse_norms(part.graph, channels_last=bool(found))
             replace_convolutions(part.graph, found, numbers)
-            convolutions += len(found)
+            replace_convolutions3d(part.graph, found3d, numbers)
+            convolutions += len(found) + len(found3d)
             linears += replace_linears(part.graph, numbers)
             copies += lay_out(part.graph)
             relax_views(part.graph)

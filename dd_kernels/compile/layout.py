@@ -3,8 +3,8 @@
     conv(x)         ->  conv(x in channels_last)   where x is not in channels_last already
     what is given   ->  contiguous                 where it leaves the graph, and was contiguous without the rewrite
 
-On a CPU the convolutions that are ours read and write channels_last themselves; PyTorch's 3-D ones are as fast in
-either layout (0.98 to 1.02) and keep theirs. On CUDA cuDNN's kernels for tensor cores work in channels_last and would
+On a CPU the convolutions that are ours read and write channels_last themselves; those of PyTorch are as fast in either
+layout (in 3-D 0.98 to 1.02) and keep theirs. On CUDA cuDNN's kernels for tensor cores work in channels_last and would
 convert what comes in another layout, each time: there all are put in it, in 16 bits and, where TF32 is allowed, in
 float32.
 
@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .convolution3d import frames_conv3d
 from .fused_convolution import channels_last_conv2d, norm_conv2d
 from .fused_norm import checked_norm
 from .graph import ADD, CASTS, MUL, Calls, argument, is_custom, known, tensor
 from .identity import is_eval_dropout, root, written_roots
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-_OURS = Calls(channels_last_conv2d, norm_conv2d)
+_OURS = Calls(channels_last_conv2d, frames_conv3d, norm_conv2d)
 _THEIRS = Calls(torch.conv2d, F.conv2d, torch.conv3d, F.conv3d)
 # Calls whose result has the layout of the tensors that they read, all of one layout.
 _KEEPING = (

@@ -50,6 +50,7 @@ class Tokens(Net):
 @pytest.fixture
 def _as_on_cuda(monkeypatch):
     monkeypatch.setattr(layout, "in_channels_last", lambda device, dtype: True)
+    monkeypatch.setattr(capture, "find_convolutions3d", lambda graph: [])
     monkeypatch.setattr(capture, "find_convolutions", lambda graph: [])
 
 
@@ -120,7 +121,8 @@ def test_a_tensor_written_to_is_converted_again():
     assert report.graphs[0].layout_copies == 3
 
 
-def test_where_pytorch_computes_on_a_cpu_nothing_is_converted():
+def test_where_pytorch_computes_on_a_cpu_nothing_is_converted(monkeypatch):
+    monkeypatch.setattr(capture, "find_convolutions3d", lambda graph: [])
     y, read, report = run(Net(3), image(3))
     assert len(read) == 3
     assert all(v.is_contiguous() for v in read)
