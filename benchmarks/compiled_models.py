@@ -1,4 +1,4 @@
-"""Whole models by one line, ``torch.compile(model, backend="dd_kernels")``, beside eager PyTorch.
+"""Whole models by one line, ``dd.accelerate(model)``, beside eager PyTorch.
 
     python -m benchmarks.compiled_models                   the table, at widths that a small machine runs
     python -m benchmarks.compiled_models --full cifar10    one model at its public width
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dd_kernels.compile import Report, dd_kernels
+import dd_kernels as dd
+from dd_kernels.compile import Report
 
 from .models import randomized
 from .public_models import LARGE, MODELS
@@ -66,12 +67,12 @@ def why_not(report: Report) -> str:
 def row(name: str, batches: Iterable[int], full: bool, inductor: bool, at_least: float) -> list[str]:
     """Returns the table's cells of one model."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
     model, inputs_of = LARGE[name]() if name in LARGE else MODELS[name](full)
     randomized(model).eval()
-    report = Report()
-    options: dict[str, Any] = {"report": report}
-    fast = torch.compile(model, backend=dd_kernels, options=options, dynamic=False)
+    fast, found = dd.accelerate(copy.deepcopy(model))
+    report = found.networks[0]
+    if inductor:
+        torch._dynamo.reset()  # or torch.compile's models of earlier rows count towards its limit of recompilations
     compiled = [torch.compile(model, dynamic=False)] if inductor else []
     cells, errors, capture = [], "", 0.0
     with torch.no_grad():
