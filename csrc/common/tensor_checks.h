@@ -53,6 +53,33 @@ public:
         return y ? output(name, *y, in_place, channels) : Operand{};
     }
 
+    // Checks a tensor of x's dtype and of `shape`, dense in channels_last, that the op reads.
+    Operand image(const char* name, const Tensor& y, Shape shape) {
+        return add_samples(check_image(name, y, shape), y.const_data_ptr());
+    }
+    Operand image(const char* name, const std::optional<Tensor>& y, Shape shape) {
+        return y ? image(name, *y, shape) : Operand{};
+    }
+
+    // Checks a tensor that the op writes, as image() does. Called after all inputs.
+    Operand written_image(const char* name, const Tensor& y, Shape shape) {
+        const Operand result = add_samples(check_image(name, y, shape), y.mutable_data_ptr());
+        check_last_overlaps_nothing(name, {});
+        return result;
+    }
+
+    // Checks float32 of `shape`, contiguous or channels_last, that the op reads.
+    const float* filters(const char* name, const Tensor& y, Shape shape) {
+        return static_cast<const float*>(add_contiguous(check_filters(name, y, shape), y.const_data_ptr()).data);
+    }
+
+    // Checks a tensor that the op writes, as filters() does. Called after all inputs.
+    float* written_filters(const char* name, const Tensor& y, Shape shape) {
+        void* data = add_contiguous(check_filters(name, y, shape), y.mutable_data_ptr()).data;
+        check_last_overlaps_nothing(name, {});
+        return static_cast<float*>(data);
+    }
+
     // Checks a contiguous tensor of `shape` that the op reads, of one of the kernels' dtypes.
     Operand parameters(const char* name, const std::optional<Tensor>& y, Shape shape) {
         return y ? add_contiguous(check_parameters(name, *y, shape), y->const_data_ptr()) : Operand{};
@@ -93,6 +120,11 @@ public:
 
     // Checks int64 [3], which holds seed, first_sample and draw.
     const int64_t* noise_key(const char* name, const std::optional<Tensor>& y) { return values<int64_t>(name, y, {3}); }
+
+    // Raises unless a tensor has so many dimensions, of which a shape is then made.
+    void dimensions(const char* name, const Tensor& y, int64_t wanted) const {
+        if (y.dim() != wanted) fail(name, "of " + std::to_string(wanted) + " dimensions", TensorFacts(name, y).text());
+    }
 
     [[noreturn]] void fail(const char* name, const std::string& wanted, const std::string& got) const {
         refuse(op_, name, wanted, got);
@@ -142,11 +174,31 @@ private:
         return y;
     }
 
-    TensorFacts check_contiguous(const char* name, const Tensor& tensor, Shape shape) const {
+    TensorFacts check_shape(const char* name, const Tensor& tensor, Shape shape) const {
         const TensorFacts y = check_device(name, tensor);
         if (!std::equal(shape.begin(), shape.end(), y.sizes, y.sizes + y.dims)) {
             fail(name, "of the shape " + shape_text(shape.begin(), static_cast<int64_t>(shape.size())), y.text());
         }
+        return y;
+    }
+
+    TensorFacts check_image(const char* name, const Tensor& tensor, Shape shape) const {
+        const TensorFacts y = check_shape(name, tensor, shape);
+        check_float(y);
+        if (y.type != x_.type) fail(name, std::string("of the dtype of ") + x_.name, y.text());
+        if (y.elements > 0 && !is_channels_last(tensor)) fail(name, "channels_last", y.text());
+        return y;
+    }
+
+    TensorFacts check_filters(const char* name, const Tensor& tensor, Shape shape) const {
+        const TensorFacts y = check_shape(name, tensor, shape);
+        if (y.type != ScalarType::Float) fail(name, "float32", y.text());
+        if (!y.is_contiguous && !is_channels_last(tensor)) fail(name, "contiguous or channels_last", y.text());
+        return y;
+    }
+
+    TensorFacts check_contiguous(const char* name, const Tensor& tensor, Shape shape) const {
+        const TensorFacts y = check_shape(name, tensor, shape);
         if (!y.is_contiguous) fail(name, "contiguous", y.text());
         return y;
     }

@@ -122,45 +122,35 @@ void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
             std::optional<Tensor> shift, int64_t activation, std::optional<Tensor> residual, int64_t stride,
             int64_t top, int64_t left, bool turned, int64_t method, bool bfloat16, Tensor y,
             std::optional<Tensor> kept) {
+    TensorChecks checks("conv2d", "x", x);
     Forward a{};
-    a.shape = shape_of(x, weight, turned, y, stride, top, left);
-    check_floats("bias", bias, {a.shape.outputs});
-    check_floats("scale", scale, {a.shape.samples, a.shape.channels});
-    check_floats("shift", shift, {a.shape.samples, a.shape.channels});
-    STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "conv2d: scale and shift go together");
+    const Shape& shape = a.shape = shape_of(checks, x, weight, turned, y, stride, top, left);
     constexpr int64_t count = baseline::Activations::kCount;
-    STD_TORCH_CHECK(activation >= 0 && activation < count, "conv2d: activation must be in [0, ", count, "); got ",
-                    activation);
-    if (residual.has_value()) check_image("residual", *residual, y);
-    check_apart("x", x, "y", y);
-    check_apart("weight", weight, "y", y);
-    for (const std::optional<Tensor>& other : {bias, scale, shift, residual}) {
-        if (other.has_value()) check_apart("an option", *other, "y", y);
+    if (activation < 0 || activation >= count) {
+        checks.fail("activation", "in [0, " + std::to_string(count) + ")", std::to_string(activation));
     }
-    if (kept.has_value()) {
-        check_floats("kept", kept, {kept->numel()});
-        for (const std::optional<Tensor>& other : {std::optional<Tensor>(x), std::optional<Tensor>(weight), bias, scale,
-                                                   shift, residual, std::optional<Tensor>(y)}) {
-            if (other.has_value()) check_apart("a tensor", *other, "kept", *kept);
-        }
-    }
-    if (y.numel() == 0) return;
-    a.x = operand(x);
-    a.scale = data<float>(scale);
-    a.shift = data<float>(shift);
+    if (scale.has_value() != shift.has_value()) checks.fail("scale", "given with shift", "one of both");
+    a.x = checks.image("x", x, {shape.samples, shape.channels, shape.height, shape.width});
+    const int64_t first = turned ? shape.channels : shape.outputs, second = turned ? shape.outputs : shape.channels;
+    const float* filters = checks.filters("weight", weight, {first, second, shape.kernel_height, shape.kernel_width});
+    a.filters = filters_of(filters, weight, turned);
+    a.bias = checks.values<float>("bias", bias, {shape.outputs});
+    a.scale = checks.values<float>("scale", scale, {shape.samples, shape.channels});
+    a.shift = checks.values<float>("shift", shift, {shape.samples, shape.channels});
     a.activation = activation;
-    a.filters = filters_of(weight, turned);
-    a.bias = data<float>(bias);
-    a.residual = operand(residual);
-    a.y = operand(y);
-    float* kept_floats = kept.has_value() ? static_cast<float*>(kept->mutable_data_ptr()) : nullptr;
-    run(a, method_of(method, a.shape), bfloat16, kept_floats, kept.has_value() ? kept->numel() : 0);
+    a.residual = checks.image("residual", residual, {shape.samples, shape.outputs, shape.out_height, shape.out_width});
+    a.y = checks.written_image("y", y, {shape.samples, shape.outputs, shape.out_height, shape.out_width});
+    const int64_t kept_floats = kept.has_value() ? kept->numel() : 0;
+    float* kept_filters = checks.written_values<float>("kept", kept, {kept_floats});
+    const Method wanted = method_of(checks, method, shape);
+    if (y.numel() > 0) run(a, wanted, bfloat16, kept_filters, kept_floats);
 }
 
 int64_t conv2d_kept_size(Tensor x, Tensor weight, int64_t stride, int64_t top, int64_t left, bool turned,
                          int64_t method, Tensor y) {
-    const Shape shape = shape_of(x, weight, turned, y, stride, top, left);
-    const Method wanted = method_of(method, shape);
+    const TensorChecks checks("conv2d_kept_size", "x", x);
+    const Shape shape = shape_of(checks, x, weight, turned, y, stride, top, left);
+    const Method wanted = method_of(checks, method, shape);
     if (y.numel() == 0) return 0;
     const Target target = target_of(shape);
     return kept_size(shape, plan_of(shape, choose(shape, wanted, target), target), target);

@@ -32,17 +32,16 @@ void run(WeightGradient a, Method method) {
 }
 
 void conv2d_weight_gradient(Tensor dy, Tensor x, int64_t top, int64_t left, int64_t method, Tensor dweight) {
+    TensorChecks checks("conv2d_weight_gradient", "x", x);
     WeightGradient a{};
-    a.shape = shape_of(x, dweight, false, dy, 1, top, left);
-    STD_TORCH_CHECK(a.shape.kernel_height == 3 && a.shape.kernel_width == 3,
-                    "conv2d_weight_gradient: the filters must be 3 x 3");
-    STD_TORCH_CHECK(x.numel() > 0 && dy.numel() > 0, "conv2d_weight_gradient: x and dy must not be empty");
-    check_apart("x", x, "dweight", dweight);
-    check_apart("dy", dy, "dweight", dweight);
-    a.x = operand(x);
-    a.dy = operand(dy);
-    a.gradient = filters_of(dweight, false);
-    run(a, method_of(method, a.shape));
+    const Shape& shape = a.shape = shape_of(checks, x, dweight, false, dy, 1, top, left);
+    if (shape.kernel_height != 3 || shape.kernel_width != 3) checks.fail("dweight", "3 x 3", "another size");
+    if (x.numel() == 0 || dy.numel() == 0) checks.fail("x", "not empty, as dy", "an empty one");
+    a.x = checks.image("x", x, {shape.samples, shape.channels, shape.height, shape.width});
+    a.dy = checks.image("dy", dy, {shape.samples, shape.outputs, shape.out_height, shape.out_width});
+    const float* gradient = checks.written_filters("dweight", dweight, {shape.outputs, shape.channels, 3, 3});
+    a.gradient = filters_of(gradient, dweight, false);
+    run(a, method_of(checks, method, shape));
 }
 
 }  // namespace
