@@ -86,3 +86,15 @@ def test_gradients_of_a_shared_call():
     (wanted,) = torch.autograd.grad(blocks(x, e).sum(), e)
     (actual,) = torch.autograd.grad(torch.compile(blocks, backend="dd_kernels")(x, e).sum(), e)
     torch.testing.assert_close(actual, wanted)
+
+
+def test_a_call_without_gradient_is_not_shared():
+    def function(e):
+        with torch.no_grad():
+            first = F.silu(e)
+        return first * F.silu(e)
+
+    e = torch.randn(4, 5, requires_grad=True)
+    (wanted,) = torch.autograd.grad(function(e).sum(), e)
+    (actual,) = torch.autograd.grad(torch.compile(function, backend="dd_kernels")(e).sum(), e)
+    torch.testing.assert_close(actual, wanted)
