@@ -1,12 +1,15 @@
 """The rewrite of convolutions: where it applies, where it must not; results, layouts and gradients are right."""
 
+from functools import partial
+
+import against_float64
 import pytest
 import torch
 import torch.nn.functional as F
+from against_float64 import compiled
 from torch import nn
 
 from dd_kernels import backend as backends
-from dd_kernels.compile import Report
 from dd_kernels.compile import dd_kernels as dynamo_backend
 from dd_kernels.ops import conv2d
 
@@ -27,27 +30,11 @@ class Block(nn.Module):
         return (self.shortcut(x) + h) / 1.0
 
 
-def compiled(model, **options):
-    report = Report()
-    return torch.compile(model, backend=dynamo_backend, options={"report": report, **options}), report
-
-
 def convolutions(report):
     return sum(graph.convolutions for graph in report.graphs)
 
 
-def check(model, *inputs, count, **options):
-    """Compares the compiled model with the same in float64, and with the model itself in shape and layout."""
-    run, report = compiled(model, **options)
-    with torch.no_grad():
-        plain, actual = model(*inputs), run(*inputs)
-        exact = model.double()(*(x.double() for x in inputs))
-    model.float()
-    assert convolutions(report) == count
-    assert actual.stride() == plain.stride()
-    # Few layers of few channels: each rounds by less than 1e-6 of its largest output.
-    assert (actual.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
-    return actual
+check = partial(against_float64.check, "convolutions")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -1,13 +1,17 @@
 """The rewrite of linear layers: where it applies, where it must not; results, gradients and changes of the weights."""
 
+from functools import partial
+
+import against_float64
 import pytest
 import torch
 import torch.nn.functional as F
+from against_float64 import compiled
 from torch import nn
 
 from dd_kernels import backend as backends
-from dd_kernels.compile import Report, kept_filters
 from dd_kernels.compile import dd_kernels as dynamo_backend
+from dd_kernels.compile import kept_filters
 from dd_kernels.ops import conv2d
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -39,27 +43,11 @@ class Function(nn.Module):
         return self.function(x, self.weight, self.bias)
 
 
-def compiled(model, **options):
-    report, dynamic = Report(), options.pop("dynamic", False)
-    return torch.compile(model, backend=dynamo_backend, options={"report": report, **options}, dynamic=dynamic), report
-
-
 def linears(report):
     return sum(graph.linears for graph in report.graphs)
 
 
-def check(model, *inputs, count, **options):
-    """Compares the compiled model with the same in float64, and with the model itself in shape and strides."""
-    run, report = compiled(model, **options)
-    with torch.no_grad():
-        plain, actual = model(*inputs), run(*inputs)
-        exact = model.double()(*(x.double() for x in inputs))
-    model.float()
-    assert linears(report) == count
-    assert actual.stride() == plain.stride()
-    # Few layers of few channels: each rounds by less than 1e-6 of its largest output.
-    assert (actual.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
-    return actual
+check = partial(against_float64.check, "linears")
 
 
 @pytest.mark.parametrize("accuracy", ["default", "high"])

@@ -1,0 +1,37 @@
+"""What the tests of convolutions and of linear layers share: a compiled model beside itself in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dd_kernels.compile import Report
+from dd_kernels.compile import dd_kernels as dynamo_backend
+
+
+def compiled(model: Any, dynamic: bool | None = None, **options: Any) -> tuple[Any, Report]:
+    """Returns the compiled model and its report."""
+    report = Report()
+    return torch.compile(model, backend=dynamo_backend, options={"report": report, **options}, dynamic=dynamic), report
+
+
+def check(kind: str, model: nn.Module, *inputs: Tensor, count: int, **options: Any) -> Tensor:
+    """Compares the compiled model with the same in float64, and with the model itself in shape and layout.
+
+    Args:
+        kind: what the report counts, "convolutions" or "linears".
+        count: how many of them are ours.
+    """
+    run, report = compiled(model, **options)
+    with torch.no_grad():
+        plain, actual = model(*inputs), run(*inputs)
+        exact = model.double()(*(x.double() for x in inputs))
+    model.float()
+    assert sum(getattr(graph, kind) for graph in report.graphs) == count
+    assert actual.stride() == plain.stride()
+    # Few layers of few channels: each rounds by less than 1e-6 of its largest output.
+    assert (actual.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
+    result: Tensor = actual
+    return result
