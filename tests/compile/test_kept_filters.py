@@ -86,6 +86,21 @@ def test_calls_of_one_method_share_their_memory():
     assert (len(kept.floats), len(kept.memory)) == (3, 1)
 
 
+def test_a_parameter_that_takes_the_id_of_another_keeps_its_own():
+    """An id is free again when its parameter is gone; nothing is forgotten for one that has taken it since."""
+    gone, here = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
+    kept_filters.keep(gone, (), False, lambda: 4)
+    stale = kept_filters._kept[id(here)] = kept_filters._kept[id(gone)]
+    stale.of = here._version, here.data_ptr()
+    memory = kept_filters.keep(here, (), False, lambda: 4)
+    assert memory is not None
+    assert memory is not stale.memory[4, False]
+    kept_filters._forget(id(here), stale.owner)
+    assert kept_filters.keep(here, (), False, lambda: 4) is memory
+    kept_filters._forget(id(here), kept_filters._kept[id(here)].owner)
+    assert id(here) not in kept_filters._kept
+
+
 def test_what_is_not_kept():
     model, x = Layer(), torch.randn(1, 32, 16, 16)
     run = compiled(model)
