@@ -78,17 +78,22 @@ def group_norm(channels: int, side: int, batch: int, dtype: torch.dtype, last: b
         op.group_norm_silu(x, *options, x, statistics, statistics)
 
 
-def reverse_step(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool, guided: bool) -> None:
-    """Launches a DDPM step that draws noise, or a guided DDIM step: float32 state, model output in ``dtype``."""
+def reverse_step(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool, kind: str) -> None:
+    """Launches a DDPM step that draws noise, a guided DDIM step or one of a third-order solver, with its history.
+
+    The state is float32, the model's output has ``dtype``.
+    """
     from dd_kernels.ops.reverse_step import triton as op
     from dd_kernels.ops.reverse_step.op import Arguments
 
     x = _empty(batch, channels, side, side, last=last)
     out = _empty(batch, channels, side, side, dtype=dtype, last=last)
     integers = _empty(50, dtype=torch.int64)
-    key = None if guided else integers[:3]
-    arguments = (_empty(50, 12), integers, integers[:1], key, x, None)
-    op.reverse_step(Arguments(x, out, None, out if guided else None, 7.5, None, None, *arguments))
+    key = integers[:3] if kind == "ddpm" else None
+    uncond = out if kind == "guided" else None
+    history = (x, x) if kind == "multistep" else (None, None)
+    arguments = (_empty(50, 12), integers, integers[:1], key, x, None, *history)
+    op.reverse_step(Arguments(x, out, None, uncond, 7.5, None, None, *arguments))
 
 
 def q_sample(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool) -> None:
@@ -113,8 +118,9 @@ def randn(channels: int, side: int, batch: int, dtype: torch.dtype, last: bool) 
 OPS: dict[str, tuple[Callable[..., None], tuple[tuple[str, int, int, int], ...]]] = {
     "group_norm_silu": (partial(group_norm, backward=False), SHAPES),
     "group_norm_silu_backward": (partial(group_norm, backward=True), SHAPES),
-    "reverse_step": (partial(reverse_step, guided=False), STATES),
-    "reverse_step guided": (partial(reverse_step, guided=True), STATES),
+    "reverse_step": (partial(reverse_step, kind="ddpm"), STATES),
+    "reverse_step guided": (partial(reverse_step, kind="guided"), STATES),
+    "reverse_step multistep": (partial(reverse_step, kind="multistep"), STATES),
     "q_sample": (q_sample, STATES),
     "randn": (randn, STATES),
 }
