@@ -71,6 +71,11 @@ class Broken(Net):
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
+    # Threads that other tests have left, such as Inductor's, are none of a loop's.
+    there = set(threading.enumerate())
+    enumerate_threads = threading.enumerate
+    me = threading.current_thread()
+    monkeypatch.setattr(threading, "enumerate", lambda: [me, *(t for t in enumerate_threads() if t not in there)])
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
