@@ -9,6 +9,8 @@ from step_cases import TABLES, tensors
 import dd_kernels as dd
 from dd_kernels.ops.randn import noise_key
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 
 def test_float64_and_gradients_go_to_the_reference():
     table = TABLES["ddim"]
@@ -76,13 +78,17 @@ def test_opcheck(kernel):
 
 @pytest.mark.parametrize("elements", [1, 2, 3, 192, 4097])
 def test_quantile_is_that_of_torch(elements):
+    """To the bit before torch 2.14, which rounds the rank otherwise: by 2^-23 of it, of values that lie within 8."""
+    rank_error = 0.0 if TORCH < (2, 14) else 8 * (elements + 1) * 2.0**-23
     quantile = importlib.import_module("dd_kernels.ops.reverse_step.threshold").quantile
     values = torch.randn(3, elements)
     for ratio in (0.0, 0.3, 0.5, 0.8, 0.995, 1.0):
-        assert quantile(values, ratio).equal(torch.quantile(values, ratio, dim=1))
+        torch.testing.assert_close(
+            quantile(values, ratio), torch.quantile(values, ratio, dim=1), rtol=0, atol=rank_error
+        )
     values[1, 0] = float("nan")
     torch.testing.assert_close(
-        quantile(values, 0.8), torch.quantile(values, 0.8, dim=1), equal_nan=True, rtol=0, atol=0
+        quantile(values, 0.8), torch.quantile(values, 0.8, dim=1), equal_nan=True, rtol=0, atol=rank_error
     )
 
 
