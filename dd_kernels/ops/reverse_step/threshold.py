@@ -13,7 +13,7 @@ from .table import DynamicThreshold
 
 
 def quantile(values: Tensor, ratio: float) -> Tensor:
-    """torch.quantile of each row, before torch 2.14 to the bit: that refuses 2^24 elements, and 2.11 does not trace it."""
+    """torch.quantile of each row, before 2.14 to the bit: that refuses 2^24 elements, and 2.11 does not trace it."""
     # torch's rank is a float32 too.
     rank = float(np.float32(ratio) * np.float32(values.shape[1] - 1))
     ordered, below = values.sort(dim=1).values, math.floor(rank)
