@@ -8,6 +8,7 @@ called through a code object of its own, with a limit of its own where PyTorch t
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import types
 import weakref
@@ -29,6 +30,7 @@ _GAVE_UP = (
 )
 
 
+_numbers = itertools.count()
 _reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
 
 
@@ -43,8 +45,13 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _own_call(module: nn.Module) -> Callable[..., Any]:
-    """Returns :func:`_call` of ``module`` under a code object that no other module shares."""
-    return types.MethodType(types.FunctionType(_call.__code__.replace(), globals()), module)
+    """Returns :func:`_call` of ``module`` under a code object and a name that no other module shares.
+
+    By the name Dynamo remembers which numbers have changed between calls, and makes them symbols. The eps of a model's
+    norms must be none because another model has another eps.
+    """
+    code = _call.__code__.replace(co_name=f"_call_{next(_numbers)}")
+    return types.MethodType(types.FunctionType(code, globals()), module)
 
 
 def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any]) -> Callable[[], None]:

@@ -50,6 +50,16 @@ def test_more_models_with_a_graph_break_than_dynamo_recompiles():
     assert not ISOLATED or runs == [2] * len(runs)
 
 
+def test_the_norms_of_each_model_keep_their_numbers():
+    """Dynamo makes a symbol of a number that differs between calls of one function; a norm with one is not fused."""
+    for eps, groups in ((1e-5, 4), (1e-6, 8), (1e-3, 2)):
+        model = torch.nn.Sequential(torch.nn.GroupNorm(groups, 16, eps=eps), torch.nn.SiLU(), torch.nn.Flatten())
+        _, report = dd.accelerate(model)
+        with torch.no_grad():
+            model(torch.randn(1, 16, 8, 8))
+        assert [(norm.fused, norm.kept) for norm in report.networks[0].norms] == [(("silu",), None)]
+
+
 def test_a_call_that_dynamo_gives_up_on_is_noted(caplog):
     """Each number as an argument is a graph of its own."""
 
