@@ -133,7 +133,7 @@ class Sampler:
             dtype=self.dtype,
             backend=self.backend,
         )
-        return Slot(request, entry.future, x, request.table.history_like(x))
+        return Slot(request, entry.future, x)
 
     def generate(self, requests: Iterable[SampleRequest]) -> Iterator[tuple[int, Tensor]]:
         """Draws requests, of which only as many are taken from the iterable as there are places.

@@ -26,6 +26,12 @@ def device_of(model: Model) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def as_model_takes(model: Model, x: Tensor) -> Tensor:
+    """Returns ``x`` in the dtype of the model's parameters; as it is for a function."""
+    parameter = float_parameter(model)
+    return x if parameter is None else x.to(parameter.dtype)
+
+
 def model_output(result: Any) -> Tensor:
     """Returns the tensor in what a model returns: itself, diffusers' ``output.sample``, or the first of a tuple."""
     if isinstance(result, Tensor):

@@ -15,7 +15,7 @@ from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
 from .buffers import Buffers
 from .guards import Guards
-from .guidance import Model, device_of, float_parameter, predict, rescaled
+from .guidance import Model, as_model_takes, device_of, predict, rescaled
 
 Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
 
@@ -144,16 +144,11 @@ class Request:
         uncond_kwargs = None if self.uncond_kwargs is None else self._of_batch(self.uncond_kwargs, batch)
         return self._of_batch(self.model_kwargs or {}, batch), uncond_kwargs
 
-    def model_dtype(self, x: Tensor) -> torch.dtype:
-        """Returns the dtype that the model takes ``x`` in."""
-        parameter = float_parameter(self.model)
-        return x.dtype if parameter is None else parameter.dtype
-
     def predict(
         self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the model's output with the condition, or with the guidance applied, and that without, if any."""
-        out, uncond = predict(self.model, x.to(self.model_dtype(x)), t, kwargs, uncond_kwargs)
+        out, uncond = predict(self.model, as_model_takes(self.model, x), t, kwargs, uncond_kwargs)
         if uncond is not None and self.guidance_rescale:
             return rescaled(out, uncond, self.guidance_scale, self.guidance_rescale, x.shape[1]), None
         return out, uncond

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops.randn import Stream, randn
 from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import COLUMNS, StepTable
-from .guidance import Model, float_parameter, predict, rescaled
+from .guidance import Model, as_model_takes, predict, rescaled
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -71,14 +71,32 @@ def _form(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
 
 @dataclass(eq=False)
 class Slot:
-    """An image in flight: its x_t [1, C, H, W], the x_0 of earlier steps, and its next step."""
+    """An image in flight: its x_t [1, C, H, W], its next step, and x_0 of the last even and of the last odd step.
+
+    A table of one x_0 keeps the last step's, whatever its number; one of two keeps them by even and odd. The tables
+    that a slot's step is joined with change from step to step, so that both are kept here by even and odd.
+    """
 
     request: SampleRequest
     future: Future[Tensor]
     x: Tensor
-    history: tuple[Tensor, ...]
     index: int = 0
     error: BaseException | None = None
+    history: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.history = [self.x, self.x]  # a solver's first steps read none
+
+    def kept(self, count: int) -> list[Tensor]:
+        """Returns what a table that keeps ``count`` x_0 reads at this step."""
+        return self.history if count == 2 else [self.history[(self.index - 1) % 2]][:count]
+
+    def keep(self, written: Sequence[Tensor]) -> None:
+        """Takes what such a table has written at this step."""
+        if len(written) == 2:
+            self.history = list(written)
+        elif written:
+            self.history[self.index % 2] = written[0]
 
     @property
     def finished(self) -> bool:
@@ -138,18 +156,13 @@ def _step(model: Model, slots: Sequence[Slot], backend: str) -> None:
     x = torch.cat([slot.x for slot in slots])
     rows = torch.tensor(index, device=x.device)
     out = _predicted(model, slots, x, table.on(x.device).times[rows])
-    history = [torch.cat([_kept(slot, i) for slot in slots]) for i in range(table.history)]
+    history = [torch.cat(kept) for kept in zip(*(slot.kept(table.history) for slot in slots), strict=True)]
     noise = _noise(slots, x, backend) if table.stochastic else None
     x = reverse_step(x, out, table, rows, noise=noise, history=history, backend=backend)
     for i, slot in enumerate(slots):
         slot.x = x[i : i + 1]
-        slot.history = tuple(kept[i : i + 1] for kept in history)
+        slot.keep([kept[i : i + 1] for kept in history])
         slot.index += 1
-
-
-def _kept(slot: Slot, i: int) -> Tensor:
-    """Returns x_0 of an earlier step, or anything where the slot's sampler keeps none."""
-    return slot.history[i] if i < len(slot.history) else slot.x
 
 
 @lru_cache(maxsize=8)
@@ -183,8 +196,7 @@ def _joined(tables: tuple[StepTable, ...]) -> tuple[StepTable, dict[StepTable, i
 def _predicted(model: Model, slots: Sequence[Slot], x: Tensor, t: Tensor) -> Tensor:
     """Returns the model's output, guided where the requests are."""
     requests = [slot.request for slot in slots]
-    parameter = float_parameter(model)
-    given = x if parameter is None else x.to(parameter.dtype)
+    given = as_model_takes(model, x)
     kwargs = _batched([request.model_kwargs for request in requests])
     if requests[0].uncond_kwargs is None:
         return predict(model, given, t, kwargs, None)[0]

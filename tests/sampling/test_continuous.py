@@ -87,14 +87,16 @@ def test_images_are_those_that_are_drawn_one_by_one(max_batch):
         assert_as_alone(model, requests[number], image)
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 3])
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("other", TABLES)
-def test_any_two_samplers_run_side_by_side(name, other):
-    """The second begins two steps after the first, so that even and odd steps, and tables of other lengths, meet."""
+def test_any_two_samplers_run_side_by_side(name, other, ahead):
+    """The first is some steps ahead, so that even and odd steps, and tables of other lengths and histories, meet."""
     model, sampler = Model(), Sampler(Model(), SHAPE)
     first, second = SampleRequest(TABLES[name], 1), SampleRequest(TABLES[other], 2)
     futures = [sampler.submit(first)]
-    sampler.step()
+    for _ in range(ahead):
+        sampler.step()
     futures.append(sampler.submit(second))
     while sampler.step():
         pass
