@@ -51,9 +51,8 @@ def accelerate(
     A module is compiled as by ``module.compile(backend="dd_kernels")``: its class, parameters, state_dict and files
     stay what they are. However many are accelerated, each has graphs of its own; where Dynamo gives up on a call, the
     report says so. Of a diffusers pipeline each network of diffusers is compiled (U-Net, ControlNet, a VAE's encoder
-    and decoder; text encoders are not), and a DDPM, DDIM or UnCLIP scheduler is replaced by this package's with the
-    same configuration. A pipeline saved afterwards names diffusers' classes and loads where this package is not
-    installed.
+    and decoder; text encoders are not), and a scheduler that this package has is replaced by ours with the same
+    configuration. A pipeline saved afterwards names diffusers' classes and loads where this package is not installed.
 
     A pipeline whose constructor makes a scheduler of its own class (``DDIMPipeline(unet, scheduler)`` does) undoes a
     replacement made before: accelerate the finished pipeline.

@@ -35,3 +35,15 @@ def check(kind: str, model: nn.Module, *inputs: Tensor, count: int, **options: A
     assert (actual.double() - exact).abs().max() <= 4e-6 * exact.abs().max()
     result: Tensor = actual
     return result
+
+
+def gradients(model, run, x):
+    """Returns the gradients of a weighted sum by every parameter: those in float64, and those of the compiled model."""
+    found = []
+    for function, dtype in ((model, torch.float64), (run, torch.float32)):
+        model.to(dtype)
+        model.zero_grad()
+        y = function(x.to(dtype))
+        (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
+        found.append([p.grad.double() for p in model.parameters()])
+    return found

@@ -313,14 +313,7 @@ def test_training_and_weights_that_change():
     model, x = Block(), torch.randn(2, 32, 9, 8)
     run, report = compiled(model)
     for _ in range(2):
-        gradients = []
-        for function, dtype in ((model, torch.float64), (run, torch.float32)):
-            model.to(dtype)
-            model.zero_grad()
-            y = function(x.to(dtype))
-            (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
-            gradients.append([p.grad.double() for p in model.parameters()])
-        for exact, actual in zip(*gradients, strict=True):
+        for exact, actual in zip(*against_float64.gradients(model, run, x), strict=True):
             assert (actual - exact).abs().max() <= 1e-5 * exact.abs().max()
         with torch.no_grad():
             for p in model.parameters():

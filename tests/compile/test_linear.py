@@ -144,13 +144,7 @@ def test_training_and_weights_that_change():
     model, x = Attention(), torch.randn(2, 32, 9, 8)
     run, report = compiled(model)
     for _ in range(2):
-        gradients = []
-        for function, dtype in ((model, torch.float64), (run, torch.float32)):
-            model.to(dtype)
-            model.zero_grad()
-            y = function(x.to(dtype))
-            (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
-            gradients.append([p.grad.double() for p in model.parameters()])
+        gradients = against_float64.gradients(model, run, x)
         largest = max(exact.abs().max() for exact in gradients[0])  # that of the keys' bias is 0
         for exact, actual in zip(*gradients, strict=True):
             assert (actual - exact).abs().max() <= 1e-5 * largest

@@ -19,6 +19,7 @@ from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.noise_levels import SIGMA_SPACINGS
 from ..evaluate.table import LEARNED, ancestral_table
 from ..images import Output
+from ..shards.job import labels_in_turn
 from ..shards.processes import Processes
 from . import common, shards
 from .common import LoadedModel
@@ -92,7 +93,7 @@ def _run(loaded: LoadedModel, table: StepTable, classes: list[int] | None, args:
     """Draws all images in one piece."""
     first, n = args.first_sample, args.num_samples
     common.check_images(loaded, n)
-    labels = None if classes is None else [classes[(first + i) % len(classes)] for i in range(n)]
+    labels = labels_in_turn(classes, first, n)
     output, batches = Output(args.out, args.overwrite, args.npz_names), common.Batches(args.batch_size)
     start = time.perf_counter()
     x = batches.draw(loaded, table, n, labels, seed=args.seed, first_sample=first, progress=not args.no_progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -11,6 +12,11 @@ import numpy as np
 from ...ops.reverse_step.table import StepTable
 from ..files import PathLike
 from .formats import FORMATS
+
+
+def labels_in_turn(classes: Sequence[int] | None, first: int, count: int) -> list[int] | None:
+    """Returns the label of each image from index ``first`` on; images take the classes in turn, by their index."""
+    return None if classes is None else [classes[(first + i) % len(classes)] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,7 @@ class Job:
 
     def labels_of(self, shard: Shard) -> list[int] | None:
         """Returns the label of each image of a shard."""
-        if self.labels is None:
-            return None
-        return [self.labels[(shard.first + i) % len(self.labels)] for i in range(shard.count)]
+        return labels_in_turn(self.labels, shard.first, shard.count)
 
     def differences(self, other: Job) -> str:
         """Returns in words how this job, of a folder, differs from the other one, that is asked for."""
