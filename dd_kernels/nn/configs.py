@@ -233,7 +233,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_resolutions": (7,),
         "num_heads": 4,
         "num_groups": 8,
-        "dropout": 0.1,
+        "dropout": 0.0,
         "num_classes": 10,
         "null_class": True,
     },
