@@ -28,6 +28,9 @@ from .tensors import Entry, TensorFile
 FORMAT = 2
 READABLE = (1, FORMAT)  # files of format 1 have no checksum
 KEY, KIND = "dd_kernels", "model"
+# The models that are bundled with this package.
+BUNDLED = ("digits",)
+DEFAULT = "digits"
 STATE, AVERAGE = "training.", "ema."
 # The greatest length of a schedule, since a header can state any number; DDPM has 1,000.
 MOST_TIMESTEPS = 1_000_000
@@ -194,17 +197,19 @@ def _prefix_of(path: PathLike, info: ModelInfo, ema: float | None) -> str:
 
 
 def load_model(path: PathLike | None = None, ema: float | None = None) -> tuple[UNet, ModelInfo]:
-    """Returns a U-Net (in eval mode, on the CPU) and its description; those of the bundled digits model by default.
+    """Returns a U-Net (in eval mode, on the CPU) and its description; its weights of 16 bits become float32.
 
     Args:
-        path: the model file.
+        path: the model file, or the name of a bundled model (where no file has it); None: the default one.
         ema: decay of the average of the weights to load, where the file holds several; the first by default.
 
     Raises:
         ValueError: the file is missing, truncated, foreign, changed since it was written, or does not hold what it
             describes.
     """
-    path = packaged_model() if path is None else path
+    path = DEFAULT if path is None else path
+    if path in BUNDLED and not pathlib.Path(path).exists():
+        path = packaged_model(str(path))
     file, metadata = open_model(path)
     with file:
         info = ModelInfo.from_metadata(path, metadata)
@@ -213,10 +218,11 @@ def load_model(path: PathLike | None = None, ema: float | None = None) -> tuple[
         names = [name for name in file.entries if name.startswith(prefix) and not name.startswith(without)]
         model = build_model(path, info, {name.removeprefix(prefix): file.entries[name] for name in names})
         weights = file.read(KEY, prefix, without)
-        model.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items()}, assign=True)
+        wide = {name.removeprefix(prefix): v.float() if v.element_size() == 2 else v for name, v in weights.items()}
+        model.load_state_dict(wide, assign=True)
     return channels_last(model).eval().requires_grad_(False), info
 
 
-def packaged_model() -> pathlib.Path:
-    """Returns the path of the digits model that is bundled with this package."""
-    return pathlib.Path(str(importlib.resources.files(__package__))) / "models" / "digits.safetensors"
+def packaged_model(name: str = DEFAULT) -> pathlib.Path:
+    """Returns the path of a model that is bundled with this package."""
+    return pathlib.Path(str(importlib.resources.files(__package__))) / "models" / f"{name}.safetensors"

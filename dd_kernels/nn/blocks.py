@@ -171,7 +171,7 @@ _FEW_TOKENS = 256
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1) of q, k, v [N, heads, tokens, d], in their dtype."""
+    """Returns softmax(q k^T / sqrt(d)) v, eq. 1 of Vaswani et al. 2017, of q, k, v [N, heads, tokens, d]."""
     slow = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-2] < _FEW_TOKENS
     if not (slow and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v)

@@ -66,8 +66,8 @@ def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:
     Raises:
         ValueError: the model is not of these images, or has no such variance.
     """
-    held_out = data.held_out(args.data or "digits", progress=not args.no_progress)
-    common.check_shape(loaded, held_out)
+    held_out = data.held_out(common.data_of(loaded, args), progress=not args.no_progress)
+    common.check_shape(loaded, tuple(held_out.images.shape[1:]))
     learned = loaded.learns_variance
     if (args.variance not in (None, LEARNED) and learned) or (args.variance == LEARNED and not learned):
         kind = "learns its variance" if learned else "does not learn its variance"

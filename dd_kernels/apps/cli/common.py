@@ -20,8 +20,8 @@ from ...ops.reverse_step.table import DynamicThreshold, StepTable
 from ...samplers.timesteps import SPACINGS
 from ...sampling import sample
 from .. import checkpoint
-from ..checkpoint import ModelInfo
-from ..data import ImageData, class_indices
+from ..checkpoint import BUNDLED, DEFAULT, ModelInfo
+from ..data import NAMED, class_indices
 from ..images import NPZ_NAMES
 from ..memory import check_memory
 from ..shards.processes import local_device
@@ -103,7 +103,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -> None:
     """Adds the model and how it is run; with ``classes`` --classes too."""
-    parser.add_argument("--model", help="a model file that train wrote (default: the bundled digits model)")
+    names = " or ".join(BUNDLED)
+    parser.add_argument("--model", help=f"a model file that train wrote, or the bundled {names} (default: {DEFAULT})")
     parser.add_argument(
         "--ema", type=number, help="decay of the average to take, where train --ema kept several (default: the first)"
     )
@@ -243,9 +244,14 @@ def ddim_options(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any
     return {"steps": steps, "spacing": args.spacing or "leading", **kind}
 
 
-def check_shape(loaded: LoadedModel, real: ImageData) -> None:
-    """Raises ``ValueError`` where the model draws images of another shape than ``real``."""
-    shape = tuple(real.images.shape[1:])
+def data_of(loaded: LoadedModel, args: argparse.Namespace) -> str:
+    """Returns the source of real images: --data, or the named one that the model was trained on, or the digits."""
+    trained_on = str(loaded.info.training.get("data"))
+    return str(args.data or (trained_on if trained_on in NAMED else "digits"))
+
+
+def check_shape(loaded: LoadedModel, shape: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` where the model draws images of another shape than the data's, (C, H, W)."""
     if loaded.info.sample_shape != shape:
         raise ValueError(
             f"--model must draw images of {shape}, as the data are (--data names others); "

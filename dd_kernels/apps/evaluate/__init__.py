@@ -1,7 +1,8 @@
 """How good and how fast a model's samples are, measured: Fréchet distance, a classifier's confidence, images/s."""
 
 from .frechet import frechet_distance, moments
-from .judge import Classifier, Judge, train_classifier
+from .judge import Classifier, Judge, Measures, train_classifier
+from .judge_file import load_judge, packaged_judge, save_judge
 from .likelihood import BitsPerDim, bits_per_dim, likelihood_json, likelihood_markdown, terms_png
 from .report import as_json, environment, markdown
 from .table import Cell, Evaluation, evaluate, sampler_table
@@ -12,6 +13,7 @@ __all__ = [
     "Classifier",
     "Evaluation",
     "Judge",
+    "Measures",
     "as_json",
     "bits_per_dim",
     "environment",
@@ -19,9 +21,12 @@ __all__ = [
     "frechet_distance",
     "likelihood_json",
     "likelihood_markdown",
+    "load_judge",
     "markdown",
     "moments",
+    "packaged_judge",
     "sampler_table",
+    "save_judge",
     "terms_png",
     "train_classifier",
 ]

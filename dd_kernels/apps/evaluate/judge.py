@@ -1,10 +1,13 @@
-"""A classifier of real digits, and the comparison of samples with real digits by its features and confidence."""
+"""A classifier of real images, and the comparison of samples with real images by its features and confidence."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,9 @@ SURE = 0.95
 """The classifier is sure of an image where it gives one class at least this probability."""
 # Few epochs and dropout prevent overfitting, which would move the features of training images away from held-out ones.
 EPOCHS, BATCH, LEARNING_RATE, DROPOUT = 15, 64, 4e-3, 0.3
+BOOTSTRAPS = 100
+"""Sets of images drawn again for the standard error of a distance."""
+_AT_ONCE = 1000  # images whose features are computed together, which bounds memory
 
 
 def image_shape(images: Tensor) -> tuple[int, int, int]:
@@ -65,20 +71,21 @@ def _deterministic(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> Classifier:
-    """Returns a classifier trained on the CPU, in seconds; the same arguments give the same weights.
+def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, epochs: int = EPOCHS) -> Classifier:
+    """Returns a classifier trained on the CPU; the same arguments give the same weights.
 
     Args:
         images: [N, C, H, W] in [-1, 1], on the CPU.
         labels: [N] int64, 0 .. classes - 1.
         seed: of the initial weights and of the order of the images.
+        epochs: how often each image is seen.
     """
     with _deterministic(seed):
         model = Classifier(image_shape(images), int(labels.max()) + 1)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-        total = EPOCHS * -(-len(images) // BATCH)
+        total = epochs * -(-len(images) // BATCH)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=total)
-        for _ in range(EPOCHS):
+        for _ in range(epochs):
             for batch in torch.randperm(len(images)).split(BATCH):
                 optimizer.zero_grad()
                 F.cross_entropy(model(images[batch]), labels[batch]).backward()
@@ -95,57 +102,114 @@ def _labelled(name: str, data: ImageData) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
+class RealImages(NamedTuple):
+    """What a judge keeps of real images: features [N, FEATURES] and labels [N] int64."""
+
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How samples, or real images, compare with held-out real ones.
+
+    Attributes:
+        images: how many were measured.
+        distance: Fréchet distance to the held-out images, in the classifier's features.
+        distance_error: its standard error, by ``BOOTSTRAPS`` bootstraps over the images measured.
+        sure: share of the images that the classifier gives to one class with at least the probability ``SURE``.
+        right: share of the images that the classifier gives to the class they are meant to have; None where they have
+            none.
+    """
+
+    images: int
+    distance: float
+    distance_error: float
+    sure: float
+    right: float | None
+
+
 class Judge:
     """Compares images with held-out real ones, in the features of a classifier trained on other real ones.
 
     Args:
-        train: images and labels to train the classifier on.
-        test: held-out images and labels, with which images are compared.
-        seed: of the classifier's training. Distances in the features of two seeds do not compare.
-
-    Attributes:
+        classifier: it, in evaluation.
         shape: (C, H, W) of the images.
-        test_images: the held-out ones, [N, C, H, W] in [-1, 1].
-        accuracy: of the classifier on the held-out images, in [0, 1].
-
-    Raises:
-        ValueError: data without labels, or of two shapes.
+        seed: of the classifier's training. Distances in the features of two seeds do not compare.
+        train, held_out: features of real images that the classifier was trained on, and of others.
     """
 
-    def __init__(self, train: ImageData, test: ImageData, seed: int = 0) -> None:
-        self._train_images, self._train_labels = _labelled("train", train)
-        self.test_images, self._test_labels = _labelled("test", test)
-        self.seed, self.shape = seed, image_shape(test.images)
-        if image_shape(train.images) != self.shape:
-            raise ValueError(f"train must have images of {self.shape}, as test has; got {image_shape(train.images)}")
-        self.classifier = train_classifier(self._train_images, self._train_labels, seed)
-        features = self._features(self.test_images)
-        self.accuracy = float(self._probabilities(features).argmax(1).eq(self._test_labels).float().mean())
-        self._moments = moments(features)
+    def __init__(
+        self,
+        classifier: Classifier,
+        shape: tuple[int, int, int],
+        seed: int,
+        train: RealImages,
+        held_out: RealImages,
+    ) -> None:
+        self.classifier, self.shape, self.train, self.held_out, self.seed = classifier, shape, train, held_out, seed
+        self._moments = moments(held_out.features)
+
+    @classmethod
+    def trained(cls, train: ImageData, held_out: ImageData, seed: int = 0, epochs: int = EPOCHS) -> Judge:
+        """Trains a classifier on ``train`` and returns a judge of images of the same shape.
+
+        Raises:
+            ValueError: data without labels, or of two shapes.
+        """
+        (images, labels), (others, their_labels) = _labelled("train", train), _labelled("held_out", held_out)
+        shape = image_shape(others)
+        if image_shape(images) != shape:
+            raise ValueError(f"train must have images of {shape}, as held_out has; got {image_shape(images)}")
+        classifier = train_classifier(images, labels, seed, epochs)
+        known = RealImages(_features(classifier, images), labels)
+        return cls(classifier, shape, seed, known, RealImages(_features(classifier, others), their_labels))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the classifier knows."""
+        return self.classifier.head.out_features
 
     def labels(self, n: int) -> Tensor:
         """Returns n labels [n] int64: those of the held-out images in order, repeated where n is more."""
-        return self._test_labels.repeat(-(-n // len(self._test_labels)))[:n]
+        return self.held_out.labels.repeat(-(-n // len(self.held_out.labels)))[:n]
 
-    def real(self, labels: Tensor) -> Tensor:
-        """Returns as many training images of each class as ``labels`` names, [N, C, H, W] in [-1, 1]; N is less where a
-        class has fewer."""
-        of_class = [self._train_labels.eq(c).nonzero()[:, 0][: int(labels.eq(c).sum())] for c in labels.unique()]
-        return self._train_images[torch.cat(of_class)]
+    def measure(self, images: Tensor, labels: Tensor | None = None) -> Measures:
+        """Compares images [N, C, H, W], N >= 2, clipped to [-1, 1], with the held-out ones; labels [N] are meant."""
+        return self._measure(_features(self.classifier, images), labels)
+
+    def real(self, labels: Tensor) -> Measures:
+        """Returns what as many training images of each class as ``labels`` names measure; fewer, where it has fewer."""
+        own = self.train.labels
+        picked = torch.cat([own.eq(c).nonzero()[:, 0][: int(labels.eq(c).sum())] for c in labels.unique()])
+        return self._measure(self.train.features[picked], own[picked])
+
+    def all_held_out(self) -> Measures:
+        """Returns what the held-out images themselves measure: a distance of 0, and the classifier's accuracy."""
+        return self._measure(*self.held_out)
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> Tensor:
-        # Clips, as an image file would.
-        return self.classifier.body(images.to("cpu", torch.float32).clamp(-1, 1))
+    def _measure(self, features: Tensor, labels: Tensor | None) -> Measures:
+        best, classes = self.classifier.head(features).softmax(1).max(1)
+        right = None if labels is None else _share(classes.eq(labels.cpu()))
+        return Measures(len(features), self._distance(features), self._error(features), _share(best >= SURE), right)
 
-    @torch.no_grad()
-    def _probabilities(self, features: Tensor) -> Tensor:
-        return self.classifier.head(features).softmax(1)
+    def _distance(self, features: Tensor) -> float:
+        return frechet_distance(*moments(features), *self._moments)
 
-    def distance(self, images: Tensor) -> float:
-        """Returns the Fréchet distance of images [N, C, H, W], N >= 2, clipped to [-1, 1], to the held-out ones."""
-        return frechet_distance(*moments(self._features(images)), *self._moments)
+    def _error(self, features: Tensor) -> float:
+        """Returns the standard deviation of the distance of images drawn again from these, as many."""
+        n = len(features)
+        drawn = np.random.default_rng(0).integers(n, size=(BOOTSTRAPS, n))
+        return float(np.std([self._distance(features[torch.from_numpy(rows)]) for rows in drawn], ddof=1))
 
-    def sure(self, images: Tensor) -> float:
-        """Returns the share of images that the classifier gives to one class with at least the probability ``SURE``."""
-        return float((self._probabilities(self._features(images)).amax(1) >= SURE).float().mean())
+
+def _share(chosen: Tensor) -> float:
+    return float(chosen.float().mean())
+
+
+@torch.no_grad()
+def _features(classifier: Classifier, images: Tensor) -> Tensor:
+    """Returns the features [N, FEATURES] of images, clipped as an image file would clip them."""
+    parts = images.to("cpu", torch.float32).clamp(-1, 1).split(_AT_ONCE)
+    return torch.cat([classifier.body(part) for part in parts])

@@ -14,16 +14,25 @@ from ...samplers.named import FEW_STEP_SAMPLERS
 from .table import LARGE, Cell, Evaluation, row_name
 
 TITLES = {
-    "distance": "Fréchet distance to held-out images (lower is better; the floor is {floor:.1f})",
-    "sure": "Share of samples that the classifier is sure of (held-out images: {test_sure:.1%})",
+    "distance": "Fréchet distance to held-out images (lower is better; the floor is {floor.distance:.1f})",
+    "right": "Share of samples that the classifier gives the class asked for (held-out images: {held_out.right:.1%})",
+    "sure": "Share of samples that the classifier is sure of (held-out images: {held_out.sure:.1%})",
     "images_per_second": "Images/s",
 }
 
 
-def _figure(name: str, value: float) -> str:
-    if name == "sure":
-        return f"{value:.1%}"
+def _number(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _figure(name: str, cell: Cell) -> str:
+    measures = cell.measures
+    if name == "images_per_second":
+        return _number(cell.images_per_second)
+    if name == "distance":
+        return f"{_number(measures.distance)} ± {_number(measures.distance_error)}"
+    share = getattr(measures, name)
+    return "-" if share is None else f"{share:.1%}"
 
 
 def _grid(evaluation: Evaluation, name: str) -> str:
@@ -35,21 +44,18 @@ def _grid(evaluation: Evaluation, name: str) -> str:
     lines = [
         [" " * first, *(f"{steps} steps" for steps in columns)],
         ["-" * first, *("---:" for _ in columns)],
-        *(
-            [row_name(row).ljust(first), *(_figure(name, getattr(cells[row, s], name)) for s in columns)]
-            for row in rows
-        ),
+        *([row_name(row).ljust(first), *(_figure(name, cells[row, s]) for s in columns)] for row in rows),
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("| " + " | ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
 def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
-    """Returns the evaluation as Markdown: three tables, and how they were measured.
+    """Returns the evaluation as Markdown: four tables, and how they were measured.
 
     ``run`` is :func:`environment` and the run's seconds, model, dtype, guidance and batch_size.
     """
-    facts = dataclasses.asdict(evaluation)
+    facts = {"floor": evaluation.floor, "held_out": evaluation.held_out}
     parts = [f"**{title.format(**facts)}**\n\n{_grid(evaluation, name)}" for name, title in TITLES.items()]
     large = any(cell.row == LARGE for cell in evaluation.cells)
     solvers = [row for row in dict.fromkeys(cell.row for cell in evaluation.cells) if row in FEW_STEP_SAMPLERS]
@@ -61,10 +67,11 @@ def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
         + ("; DDPM's larger variance is beta of the steps taken." if large else ".")
         + choose,
         f"Features: the {evaluation.features} inputs of the last layer of a classifier trained on real training "
-        f"images, accuracy {evaluation.accuracy:.1%} on {evaluation.test_images} held-out ones; "
-        f"sure is a probability of at least {evaluation.sure_probability:g}.",
-        f"The floor is the distance of {evaluation.floor_images} real training images of the same classes; "
-        f"the classifier is sure of {evaluation.floor_sure:.1%} of them.",
+        f"images, accuracy {evaluation.held_out.right:.1%} on {evaluation.held_out.images} held-out ones; "
+        f"sure is a probability of at least {evaluation.sure_probability:g}. ± is a standard error, by bootstrap.",
+        f"The floor is the distance of {evaluation.floor.images} real training images of the same classes "
+        f"(± {_number(evaluation.floor.distance_error)}); the classifier is sure of "
+        f"{evaluation.floor.sure:.1%} of them.",
         "Measured in {seconds:.0f} s on {device}, {threads} threads, backend {backend}, torch {torch}; "
         "model {model}, {dtype}, guidance {guidance:g}, batches of {batch_size}.".format(**run),
     ]

@@ -19,7 +19,7 @@ from ...samplers.ddpm import ddpm
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...sampling.loop import sample
 from ...schedules import Schedule
-from .judge import FEATURES, SURE, Judge
+from .judge import FEATURES, SURE, Judge, Measures
 
 LARGE, LEARNED = "fixed_large", "learned_range"
 STEPS = (10, 20, 50, 100, 1000)
@@ -42,15 +42,13 @@ class Cell:
         row: eta, "fixed_large" for DDPM with its larger variance, "learned_range" for DDPM with the model's, or a name
             of ``FEW_STEP_SAMPLERS``.
         steps: model calls per sample.
-        distance: Fréchet distance to the held-out images.
-        sure: share of the samples that the classifier is sure of.
+        measures: of the samples, beside the held-out images.
         images_per_second: of sampling alone.
     """
 
     row: float | str
     steps: int
-    distance: float
-    sure: float
+    measures: Measures
     images_per_second: float
 
 
@@ -61,23 +59,17 @@ class Evaluation:
     Attributes:
         cells: row by row, steps in the order asked for.
         samples: per cell.
-        floor, floor_sure, floor_images: distance of real training images to the held-out ones, the share of
-            them that the classifier is sure of, and their number.
-        test_sure, test_images: the share of held-out images that the classifier is sure of, and their number.
-        accuracy: of the classifier on the held-out images.
-        features: dimension of its features.
+        floor: the measures of as many real training images, of the classes that the samples have.
+        held_out: those of the held-out images, whose ``right`` is the classifier's accuracy.
+        features: dimension of the classifier's features.
         sure_probability: the least probability of a class at which the classifier counts as sure.
         settings: the other options that decide the figures, as plain JSON values.
     """
 
     cells: list[Cell]
     samples: int
-    floor: float
-    floor_sure: float
-    floor_images: int
-    test_sure: float
-    test_images: int
-    accuracy: float
+    floor: Measures
+    held_out: Measures
     features: int
     sure_probability: float
     settings: dict[str, Any]
@@ -154,7 +146,7 @@ def evaluate(
     progress: bool = False,
     **options: Any,
 ) -> Evaluation:
-    r"""Measures Fréchet distance, confidence and images/s in the layout of table 1 of DDIM (Song et al., 2021).
+    r"""Measures distance, accuracy, confidence and images/s in the layout of table 1 of DDIM (Song et al., 2021).
 
     The distance of n samples is biased upwards, more for smaller n. The floor is therefore the distance of
     as many real images, of the classes that the samples have (:meth:`Judge.labels`).
@@ -176,7 +168,7 @@ def evaluate(
     Raises:
         ValueError, TypeError: an argument out of range; samples that are not finite.
     """
-    n = operator.index(n)
+    n, labels = operator.index(n), options.get("model_kwargs", {}).get("y")
     if n < 2:
         raise ValueError(f"n must be at least 2, for a covariance; got {n}")
 
@@ -203,25 +195,8 @@ def evaluate(
             speed = n / (time.perf_counter() - start)
             if not torch.isfinite(images).all():
                 raise ValueError(f"model must draw finite samples; got NaN or inf, {row_name(row)}, {count} steps")
-            cells.append(Cell(row, count, judge.distance(images), judge.sure(images), speed))
+            cells.append(Cell(row, count, judge.measure(images, labels), speed))
     settings = {"seed": operator.index(seed), "timesteps": len(schedule), "spacing": spacing}
-    settings |= {"prediction": prediction, "learned_variance": learned_variance}
-    return _with_references(judge, cells, n, settings)
-
-
-def _with_references(judge: Judge, cells: list[Cell], n: int, settings: dict[str, Any]) -> Evaluation:
-    """Returns the cells with the same measures of as many real training images, and of the held-out ones."""
-    real, test = judge.real(judge.labels(n)), judge.test_images
-    return Evaluation(
-        cells=cells,
-        samples=n,
-        floor=judge.distance(real),
-        floor_sure=judge.sure(real),
-        floor_images=len(real),
-        test_sure=judge.sure(test),
-        test_images=len(test),
-        accuracy=judge.accuracy,
-        features=FEATURES,
-        sure_probability=SURE,
-        settings={**settings, "classifier_seed": judge.seed},
-    )
+    settings |= {"prediction": prediction, "learned_variance": learned_variance, "classifier_seed": judge.seed}
+    floor, held_out = judge.real(judge.labels(n)), judge.all_held_out()
+    return Evaluation(cells, n, floor, held_out, FEATURES, SURE, settings)

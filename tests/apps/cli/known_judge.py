@@ -2,23 +2,26 @@
 
 import torch
 
+from dd_kernels.apps.evaluate import Measures
+
 
 class KnownJudge:
     """Stands for :class:`dd_kernels.apps.evaluate.Judge`, whose classifier takes seconds to train."""
 
-    shape, accuracy, seed = (1, 8, 8), 1.0, 0
-    test_images = torch.zeros(2, 1, 8, 8)
+    shape, num_classes, seed = (1, 8, 8), 10, 0
 
-    def __init__(self, train, test):
-        pass
+    @classmethod
+    def trained(cls, train, held_out):
+        return cls()
 
     def labels(self, n):
         return torch.arange(n) % 10
 
+    def measure(self, images, labels=None):
+        return Measures(len(images), 1.0, 0.1, 1.0, 1.0)
+
     def real(self, labels):
-        return self.test_images
+        return self.measure(labels)
 
-    def distance(self, images):
-        return 1.0
-
-    sure = distance
+    def all_held_out(self):
+        return self.measure(range(2))

@@ -30,7 +30,7 @@ def tiny_model(path, **overrides):
 @pytest.fixture
 def run(judge, monkeypatch):
     """Runs the command with the classifier that is trained already."""
-    monkeypatch.setattr(command, "Judge", lambda train, test: judge)
+    monkeypatch.setattr(command.Judge, "trained", lambda train, held_out: judge)
     return lambda *arguments: main(["evaluate", "--no-progress", "--overwrite", "-n", "12", *arguments])
 
 
@@ -43,8 +43,8 @@ class TestCommand:
         assert printed == (report / "evaluation.md").read_text(encoding="utf-8")
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
         rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "DDPM, larger variance", "dpm++"]
-        assert [line[0] for line in lines if line[0] and not line[0].startswith("-")] == rows * 3
-        assert [line[1:] for line in lines if not line[0]] == [["2 steps", "3 steps"]] * 3
+        assert [line[0] for line in lines if line[0] and not line[0].startswith("-")] == rows * 4
+        assert [line[1:] for line in lines if not line[0]] == [["2 steps", "3 steps"]] * 4
 
         found = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
         etas = [0.0, 0.2, 0.5, 1.0, "fixed_large", "dpm++"]
@@ -53,9 +53,9 @@ class TestCommand:
         assert found["settings"]["seed"] == 5
         assert found["run"]["backend"] in ("cpu", "reference")
         assert {"device", "threads", "torch", "numpy", "python", "model", "dtype", "guidance"} <= found["run"].keys()
-        assert f"the floor is {found['floor']:.1f}" in printed
+        assert f"the floor is {found['floor']['distance']:.1f}" in printed
         assert "dpm++: noise levels of their own spacing." in printed
-        assert f"accuracy {found['accuracy']:.1%}" in printed
+        assert f"accuracy {found['held_out']['right']:.1%}" in printed
         assert sorted(p.name for p in report.iterdir()) == ["evaluation.json", "evaluation.md"]
 
     def test_one_file(self, run, tmp_path, capsys):
@@ -68,8 +68,10 @@ class TestCommand:
         judges = []
 
         class Recording(KnownJudge):
-            def __init__(self, train, test):
-                judges.append((train, test))
+            @classmethod
+            def trained(cls, train, held_out):
+                judges.append((train, held_out))
+                return cls()
 
         monkeypatch.setattr(command, "Judge", Recording)
         real = ImageData(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 10, tuple("0123456789"))
@@ -81,20 +83,35 @@ class TestCommand:
         assert main([*line, "--no-progress", "--data", "a.npz"]) == 2
         assert "or a folder of IDX files, which keep images for tests; got 'a.npz'" in capsys.readouterr().err
 
+    def test_a_judge_is_trained_once_and_kept(self, run, judge, tmp_path, monkeypatch):
+        """The file of a judge gives the figures that the run gave which wrote it; another shape is refused."""
+        line = ["--model", tiny_model(tmp_path / "m.safetensors"), "--steps", "2", "--rows", "0", "--out", "t.json"]
+        assert run(*line, "--judge", "judge.safetensors") == 0
+        first = json.loads((tmp_path / "t.json").read_text())
+        monkeypatch.setattr(command.Judge, "trained", None)
+        assert run(*line, "--judge", "judge.safetensors") == 0
+        again = json.loads((tmp_path / "t.json").read_text())
+        assert again["cells"][0]["measures"] == first["cells"][0]["measures"]
+        assert again["held_out"] == first["held_out"]
+        line[1] = tiny_model(tmp_path / "wide.safetensors", image_size=16)
+        assert run(*line, "--judge", "judge.safetensors") == 2
+        assert run(*line[2:], "--data", "nothing", "--judge", "m.safetensors") == 2
+
     def test_same_seed_same_figures(self, run, tmp_path):
         model = tiny_model(tmp_path / "model.safetensors")
         cells = []
         for batch_size in ("12", "5"):
             run("--model", model, "--steps", "3", "--etas", "1", "--batch-size", batch_size, "--out", "t.json")
             cells.append(json.loads((tmp_path / "t.json").read_text())["cells"][0])
-        assert cells[0]["distance"] == pytest.approx(cells[1]["distance"], rel=1e-3)
+        distances = [cell["measures"]["distance"] for cell in cells]
+        assert distances[0] == pytest.approx(distances[1], rel=1e-3)
 
     def test_guidance_changes_the_samples(self, run, tmp_path):
         model = tiny_model(tmp_path / "model.safetensors")
         distances = []
         for guidance in ([], ["--guidance", "4"]):
             assert run("--model", model, "--steps", "3", "--etas", "0", "--out", "t.json", *guidance) == 0
-            distances.append(json.loads((tmp_path / "t.json").read_text())["cells"][0]["distance"])
+            distances.append(json.loads((tmp_path / "t.json").read_text())["cells"][0]["measures"]["distance"])
         assert distances[0] != distances[1]
 
     def test_steps_that_do_not_fit_are_found_before_the_classifier_is_trained(self, tmp_path, monkeypatch, capsys):

@@ -100,11 +100,11 @@ class TestTable:
         )
         ddim, ddpm = result.cells
         assert (ddim.row, ddpm.row, ddim.steps) == (0.0, "fixed_large", 10)
-        assert ddim.distance < 2 * result.floor
-        assert ddpm.distance > 2 * ddim.distance
-        assert ddim.sure > 0.95 > ddpm.sure
+        assert ddim.measures.distance < 2 * result.floor.distance
+        assert ddpm.measures.distance > 2 * ddim.measures.distance
+        assert ddim.measures.sure > 0.95 > ddpm.measures.sure
         assert min(ddim.images_per_second, ddpm.images_per_second) > 0
-        assert (result.samples, result.floor_images, result.test_images) == (n, n, 360)
+        assert (result.samples, result.floor.images, result.held_out.images) == (n, n, 360)
         assert not model._forward_hooks
 
     def test_samples_that_are_not_finite(self, judge):
