@@ -1,8 +1,8 @@
 """Measure the quality and speed of a model's samples: table 1 of DDIM (Song et al., 2021).
 
 Prints four tables, of samplers (rows) and numbers of steps (columns): the Fréchet distance of the samples to held-out
-real images of --data, in the features of a classifier of the others; the shares of samples of the class asked for, and of
-those that the classifier is sure of; images/s. The floor is that distance of training images. The classifier for
+real images of --data, in the features of a classifier of the others; the shares of samples of the class asked for, and
+of those that the classifier is sure of; images/s. The floor is that distance of training images. The classifier for
 fashion-mnist is bundled, with the features of real images; another is trained first (for digits in seconds).
 With --bits-per-dim: the variational bound of held-out images, with its standard error and its terms.
 """
