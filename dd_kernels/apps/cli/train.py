@@ -3,7 +3,7 @@
 Writes --out MODEL.safetensors, with the averaged weights (which sample loads) and the training state (which --resume
 continues from), and MODEL.samples.png, with 64 samples. Ctrl-C, SIGTERM and SIGHUP save first. Options left out have
 DDPM's values for CIFAR-10; with --data digits, those that the bundled digits model was trained with, and with --data
-fashion-mnist those of a model that trains in an hour and a half on two cores.
+fashion-mnist those of a model that trains in an hour on two cores.
 """
 
 from __future__ import annotations
@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-state", action="store_true", help="leave the training state out of the finished file (no --resume)"
+    )
+    parser.add_argument("--half", action="store_true", help="with --no-state: weights of the finished file in float16")
+    parser.add_argument("--plot", metavar="PICTURE.png", help="draw the loss by step when the run ends")
+    parser.add_argument(
+        "--evolution", metavar="PICTURE.png", help="add a row of samples to a picture every --sample-every steps"
     )
     common.add_run_arguments(parser)
     group = parser.add_argument_group("options of the run (with --resume as before, but for --steps)")
@@ -176,6 +181,9 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             progress=not args.no_progress,
             keep_state=not args.no_state,
+            half=args.half,
+            plot=args.plot,
+            evolution=args.evolution,
         )
     seconds = time.perf_counter() - start
     loss = f"loss {trainer.loss:.4f}, {seconds:.0f} s on {device}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...likelihood import Process, Split, split_bound
+from .. import plots
 from ..data import ImageData
 
 
@@ -140,11 +140,7 @@ def terms_png(result: BitsPerDim) -> bytes:
     Raises:
         ValueError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("a plot needs matplotlib: pip install 'dd_kernels[plots]'") from error
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = plots.figure(7, 4)
     axes = figure.add_subplot()
     axes.semilogy(range(1, len(result.terms)), result.terms[1:], linewidth=1, label="$L_{t-1}$")
     axes.semilogy([0], result.terms[:1], "o", label="$L_0$, decoder")
@@ -152,6 +148,4 @@ def terms_png(result: BitsPerDim) -> bytes:
     axes.set(xlabel="timestep t", ylabel="bits/dim", title=f"Terms of the bound, {result.bits_per_dim:.3f} bits/dim")
     axes.grid(alpha=0.3)
     axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    return content.getvalue()
+    return plots.png(figure)

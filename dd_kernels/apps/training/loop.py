@@ -14,7 +14,8 @@ from ...samplers.ddim import ddim
 from ...sampling.loop import sample
 from .. import checkpoint, images
 from ..data import ImageData, load
-from ..files import PathLike, check_writable, only_writer, remove_leftovers, resolved
+from ..files import PathLike, atomic_write, check_writable, only_writer, remove_leftovers, resolved
+from .curve import add_row, check_pictures
 from .options import TrainOptions
 from .stop import Stop
 from .trainer import Trainer, TrainingDivergedError
@@ -103,6 +104,7 @@ class _Losses:
             if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
                 what = "gradient" if math.isfinite(loss) else "loss"
                 raise TrainingDivergedError(f"the {what} of step {first + i + 1} is not a number")
+            self.trainer.curve.add(loss)
             old = self.trainer.loss
             self.trainer.loss = loss if math.isnan(old) else 0.99 * old + 0.01 * loss
         mean = sum(loss for loss, _ in values) / len(values)
@@ -110,9 +112,10 @@ class _Losses:
             raise TrainingDivergedError(f"the loss is {mean:.3g} at step {self.trainer.step}")
 
 
-def draw_grid(trainer: Trainer, out: PathLike, stop: Stop) -> None:
+def draw_grid(trainer: Trainer, out: PathLike, stop: Stop, evolution: PathLike | None = None) -> None:
     """Writes 64 samples of the averaged weights (DDIM, 50 steps), class after class, beside ``out``.
 
+    The first of them are added to the picture ``evolution`` as a row.
     A signal ends it before the next step of the sampler; the grid that is there then stays.
     """
 
@@ -134,7 +137,10 @@ def draw_grid(trainer: Trainer, out: PathLike, stop: Stop) -> None:
         hook.remove()
     if not torch.isfinite(x).all():
         raise TrainingDivergedError(f"the samples of step {trainer.step} are not numbers")
-    images.save_png(images.grid(images.to_uint8(x)), grid_path(out))
+    pixels = images.to_uint8(x)
+    images.save_png(images.grid(pixels), grid_path(out))
+    if evolution is not None:
+        add_row(evolution, trainer.step, pixels)
 
 
 def train(
@@ -149,6 +155,9 @@ def train(
     device: torch.device | str = "cpu",
     progress: bool = False,
     keep_state: bool = True,
+    half: bool = False,
+    plot: PathLike | None = None,
+    evolution: PathLike | None = None,
 ) -> Trainer:
     """Trains a U-Net and writes the model file ``out``, with its training state, and a grid of samples beside it.
 
@@ -164,6 +173,9 @@ def train(
         progress: show a tqdm bar.
         keep_state: leave the training state in the file of a finished run; without it the file is a quarter as long
             and cannot be resumed.
+        half: write the weights of a finished run in float16; needs ``keep_state=False``.
+        plot: where the loss by step is drawn when the run ends, a .png; needs matplotlib.
+        evolution: a .png that grows by a row, the first samples of the grid, with each grid.
 
     Returns:
         The trainer; ``stopped_by`` is the signal that ended the run early, after a save, or None.
@@ -176,8 +188,13 @@ def train(
     for name, value in (("save_every", save_every), ("sample_every", sample_every)):
         if value < 0:
             raise ValueError(f"{name} must be at least 0; got {value}")
+    if half and keep_state:
+        raise ValueError(
+            "half needs keep_state=False (--no-state): a run that can be resumed keeps its weights in float32"
+        )
     out, device = pathlib.Path(out), torch.device(device)
     check_out(out, resume, overwrite)
+    check_pictures(plot, evolution, resume, overwrite)
     with (
         only_writer("out", out),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
@@ -187,13 +204,18 @@ def train(
             remove_leftovers(resolved(path))
         if resume:
             _check_same_run(options, resumed_options(out))
+        elif evolution is not None:
+            pathlib.Path(evolution).unlink(missing_ok=True)
         if dataset is None:
             dataset = load(options.data, options.image_size, options.grey, progress, options.background, options.strict)
         trainer = Trainer(options, dataset, device)
         if resume:
             trainer.restore(out)
         with Stop().listening() as stop:
-            _run(trainer, out, stop, save_every, sample_every, progress, keep_state)
+            saver = _Saver(trainer, out, half, evolution)
+            _run(saver, stop, save_every, sample_every, progress, keep_state)
+        if plot is not None:
+            atomic_write(plot, trainer.curve.png())
         trainer.stopped_by = stop.signal
     return trainer
 
@@ -207,18 +229,24 @@ def _check_same_run(options: TrainOptions, before: TrainOptions) -> None:
 
 
 class _Saver:
-    """Saves a run, and knows which step its file holds."""
+    """Saves a run and draws its samples, and knows which step its file holds."""
 
-    def __init__(self, trainer: Trainer, out: pathlib.Path) -> None:
-        self.trainer, self.out = trainer, out
+    def __init__(
+        self, trainer: Trainer, out: pathlib.Path, half: bool = False, evolution: PathLike | None = None
+    ) -> None:
+        self.trainer, self.out, self.half, self.evolution = trainer, out, half, evolution
         self.saved = trainer.step if trainer.step else None
         self.loss = trainer.loss
 
     def save(self, with_state: bool = True) -> None:
         """Writes the file, if every weight is a number."""
         self.trainer.check_finite()
-        self.trainer.save(self.out, with_state)
+        self.trainer.save(self.out, with_state, self.half)
         self.saved, self.loss = self.trainer.step, self.trainer.loss
+
+    def draw(self, stop: Stop) -> None:
+        """Draws the samples of the weights as they are."""
+        draw_grid(self.trainer, self.out, stop, self.evolution)
 
     def holds(self) -> str:
         """Says what the file holds, for an error."""
@@ -227,29 +255,21 @@ class _Saver:
         return f"{str(self.out)!r} holds step {self.saved}, whose loss was {self.loss:.4g}"
 
 
-def _run(
-    trainer: Trainer,
-    out: pathlib.Path,
-    stop: Stop,
-    save_every: int,
-    sample_every: int,
-    progress: bool,
-    keep_state: bool,
-) -> None:
+def _run(saver: _Saver, stop: Stop, save_every: int, sample_every: int, progress: bool, keep_state: bool) -> None:
     """Steps until ``options.steps`` or ``stop``; saves at the end either way."""
-    saver = _Saver(trainer, out)
     try:
-        _steps(trainer, saver, stop, save_every, sample_every, progress)
+        _steps(saver, stop, save_every, sample_every, progress)
         stays = keep_state or stop.signal is not None
-        if trainer.step != saver.saved or not stays:
+        if saver.trainer.step != saver.saved or not stays:
             saver.save(with_state=stays)
         if stop.signal is None:  # a run that died before its grid was drawn draws it when it is resumed
-            draw_grid(trainer, out, stop)
+            saver.draw(stop)
     except TrainingDivergedError as error:
         raise TrainingDivergedError(f"{error}: try a smaller lr or a longer warmup; {saver.holds()}") from error
 
 
-def _steps(trainer: Trainer, saver: _Saver, stop: Stop, save_every: int, sample_every: int, progress: bool) -> None:
+def _steps(saver: _Saver, stop: Stop, save_every: int, sample_every: int, progress: bool) -> None:
+    trainer = saver.trainer
     losses, steps = _Losses(trainer), trainer.options.steps
     images_in_step = trainer.options.batch_size
     with tqdm(total=steps, initial=trainer.step, desc="training", unit="step", disable=not progress) as bar:
@@ -265,5 +285,5 @@ def _steps(trainer: Trainer, saver: _Saver, stop: Stop, save_every: int, sample_
                 saver.save()
             if sample_every and trainer.step % sample_every == 0 and trainer.step < steps:
                 losses.read()
-                draw_grid(trainer, saver.out, stop)
+                saver.draw(stop)
         losses.read()

@@ -22,6 +22,7 @@ from ..checkpoint import ModelInfo
 from ..data import ImageData
 from ..files import PathLike
 from .averages import Averages
+from .curve import LossCurve
 from .model import build_model
 from .objective import Diffused, losses_of
 from .options import PRECISIONS, TrainOptions
@@ -80,6 +81,7 @@ class Trainer:
         history: the losses of every timestep, where timesteps are drawn by them.
         step: steps done.
         loss: running mean over about 100 steps, NaN before the first.
+        curve: the loss of every step so far.
         stopped_by: the signal that ended :func:`train` early, or None.
     """
 
@@ -102,6 +104,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
         self.step = 0
         self.loss = math.nan
+        self.curve = LossCurve()
         self.stopped_by: signal.Signals | None = None
 
     def train_step(self) -> tuple[Tensor, Tensor]:
@@ -155,7 +158,9 @@ class Trainer:
     def described(self) -> ModelInfo:
         """Returns the model's description, with the steps done and the loss."""
         training = {**asdict(self.options), "data": pathlib.Path(self.options.data).name}
-        return replace(self.info, training={**training, "step": self.step, "loss": self.loss})
+        return replace(
+            self.info, training={**training, "step": self.step, "loss": self.loss, "losses": self.curve.means}
+        )
 
     def check_finite(self) -> None:
         """Raises ``TrainingDivergedError`` unless all weights, averages and moments are finite."""
@@ -163,16 +168,21 @@ class Trainer:
             if not torch.isfinite(value).all():
                 raise TrainingDivergedError(f"after step {self.step} {name} is not a number")
 
-    def save(self, out: PathLike, with_state: bool = True) -> None:
-        """Writes the model file: the averaged weights and, ``with_state``, the training state; whole or not at all."""
+    def save(self, out: PathLike, with_state: bool = True, half: bool = False) -> None:
+        """Writes the model file: the averaged weights and, ``with_state``, the training state; whole or not at all.
+
+        With ``half`` the averaged weights are written in float16, which only a file without a state may hold.
+        """
         weights, info = self.averages.weights(), self.described()
         if not with_state:
+            weights = {name: value.half() if half else value for name, value in weights.items()}
             checkpoint.save_model(out, weights, info)
             return
         training = {
             "options": asdict(self.options),
             "step": self.step,
             "loss": self.loss,
+            "curve": self.curve.as_json(),
             "scaler": self.scaler.state_dict(),
             "fingerprint": self.dataset.fingerprint,
         }
@@ -201,7 +211,7 @@ class Trainer:
             for name, slot in slots.items():
                 slot.copy_(tensors[name])
         self.scaler.load_state_dict(training["scaler"])
-        self.step, self.loss = training["step"], training["loss"]
+        self.step, self.loss, self.curve = training["step"], training["loss"], LossCurve(**training.get("curve", {}))
 
     def _slots(self) -> dict[str, Tensor]:
         """Returns every tensor of the training state but the averages; AdamW's moments are 0 before the first step."""

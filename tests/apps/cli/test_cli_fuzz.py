@@ -22,7 +22,7 @@ ODD = [
 ]  # fmt: skip
 ODD += ["", " ", "9" * 40, "a\nb"]
 SWITCHES = {"--overwrite", "--no-progress", "--resume", "--grey", "--flip", "--strict", "--unconditional", "--no-state"}
-SWITCHES |= {"--bits-per-dim"}
+SWITCHES |= {"--bits-per-dim", "--half"}
 FLAGS = {
     "sample": (
         "-n --out --overwrite --columns --sampler --steps --spacing --eta --variance --clip --seed --first-sample "
@@ -39,6 +39,7 @@ FLAGS = {
         "--out --resume --overwrite --save-every --sample-every --preview --no-state --device --data --image-size "
         "--grey --background --strict --flip --config --set --schedule --num-timesteps --prediction --label-drop "
         "--unconditional --batch-size --lr --weight-decay --beta1 --beta2 --warmup --clip-grad --ema --precision "
+        "--half --plot --evolution "
         "--seed --recipe --loss-weight --snr-gamma --timesteps --input-perturbation --lr-schedule"
     ),
 }

@@ -200,8 +200,8 @@ def test_a_grid_of_a_model_that_learns_its_variance(tmp_path, images):
 
 def test_grids_and_saves_come_when_asked_for(tmp_path, images, monkeypatch):
     events = []
-    monkeypatch.setattr(Trainer, "save", lambda self, out, with_state: events.append(("save", self.step)))
-    monkeypatch.setattr(loop, "draw_grid", lambda run, out, stop: events.append(("grid", run.step)))
+    monkeypatch.setattr(Trainer, "save", lambda self, out, with_state, half: events.append(("save", self.step)))
+    monkeypatch.setattr(loop, "draw_grid", lambda run, out, stop, evolution: events.append(("grid", run.step)))
     training.train(options(steps=6), tmp_path / "a.safetensors", dataset=images, save_every=3, sample_every=2)
     assert events == [("grid", 2), ("save", 3), ("grid", 4), ("save", 6), ("grid", 6)]
 

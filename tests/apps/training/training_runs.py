@@ -32,17 +32,17 @@ def train(out, images, resume=False, **changes):
     return training.train(options(**changes), out, dataset=images, resume=resume, save_every=4, sample_every=0)
 
 
-def stop_after(steps, out, images, **changes):
-    """Trains until a signal comes in step ``steps``, and saves after it."""
+def stop_after(last, out, images, **changes):
+    """Trains until a signal comes in step ``last``, and saves after it."""
     step = training.Trainer.train_step
 
     def interrupted(self):
-        if self.step == steps - 1:
+        if self.step == last - 1:
             signal.raise_signal(signal.SIGTERM)
         return step(self)
 
     with mock.patch.object(training.Trainer, "train_step", interrupted):
-        assert train(out, images, **changes).step == steps
+        assert train(out, images, **changes).step == last
 
 
 def metadata(path):

@@ -1,0 +1,29 @@
+"""Figures of matplotlib, an optional package, as PNGs."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def figure(width: float, height: float) -> Figure:
+    """Returns an empty figure of so many inches, drawn without a display.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a plot needs matplotlib: pip install 'dd_kernels[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def png(drawn: Figure) -> bytes:
+    """Returns a figure as a PNG file's content."""
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", dpi=120)
+    return content.getvalue()
