@@ -17,7 +17,7 @@ from .requests import Noise, Request, Step
 __all__ = ["Step", "sample", "sample_progressive"]
 
 
-def _bar(steps: int, progress: bool) -> tqdm:
+def progress_bar(steps: int, progress: bool) -> tqdm:
     """Returns a progress bar of so many steps, which shows nothing unless ``progress`` is true."""
     return tqdm(total=steps, desc="sampling", unit="step", disable=not progress)
 
@@ -85,7 +85,7 @@ def sample(
     )  # fmt: skip
     batches = request.batches(batch_size)
     results = []
-    with _bar(len(table) * len(batches), progress) as bar:
+    with progress_bar(len(table) * len(batches), progress) as bar:
         for batch in batches:
             x = request.start(batch)
             for step in steps(request, x, batch, return_x0=callback is not None):
@@ -123,7 +123,7 @@ def sample_progressive(
         model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend, cuda_graph,
     )  # fmt: skip
     (batch,) = request.batches(None)
-    with _bar(len(table), progress) as bar:
+    with progress_bar(len(table), progress) as bar:
         for step in steps(request, request.start(batch), batch, return_x0=True):
             bar.update()
             yield step

@@ -52,8 +52,7 @@ class _Source:
             raise ValueError(f"noise must hold one tensor per step, {len(table)}; got {len(noise)}")
         if seed is None:
             needed = generator is None and (draws_x_T or (table.stochastic and noise is None))
-            # The seed comes from torch's global generator, so torch.manual_seed decides it.
-            seed = int(torch.randint(2**63 - 1, ())) if needed else 0
+            seed = drawn_seed() if needed else 0
         return _Source(noise, generator, seed)
 
     def x_T(self, shape: Sequence[int], first_sample: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -69,6 +68,11 @@ class _Source:
         if self.noise is None:
             return None
         return (self.noise(index) if callable(self.noise) else self.noise[index])[batch]
+
+
+def drawn_seed() -> int:
+    """Returns a seed from torch's global generator, so that torch.manual_seed decides it."""
+    return int(torch.randint(2**63 - 1, ()))
 
 
 def _drawn(generator: torch.Generator, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -76,8 +76,7 @@ def _one_ddim_step(schedule: Schedule, t: int, t_prev: int, eta: float, predicti
     if not -1 <= t_prev < t < len(schedule):
         raise ValueError(f"t and t_prev must satisfy -1 <= t_prev < t < {len(schedule)}; got {t} and {t_prev}")
     timesteps = [t] if t_prev < 0 else [t_prev, t]
-    table = ddim(schedule, timesteps=timesteps, eta=eta, prediction=prediction, clip=clip)
-    return StepTable(table.rows[:1], table.timesteps[:1], threshold=table.threshold)
+    return ddim(schedule, timesteps=timesteps, eta=eta, prediction=prediction, clip=clip)[:1]
 
 
 def ddim_step(

@@ -181,6 +181,23 @@ def test_clip_is_a_column_and_a_threshold_an_attribute():
     assert dd.ddpm(SCHEDULE, 5, clip=rule).threshold == rule
 
 
+def test_a_slice_of_a_table_is_a_table():
+    whole = dd.ddpm(SCHEDULE, 5, variance="learned_range", clip=dd.DynamicThreshold(0.9))
+    part = whole[2:4]
+    assert torch.equal(part.rows, whole.rows[2:4])
+    assert torch.equal(part.timesteps, whole.timesteps[2:4])
+    assert (part.learned_variance, part.threshold) == (True, whole.threshold)
+    assert part.stochastic
+    assert not whole[4:].rows[:, COLUMNS.index("sigma")].any()
+    assert len(whole[5:]) == 0
+    few = dd.dpm_solver(SCHEDULE, 4)
+    assert torch.equal(few[:2].times, few.times[:2])
+    with pytest.raises(ValueError, match=r"cannot be cut where x_0 of an earlier step is read.* before step 1"):
+        few[1:]
+    with pytest.raises(TypeError, match=r"a table is cut by slices, such as table\[10:\]; got int"):
+        whole[1]
+
+
 def test_a_table_is_uploaded_once():
     table = dd.ddim(SCHEDULE, 5)
     first = table.on(torch.device("cpu"))

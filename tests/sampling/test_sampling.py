@@ -5,41 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from gaussian import SCHEDULE, gaussian_model, moments
 
 import dd_kernels as dd
-from dd_kernels.ops.reverse_step.table import COLUMNS
 
-SCHEDULE = dd.linear_schedule(1000)
 SHAPE = (4, 3, 6, 6)
 
 
 def model(x, t, gain=0.3):
     return gain * torch.tanh(x) + 1e-4 * t.reshape(-1, 1, 1, 1)
-
-
-def gaussian_model(mean, std):
-    """The exact epsilon for data N(mean, std^2): the score of the marginal is known in closed form."""
-
-    def epsilon(x, t):
-        alpha_bar = SCHEDULE.alpha_bar[int(t[0])]
-        variance = alpha_bar * std**2 + 1 - alpha_bar
-        return math.sqrt(1 - alpha_bar) * (x - math.sqrt(alpha_bar) * mean) / variance
-
-    return epsilon
-
-
-def moments(table, mean, std):
-    """Mean and standard deviation that a sampler must reach with ``gaussian_model``: there a step is linear in x."""
-    m, variance = 0.0, 1.0
-    for t, row in zip(table.timesteps.tolist(), table.rows.tolist(), strict=True):
-        c = dict(zip(COLUMNS, row, strict=True))
-        alpha_bar = SCHEDULE.alpha_bar[t]
-        slope = math.sqrt(1 - alpha_bar) / (alpha_bar * std**2 + 1 - alpha_bar)  # epsilon = slope x + offset
-        offset = -slope * math.sqrt(alpha_bar) * mean
-        out = c["prev_from_x0"] * c["x0_num_out"] / c["x0_den"] + c["prev_from_out"]
-        gain = c["prev_from_x0"] * c["x0_num_x"] / c["x0_den"] + c["prev_from_x"] + out * slope
-        m, variance = gain * m + out * offset, gain**2 * variance + c["sigma"] ** 2
-    return m, math.sqrt(variance)
 
 
 SAMPLERS = {

@@ -275,28 +275,3 @@ def add_output_arguments(parser: argparse.ArgumentParser, default: str) -> None:
         default="images",
         help="of a .npz's arrays: images and labels, or arr_0 and arr_1 (for guided-diffusion's evaluator)",
     )
-
-
-def slerp(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    r"""Spherical interpolation of latents, eq. 67 of DDIM (Song et al., 2021).
-
-    .. math:: \frac{\sin((1 - w)\theta)}{\sin\theta} a + \frac{\sin(w\theta)}{\sin\theta} b, \qquad
-        \cos\theta = \frac{a \cdot b}{\|a\| \|b\|}
-
-    Args:
-        a, b: [N, ...], one latent per sample; float.
-        weight: [F] in [0, 1], 0 is ``a``.
-
-    Returns:
-        [N, F, ...]; on a straight line where a and b are parallel.
-    """
-    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
-    norms = (flat_a.norm(dim=1) * flat_b.norm(dim=1)).clamp(min=1e-300)
-    theta = torch.acos(((flat_a * flat_b).sum(1) / norms).clamp(-1, 1))[:, None]  # [N, 1]
-    w, sine = weight.double().to(a.device)[None], theta.sin()
-    straight = sine < 1e-6
-    safe = torch.where(straight, 1.0, sine)
-    share_a = torch.where(straight, 1 - w, ((1 - w) * theta).sin() / safe)  # [N, F]
-    share_b = torch.where(straight, w, (w * theta).sin() / safe)
-    mixed = share_a[..., None] * flat_a[:, None] + share_b[..., None] * flat_b[:, None]
-    return mixed.reshape(a.shape[0], -1, *a.shape[1:]).to(a.dtype)

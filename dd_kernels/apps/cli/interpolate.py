@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...ops import randn
 from ...samplers import ddim, ddim_inversion
-from ...sampling import sample
+from ...sampling import sample, slerp
 from .. import data
 from ..images import Output
 from . import common
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             common.check_images(loaded, rows * args.frames)
             labels = None if labels is None else [labels[i % len(labels)] for i in range(rows)]
             a, b = _ends_of_seeds(loaded, args.seeds, rows)
-        x_T = common.slerp(a, b, torch.linspace(0, 1, args.frames)).flatten(0, 1)
+        x_T = slerp(a, b, torch.linspace(0, 1, args.frames)).flatten(0, 1)
         every_label = None if labels is None else [label for label in labels for _ in range(args.frames)]
         x = sample(
             loaded.model,

@@ -22,3 +22,4 @@ class Stream(IntEnum):
     SPLIT = 7  # which images of a data set are kept for tests
     PERTURBATION = 8  # the second noise of a training batch, in input perturbation; draw is the training step
     LIKELIHOOD = 9  # z of the forward process where the bound is measured; draw is the timestep
+    RESAMPLE = 10  # what inpainting draws where it goes back to more noise, and for the steps after; draw is the move

@@ -130,6 +130,24 @@ class StepTable(PerDevice[DeviceTable]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getitem__(self, steps: slice) -> StepTable:
+        """Returns the steps of a slice as a table, such as ``table[10:]``, whose noise is theirs in the whole table.
+
+        Raises:
+            TypeError: ``steps`` is no slice.
+            ValueError: its first step reads x_0 of a step that is left out.
+        """
+        if not isinstance(steps, slice):
+            raise TypeError(f"a table is cut by slices, such as table[10:]; got {type(steps).__name__}")
+        times = None if self.times is None else self.times[steps]
+        rows = self.rows[steps]
+        if rows[:1, _WITHOUT_HISTORY:].any():
+            raise ValueError(
+                "the steps of a multistep solver cannot be cut where x_0 of an earlier step is read (a sampler's "
+                f"timesteps= makes a table that starts there); got a cut before step {range(len(self))[steps][0]}"
+            )
+        return StepTable(rows, self.timesteps[steps], self.learned_variance, self.threshold, times)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.rows, self.timesteps, self.learned_variance, self.threshold, self.times)
 

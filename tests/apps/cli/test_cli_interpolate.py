@@ -3,28 +3,11 @@
 import pathlib
 
 import numpy as np
-import pytest
-import torch
 from commands import fails, pixels, run, sample
 from PIL import Image
 
-import dd_kernels as dd
 from dd_kernels.apps import data
-from dd_kernels.apps.cli import common, interpolate
-
-
-def test_slerp_is_the_shortest_way_on_the_sphere():
-    a, b = torch.tensor([[3.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 3.0], [1.0, 0.0]])
-    walk = common.slerp(a, b, torch.linspace(0, 1, 3))
-    assert walk.shape == (2, 3, 2)
-    root = 3 * 0.5**0.5
-    assert torch.allclose(walk[0], torch.tensor([[3, 0], [root, root], [0, 3]], dtype=torch.float32))
-    assert torch.allclose(walk[1], a[1].expand(3, 2))  # from a point to itself every step is that point
-    opposite = common.slerp(a[:1], -a[:1], torch.tensor([0.25]))
-    assert torch.isfinite(opposite).all()
-    noise = dd.randn((4, 3, 16, 16), seed=0), dd.randn((4, 3, 16, 16), seed=1)
-    middle = common.slerp(*noise, torch.tensor([0.5]))
-    assert float(middle.std()) == pytest.approx(1, abs=0.05)  # half way on a straight line the deviation is 0.7
+from dd_kernels.apps.cli import interpolate
 
 
 def test_interpolate_between_seeds(models):
