@@ -97,6 +97,9 @@ class Sampler:
             if self._closed:
                 raise RuntimeError("the sampler is closed")
             if self.max_queue is not None and len(self._waiting) >= self.max_queue:
+                self._waiting = [entry for entry in self._waiting if not entry.future.cancelled()]
+                heapq.heapify(self._waiting)
+            if self.max_queue is not None and len(self._waiting) >= self.max_queue:
                 raise queue.Full(f"max_queue={self.max_queue} requests wait already")
             heapq.heappush(self._waiting, _Waiting((-priority, next(self._numbers)), request, future))
             self._changed.notify_all()
