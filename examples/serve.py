@@ -54,7 +54,9 @@ class Service:
         if classes is None:
             return dd.SampleRequest(table, seed, number)
         condition = {"y": torch.tensor([number % classes if label is None else label])}
-        guided: dict[str, Any] = {} if guidance == 1 else {"uncond_kwargs": {"y": torch.tensor([null])}, "guidance_scale": guidance}
+        guided: dict[str, Any] = (
+            {} if guidance == 1 else {"uncond_kwargs": {"y": torch.tensor([null])}, "guidance_scale": guidance}
+        )
         return dd.SampleRequest(table, seed, number, model_kwargs=condition, **guided)
 
     def check(self, sampler: str, label: int | None, guidance: float) -> None:
