@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import operator
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .data.arrays import NAMES
@@ -73,6 +73,26 @@ def grid(images: Tensor, columns: int | None = None, zoom: int | None = None, ga
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
+def captioned(picture: Image.Image, names: Sequence[str]) -> Image.Image:
+    """Returns a picture of ``len(names)`` rows of one height with the name of each at its left."""
+    height = picture.height / len(names)
+    font = ImageFont.load_default(max(10, min(20, int(height / 4))))
+    margin = 8
+    width = max(int(font.getlength(name)) for name in names) + 2 * margin
+    sheet = Image.new(picture.mode, (width + picture.width, picture.height), "white")
+    sheet.paste(picture, (width, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        draw.text((width - margin, (row + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    return sheet
+
+
+def rows_of(rows: Mapping[str, Tensor]) -> Image.Image:
+    """Returns one picture of named rows, each the same number of samples [N, C, H, W] in [-1, 1]."""
+    columns = max(len(x) for x in rows.values())
+    return captioned(grid(to_uint8(torch.cat([x.cpu() for x in rows.values()])), columns), list(rows))
+
+
 def png_bytes(pixels: np.ndarray) -> bytes:
     """Returns one image [H, W, C] uint8 as a PNG file's content."""
     return _png(_pillow(pixels))
@@ -83,6 +103,13 @@ def _png(picture: Image.Image) -> bytes:
     content = io.BytesIO()
     picture.save(content, format="PNG")
     return content.getvalue()
+
+
+def check_png(argument: str, path: PathLike, overwrite: bool = False) -> None:
+    """Raises ``ValueError`` unless a .png can be written to ``path``, see :func:`check_writable`."""
+    if pathlib.Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{argument} must name a .png; got {str(path)!r}")
+    check_writable(argument, path, overwrite)
 
 
 def save_png(picture: Image.Image, path: PathLike) -> None:
@@ -140,3 +167,13 @@ class Output:
             with atomic_folder(self.path) as folder:
                 for name, image in numbered:
                     write_new(folder / name, png_bytes(image))
+
+    def write_rows(
+        self, given: Mapping[str, Tensor], results: Mapping[str, Tensor], labels: Sequence[int] | None = None
+    ) -> None:
+        """Writes rows of N samples each: a .png shows all with their names, other kinds hold the results alone."""
+        if self.kind == ".png":
+            save_png(rows_of({**given, **results}), self.path)
+        else:
+            repeated = None if labels is None else [*labels] * len(results)
+            self.write(torch.cat([x.cpu() for x in results.values()]), repeated)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from .files import PathLike
+from .images import check_png
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -20,6 +23,12 @@ def figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise ValueError("a plot needs matplotlib: pip install 'dd_kernels[plots]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def check_plot(argument: str, path: PathLike, overwrite: bool = False) -> None:
+    """Raises ``ValueError`` unless a plot can be drawn and written to ``path``, a .png."""
+    check_png(argument, path, overwrite)
+    figure(1, 1)
 
 
 def png(drawn: Figure) -> bytes:

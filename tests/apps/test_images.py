@@ -23,6 +23,22 @@ def test_to_uint8_rounds_clips_and_turns():
     assert images.to_uint8(rgb)[0, 0, 0].tolist() == [128, 128, 255]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rows_have_their_names_beside_them(channels):
+    white, black = torch.ones(2, channels, 8, 8), -torch.ones(2, channels, 8, 8)
+    picture = images.rows_of({"white": white, "a much longer name": black})
+    grid = images.grid(images.to_uint8(torch.cat((white, black))), 2)
+    assert (picture.mode, picture.height) == (grid.mode, grid.height)
+    margin = picture.width - grid.width
+    shown = np.array(picture)
+    assert np.array_equal(shown[:, margin:], np.array(grid))
+    upper, lower = np.split((shown[:, :margin] < 128).reshape(picture.height, margin, -1).any(2), 2)
+    assert upper.any()
+    assert lower.sum() > 2 * upper.sum()  # more letters
+    assert not upper[:8].any()
+    assert not lower[-8:].any()  # the names are in the middle of their rows
+
+
 def test_to_uint8_errors():
     with pytest.raises(ValueError, match=r"got \[1, 2, 4, 4\]"):
         images.to_uint8(torch.zeros(1, 2, 4, 4))

@@ -1,4 +1,4 @@
-"""The command line: ``python -m dd_kernels train | sample | interpolate | evaluate | verify``."""
+"""The command line: ``python -m dd_kernels COMMAND``, with the commands of ``COMMANDS``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,19 @@ from ... import backend as backends
 from ...backend import BackendUnavailableError
 from ...ops import randn
 from ..training import TrainingDivergedError
-from . import evaluate, interpolate, sample, train, verify
+from . import edit, evaluate, inpaint, interpolate, reconstruct, sample, train, verify
 
 # A command is a module with a docstring, add_arguments(parser) and run(args) -> exit status.
-COMMANDS = {"train": train, "sample": sample, "interpolate": interpolate, "evaluate": evaluate, "verify": verify}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "interpolate": interpolate,
+    "reconstruct": reconstruct,
+    "edit": edit,
+    "inpaint": inpaint,
+    "evaluate": evaluate,
+    "verify": verify,
+}
 
 
 class _TerminatedError(BaseException):

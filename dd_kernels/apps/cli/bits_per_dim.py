@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
-
 from ...likelihood import Process
-from .. import data
+from .. import data, plots
 from ..evaluate import BitsPerDim, bits_per_dim
 from ..evaluate.table import LEARNED, SAMPLES
-from ..files import check_writable
-from . import common
+from . import common, real_images
 from .common import LoadedModel
 
 VARIANCES = ("fixed_small", "fixed_large", LEARNED)
@@ -43,21 +40,7 @@ def check(args: argparse.Namespace) -> None:
     if args.bits_per_dim and args.guidance != 1:
         raise ValueError(f"--guidance must be 1 with --bits-per-dim; got {args.guidance}")
     if args.plot is not None:
-        if not args.plot.lower().endswith(".png"):
-            raise ValueError(f"--plot must name a .png; got {args.plot!r}")
-        check_writable("--plot", args.plot, args.overwrite)
-
-
-def _labels(loaded: LoadedModel, held_out: data.ImageData) -> torch.Tensor | None:
-    """Returns the images' own labels; those of "no class" where they have none and the model knows it."""
-    classes, null_label = loaded.model.config["num_classes"], loaded.model.null_label
-    if classes is None:
-        return None
-    if held_out.labels is not None and len(held_out.classes) == classes:
-        return held_out.labels
-    if null_label is None:
-        raise ValueError(f"the held-out images must have labels of the model's {classes} classes; got other images")
-    return torch.full((len(held_out),), null_label)
+        plots.check_plot("--plot", args.plot, args.overwrite)
 
 
 def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:
@@ -78,6 +61,7 @@ def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:
         prediction=loaded.info.prediction,
         variance=args.variance or (LEARNED if learned else "fixed_small"),
     )
-    options: dict[str, Any] = {"labels": _labels(loaded, held_out), "seed": args.seed, "batch_size": args.batch_size}
+    labels = real_images.own_labels(loaded, held_out)
+    options: dict[str, Any] = {"labels": labels, "seed": args.seed, "batch_size": args.batch_size}
     n = min(SAMPLES, len(held_out)) if args.num_samples is None else args.num_samples
     return bits_per_dim(process, held_out, n=n, device=loaded.device, progress=not args.no_progress, **options)

@@ -101,8 +101,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -> None:
-    """Adds the model and how it is run; with ``classes`` --classes too."""
+def add_model_arguments(parser: argparse.ArgumentParser, classes: str | None = "all") -> None:
+    """Adds the model and how it is run; --classes too where there is a text that says what it is by default."""
     names = " or ".join(BUNDLED)
     parser.add_argument("--model", help=f"a model file that train wrote, or the bundled {names} (default: {DEFAULT})")
     parser.add_argument(
@@ -114,8 +114,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: bool = True) -
         action="store_true",
         help="rewrite the model by dd_kernels.accelerate first, which takes seconds and pays for larger models",
     )
-    if classes:
-        parser.add_argument("--classes", help="names or numbers, 0,3,7 or all or none (default: all)")
+    if classes is not None:
+        parser.add_argument("--classes", help=f"names or numbers, 0,3,7 or all or none (default: {classes})")
     parser.add_argument(
         "--guidance", type=number, default=1.0, help="classifier-free guidance; 1 is without (default: 1)"
     )

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bits_per_dim.add_arguments(parser)
     parser.add_argument("--out", help="to write too: a .md (the tables), a .json (everything) or a folder for both")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
-    common.add_model_arguments(parser, classes=False)
+    common.add_model_arguments(parser, classes=None)
 
 
 def _rows(loaded: LoadedModel, args: argparse.Namespace) -> Sequence[float | str]:

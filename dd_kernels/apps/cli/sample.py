@@ -14,14 +14,11 @@ import time
 import torch
 
 from ...ops.reverse_step.table import StepTable
-from ...samplers import ddim
 from ...samplers.named import FEW_STEP_SAMPLERS
-from ...samplers.noise_levels import SIGMA_SPACINGS
-from ..evaluate.table import LEARNED, ancestral_table
 from ..images import Output
 from ..shards.job import labels_in_turn
 from ..shards.processes import Processes
-from . import common, shards
+from . import common, sampler, shards
 from .common import LoadedModel
 
 
@@ -30,45 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--num-samples", type=common.count, default=64, help="how many (default: 64)")
     common.add_output_arguments(parser, "samples.png")
     parser.add_argument("--columns", type=common.count, help="images per row of the grid (default: a square)")
-    samplers = ("ddim", "ddpm", *FEW_STEP_SAMPLERS)
-    parser.add_argument("--sampler", choices=samplers, default="ddim", help="(default: ddim)")
-    defaults = "50 for ddim, all of the model's for ddpm, 10 for dpm++ and unipc, 25 for euler"
-    common.add_step_arguments(parser, defaults, SIGMA_SPACINGS)
-    parser.add_argument("--eta", type=common.number, help="ddim: noise of each step, in [0, 1] (default: 0)")
-    parser.add_argument(
-        "--variance",
-        choices=("fixed_small", "fixed_large", LEARNED),
-        help="ddpm (default: fixed_small; learned_range for a model that learns it)",
-    )
-    parser.add_argument("--clip", type=common.clip, default=1.0, help="x0 to this range, none or dynamic (default: 1)")
+    steps = "50 for ddim, all of the model's for ddpm, 10 for dpm++ and unipc, 25 for euler"
+    sampler.add_arguments(parser, (*sampler.ONE_STEP, *FEW_STEP_SAMPLERS), "ddim", steps)
     parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
     parser.add_argument("--first-sample", type=common.integer(0, 2**32 - 1), default=0, help="(default: 0)")
     shards.add_arguments(parser)
     common.add_model_arguments(parser)
-
-
-def _table(loaded: LoadedModel, args: argparse.Namespace) -> StepTable:
-    """Returns the sampler that the arguments name."""
-    for option, owner in (("variance", "ddpm"), ("eta", "ddim")):
-        if args.sampler != owner and getattr(args, option) is not None:
-            raise ValueError(f"--{option} must be left out with --sampler {args.sampler}; got {getattr(args, option)}")
-    schedule = loaded.info.make_schedule()
-    if args.sampler in FEW_STEP_SAMPLERS:
-        given = {"steps": args.steps, "spacing": args.spacing}
-        options = {name: value for name, value in given.items() if value is not None}
-        options |= {"prediction": loaded.info.prediction, "learned_variance": loaded.learns_variance}
-        return FEW_STEP_SAMPLERS[args.sampler](schedule, clip=args.clip, **options)
-    if args.sampler == "ddim":
-        return ddim(schedule, eta=args.eta or 0.0, clip=args.clip, **common.ddim_options(loaded, args))
-    return ancestral_table(
-        schedule,
-        args.steps,
-        args.variance or (LEARNED if loaded.learns_variance else "fixed_small"),
-        learned_variance=loaded.learns_variance,
-        prediction=loaded.info.prediction,
-        clip=args.clip,
-        spacing=args.spacing or "linspace",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     with Processes.joined() as processes:
         loaded = LoadedModel.from_arguments(args)
         with common.backend_of(args, loaded.device):
-            table, classes = _table(loaded, args), loaded.labels(args.classes)
+            table, classes = sampler.table_of(loaded, args), loaded.labels(args.classes)
             if args.first_sample + args.num_samples > 2**32:
                 both = f"{args.first_sample} + {args.num_samples}"
                 raise ValueError(f"--first-sample and -n must stay below 2^32 together; got {both}")

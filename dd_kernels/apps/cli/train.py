@@ -20,7 +20,6 @@ from ...samplers.rows import PREDICTIONS
 from ...schedules import SCHEDULES
 from .. import data, images, training
 from ..checkpoint import MOST_TIMESTEPS
-from ..files import check_writable
 from ..training import LOSS_WEIGHTS, LR_SCHEDULES, PRECISIONS, RECIPES, TIMESTEPS, TrainOptions
 from . import common
 
@@ -144,9 +143,7 @@ def _options(args: argparse.Namespace) -> TrainOptions:
 
 def _preview(options: TrainOptions, args: argparse.Namespace) -> int:
     """Writes a grid of the first images that training would see: cropped, resized, normalised and flipped."""
-    if not args.preview.lower().endswith(".png"):
-        raise ValueError(f"--preview must name a .png; got {args.preview!r}")
-    check_writable("--preview", args.preview, args.overwrite)
+    images.check_png("--preview", args.preview, args.overwrite)
     dataset = data.load(
         options.data, options.image_size, options.grey, not args.no_progress, options.background, options.strict
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .. import images, plots
-from ..files import PathLike, atomic_write, check_writable, resolved
+from ..files import PathLike, atomic_write, resolved
 
 BLOCK = 100
 """Steps whose mean loss is one point of the curve."""
@@ -60,9 +59,7 @@ def check_pictures(plot: PathLike | None, evolution: PathLike | None, resume: bo
     """Raises ``ValueError`` where a run's plot or growing picture cannot be drawn, or would replace another file."""
     for name, path in (("plot", plot), ("evolution", evolution)):
         if path is not None:
-            if pathlib.Path(path).suffix.lower() != ".png":
-                raise ValueError(f"{name} must name a .png; got {str(path)!r}")
-            check_writable(name, path, overwrite=resume or overwrite)
+            images.check_png(name, path, overwrite=resume or overwrite)
     if plot is not None:
         plots.figure(1, 1)
     if evolution is not None and resume:

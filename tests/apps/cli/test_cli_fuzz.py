@@ -29,7 +29,17 @@ FLAGS = {
         "--model --ema --dtype --classes --guidance --batch-size --device --backend --npz-names --no-progress"
     ),
     "interpolate": (
-        "-n --seeds --images --rows --steps --spacing --out --overwrite --model --classes --guidance --device --dtype"
+        "-n --seeds --images --rows --steps --spacing --out --overwrite --model --classes --guidance --device --dtype "
+        "--method --depth --seed"
+    ),
+    "reconstruct": "-n --images --data --steps --spacing --out --overwrite --plot --model --classes --dtype",
+    "edit": (
+        "-n --images --data --strength --sampler --steps --spacing --eta --variance --clip --seed --out --overwrite "
+        "--model --classes --guidance --batch-size"
+    ),
+    "inpaint": (
+        "-n --images --data --mask --draws --resample --jump --sampler --steps --spacing --eta --clip --seed --out "
+        "--overwrite --model --classes --guidance --batch-size"
     ),
     "evaluate": (
         "-n --steps --etas --spacing --seed --out --overwrite --model --guidance --batch-size --device --dtype "
@@ -67,11 +77,17 @@ GOOD = {
     "--image-size": ["8"],
     "--model": ["m.safetensors"],
     "--images": ["a.png"],
+    "--method": ["ddpm"],
+    "--mask": ["half", "centre", "a.png"],
+    "--strength": ["0", "0.5", "1"],
 }
 # Flags that make a valid command finish in a fraction of a second.
 SHORT = {
     "sample": ["--model", "m.safetensors", "-n", "2", "--steps", "1"],
     "interpolate": ["--model", "m.safetensors", "-n", "2", "--steps", "1"],
+    "reconstruct": ["--model", "m.safetensors", "--steps", "1"],
+    "edit": ["--model", "m.safetensors", "--steps", "2"],
+    "inpaint": ["--model", "m.safetensors", "--steps", "2", "--resample", "1"],
     "evaluate": ["--model", "m.safetensors", "-n", "2", "--steps", "1"],
     "train": ["--data", "digits", "--out", "t.safetensors", "--config", "digits", "--batch-size", "1", "--steps", "1"],
 }

@@ -72,6 +72,36 @@ def test_only_walks_between_seeds_clip_x0(models, monkeypatch):
     assert clips == [1.0, None]
 
 
+def test_ddpm_walks_from_what_becomes_of_one_image_to_what_becomes_of_the_other(models):
+    for i, name in enumerate("ab"):
+        Image.fromarray(data.digits().images[i, 0].numpy() * 15).save(f"{name}.png")
+    line = [
+        "interpolate",
+        "--method",
+        "ddpm",
+        "--no-progress",
+        "--overwrite",
+        "--model",
+        models["digits"],
+        "--depth",
+        8,
+    ]
+    line += ["--steps", 10, "--out", "walk.npz"]
+    assert run(*line, "-n", 3, "--images", "a.png", "b.png", "--classes", "4,9", "--seed", 3) == 0
+    walks = pixels("walk.npz").astype(int)
+    edit = ["edit", "--no-progress", "--overwrite", "--model", models["digits"], "--steps", 10, "--strength", 0.4]
+    for column, name in ((0, "a.png"), (2, "b.png")):  # 8 of the model's 20 timesteps
+        assert run(*edit, "--images", name, name, "--classes", "4,9", "--seed", 3, "--out", "end.npz") == 0
+        assert np.abs(pixels("end.npz") - walks[[column, column + 3]]).max() <= 1
+    with np.load("walk.npz") as file:
+        assert file["labels"].tolist() == [4, 4, 4, 9, 9, 9]
+    assert run(*line, "-n", 2) == 0  # between what two seeds draw
+    assert len(pixels("walk.npz")) == 16
+    between_seeds = pixels("walk.npz")
+    assert run(*line, "-n", 2, "--seed", 1) == 0
+    assert not np.array_equal(pixels("walk.npz"), between_seeds)
+
+
 def test_interpolate_errors(models, capsys):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save("a.png")
     pathlib.Path("bad.png").write_text("no image")
@@ -82,6 +112,10 @@ def test_interpolate_errors(models, capsys):
         ("digits", ["--images", "a.png", "a.png", "--rows", 2], "--rows must be left out with --images"),
         ("digits", ["--images", "a.png", "a.png", "--seeds", 1, 2], "not allowed with argument"),
         ("undropped", ["--images", "a.png", "a.png"], "--classes none needs a model trained with dropped labels"),
+        ("digits", ["--depth", 5], "--depth must be left out with --method ddim; got 5"),
+        ("digits", ["--seed", 5], "--seed must be left out with --method ddim; got 5"),
+        ("digits", ["--method", "ddpm", "--depth", 21], "--depth must be at most the model's 20 timesteps; got 21"),
+        ("undropped", ["--method", "ddpm"], "--classes none needs a model trained with dropped labels"),
         ("digits", ["--steps", 50], "steps must be an int in [1, 20]; got 50"),
         ("digits", ["--steps", 4, "--out", "no/where.png"], "out: cannot write"),
     ):
