@@ -4,8 +4,8 @@
 
 Trains, on images and captions made from their classes ("a dark ankle boot"), a contrastive model of both (CLIP, Radford
 et al., 2021), a diffusion prior that draws an image's embedding for a caption's, a decoder that draws half the image's
-size for an embedding, and a super-resolution diffusion that doubles it, its condition blurred by noise in training (Ho et
-al., 2022). Prints how often the judge sees the class that the caption names, and writes pictures with their captions.
+size for an embedding, and a super-resolution diffusion that doubles it, its condition blurred by noise in training (Ho
+et al., 2022). Prints how often the judge sees the class that the caption names, and writes pictures with their captions.
 20 minutes on one core; --steps makes it longer or shorter.
 """
 
@@ -33,7 +33,7 @@ BLUR = 200  # noise of the super-resolution's condition in training: a timestep 
 
 
 def captions_of(x: Tensor, labels: Tensor, classes: Sequence[str]) -> list[str]:
-    """Returns a caption of each image [N, C, H, W]: the third of the greys that has its bright pixels' mean, its class."""
+    """Returns a caption of each image [N, C, H, W]: the third of the greys of its bright pixels' mean, its class."""
     inside = x > -0.9
     mean = (x * inside).flatten(1).sum(1) / inside.flatten(1).sum(1).clamp(min=1)
     shade = ((mean + 1) * len(SHADES) / 2).long().clamp(0, len(SHADES) - 1)
