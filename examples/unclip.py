@@ -5,7 +5,7 @@
 Trains, on images and captions made from their classes ("a dark ankle boot"), a contrastive model of both (CLIP, Radford
 et al., 2021), a diffusion prior that draws an image's embedding for a caption's, a decoder that draws half the image's
 size for an embedding, and a super-resolution diffusion that doubles it, its condition blurred by noise in training (Ho
-et al., 2022). Prints how often the judge sees the class that the caption names, and writes pictures with their captions.
+et al., 2022). Prints how often the judge sees the class that the caption names; writes pictures with their captions.
 20 minutes on one core; --steps makes it longer or shorter.
 """
 

@@ -39,7 +39,7 @@ class Double(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    r"""Encodes images [N, C, H, W] to Gaussians of latents [N, L, H / f, W / f], and decodes latents, f = 2^(levels - 1).
+    r"""Encodes images [N, C, H, W] to Gaussians of latents [N, L, H / f, W / f], f = 2^(levels - 1), and decodes them.
 
     The latents that diffusion sees are divided by their standard deviation (Rombach et al., appendix G), which
     :meth:`fit_scale` measures.
