@@ -54,7 +54,7 @@ def exact_epsilon(x: Tensor, alpha_bar: float) -> Tensor:
 def solve(table: dd.StepTable, x: Tensor) -> Tensor:
     """The samples of a table, in float64 and with its times in float64."""
     history = table.history_like(x)
-    times = table.timesteps if table.times is None else table.times
+    times = table.model_times
     for step, t in enumerate(times.tolist()):
         x = dd.reverse_step(x, exact_epsilon(x, alpha_bar_at(t)), table, step, history=history)
     return x

@@ -28,6 +28,7 @@ from ..ops.randn.key import noise_key
 from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
 from .fingerprint import fingerprint
+from .guidance import guided_steps
 from .requests import Request, Step
 
 _log = logging.getLogger(__name__)
@@ -184,9 +185,12 @@ def _form(value: Any) -> Hashable:
 
 
 def _reason_against(run: _Run) -> str | None:
+    """Returns why a batch runs without a capture, if anything speaks against one."""
     request = run.request
     if not isinstance(request.model, torch.nn.Module) and request.cuda_graph == "auto":
         return "the model is a function, of which a replay would not run the Python code (cuda_graph=True captures it)"
+    if request.uncond_kwargs is not None and not all(guided_steps(request.table, request.guidance_interval)):
+        return "the guidance has an interval, outside of which the model is called otherwise"
     if request.table.stochastic and callable(request.source.noise):
         return "the noise is a function"
     if len(run.noise_dtypes) > 1 or not {run.x.dtype, *run.noise_dtypes} <= set(KERNEL_DTYPES):

@@ -5,7 +5,8 @@ Before each call Dynamo compares what the model's Python code looked at when it 
 steps but the model itself, a callback, or another thread. From the third step on only those guards are evaluated that
 tell the model's graphs apart, if
 
-- nobody sees the steps, and no other thread runs, for which PyTorch's switch would hold too,
+- nobody sees the steps, the model is called alike in each, and no other thread runs, for which PyTorch's switch would
+  hold too,
 - in the second step each call ran one graph and none was captured,
 - no graph of the model changes a Python object that outlives its call, and x keeps its form.
 
@@ -48,10 +49,10 @@ def _report_of(model: Callable[..., Any]) -> Report | None:
 
 
 class Guards:
-    """The guards of one model in one loop."""
+    """The guards of one model in one loop of so many steps, which someone may see, or that ``differs`` otherwise."""
 
-    def __init__(self, model: Callable[..., Any], steps: int, is_seen: bool) -> None:
-        serves = not is_seen and steps >= _FEWEST_STEPS and not is_compiling()
+    def __init__(self, model: Callable[..., Any], steps: int, differs: bool) -> None:
+        serves = not differs and steps >= _FEWEST_STEPS and not is_compiling()
         self._report = _report_of(model) if serves else None
         self._step = 0
         self._trusted: Hashable = None  # the form of x for which they are left out

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.reverse_step.table import StepTable
 from ..schedules import Schedule
 
 Model = Callable[..., Any]
+Interval = tuple[float, float]
 
 
 def float_parameter(model: Model) -> Tensor | None:
@@ -75,6 +78,23 @@ def predict(
         return model_output(model(x, t, **model_kwargs)), model_output(model(x, t, **uncond_kwargs))
     out, uncond = model_output(model(torch.cat((x, x)), torch.cat((t, t)), **joined)).chunk(2)
     return out, uncond
+
+
+def check_guidance(rescale: float, interval: Interval | None) -> None:
+    """Raises ``ValueError`` unless the rescale lies in [0, 1] and the interval is None or two timesteps in order."""
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance_rescale must lie in [0, 1]; got {rescale}")
+    if interval is not None and not (len(interval) == 2 and interval[0] <= interval[1]):
+        raise ValueError(f"guidance_interval must be two timesteps, the lower one first; got {interval}")
+
+
+def guided_steps(table: StepTable, interval: Interval | None) -> list[bool]:
+    """Returns whether each step is guided: all without an interval, else those whose timestep lies in it.
+
+    Both ends belong to it (Kynkäänniemi et al., 2024). Outside the model is called with its condition alone.
+    """
+    low, high = interval or (-math.inf, math.inf)
+    return [low <= time <= high for time in table.model_times.tolist()]
 
 
 def rescaled(out: Tensor, uncond: Tensor, scale: float | Tensor, amount: float | Tensor, channels: int) -> Tensor:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..ops.reverse_step.table import StepTable
 from .captured import steps
-from .guidance import Model
+from .guidance import Interval, Model
 from .requests import Noise, Request, Step
 
 __all__ = ["Step", "sample", "sample_progressive"]
@@ -36,6 +36,7 @@ def sample(
     uncond_kwargs: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
+    guidance_interval: Interval | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -59,9 +60,12 @@ def sample(
         noise: the steps' noise instead: a tensor [S, N, ...], a sequence of S tensors, or step -> tensor.
         generator: a torch.Generator that x_T (if a shape was given) and every noisy step's noise come from.
         model_kwargs: passed to the model; tensors of N rows are cut into batches with the samples.
-        uncond_kwargs, guidance_scale: classifier-free guidance, out = uncond + scale (cond - uncond).
+        uncond_kwargs, guidance_scale: classifier-free guidance, out = uncond + scale (cond - uncond). It is
+            (1 + w) cond - w uncond, eq. 6 of Ho & Salimans (2022), with scale = 1 + w: 1 is the condition alone.
         guidance_rescale: in [0, 1], how far the guided output is brought back to the conditional one's standard
             deviation (Lin et al., 2023, section 3.4).
+        guidance_interval: (low, high), the timesteps within which steps are guided, both included (Kynkäänniemi et al.,
+            2024); outside the model is called once, with the condition. None guides every step.
         batch_size: samples per model call; all at once if None.
         device, dtype: of x_T where a shape is given; the model's device and float32 by default.
         callback: called with a :class:`Step` after every step, x0 included.
@@ -81,7 +85,8 @@ def sample(
     """
     request = Request(
         model, shape_or_x, table, seed, first_sample, noise, generator,
-        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend, cuda_graph,
+        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, guidance_interval,
+        device, dtype, backend, cuda_graph,
     )  # fmt: skip
     batches = request.batches(batch_size)
     results = []
@@ -111,6 +116,7 @@ def sample_progressive(
     uncond_kwargs: Mapping[str, Any] | None = None,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
+    guidance_interval: Interval | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
@@ -120,7 +126,8 @@ def sample_progressive(
     """As :func:`sample`, in one batch, but yields a :class:`Step` (index, timestep, x, x0) after every step."""
     request = Request(
         model, shape_or_x, table, seed, first_sample, noise, generator,
-        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, device, dtype, backend, cuda_graph,
+        model_kwargs, uncond_kwargs, guidance_scale, guidance_rescale, guidance_interval,
+        device, dtype, backend, cuda_graph,
     )  # fmt: skip
     (batch,) = request.batches(None)
     with progress_bar(len(table), progress) as bar:

@@ -15,7 +15,7 @@ from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
 from .buffers import Buffers
 from .guards import Guards
-from .guidance import Model, as_model_takes, device_of, predict, rescaled
+from .guidance import Interval, Model, as_model_takes, check_guidance, device_of, guided_steps, predict, rescaled
 
 Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
 
@@ -95,6 +95,7 @@ class Request:
     uncond_kwargs: Mapping[str, Any] | None
     guidance_scale: float
     guidance_rescale: float
+    guidance_interval: Interval | None
     device: torch.device | str | None
     dtype: torch.dtype
     backend: str
@@ -104,8 +105,7 @@ class Request:
     def __post_init__(self) -> None:
         if not callable(self.model):
             raise TypeError(f"model must be callable as model(x, t, **model_kwargs); got {type(self.model).__name__}")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale must lie in [0, 1]; got {self.guidance_rescale}")
+        check_guidance(self.guidance_rescale, self.guidance_interval)
         if not isinstance(self.table, StepTable):
             raise TypeError(f"table must be a StepTable, as ddpm() and ddim() make it; got {type(self.table).__name__}")
         if self.cuda_graph not in (True, False, "auto"):
@@ -169,11 +169,13 @@ class Request:
         sigmas = self.table.column("sigma").tolist()
         options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
         options["history"] = self.table.history_like(x) if history is None else history
+        guided = guided_steps(self.table, self.guidance_interval)
         buffers, is_seen = Buffers(), return_x0 or callable(self.source.noise)
-        guards = Guards(self.model, len(self.table) - first, is_seen)
+        guards = Guards(self.model, len(self.table) - first, is_seen or not all(guided))
         for index, timestep in enumerate(self.table.timesteps[first:].tolist(), first):
             t = times[index].expand(x.shape[0])
-            out, uncond = guards.call(x, partial(self.predict, x, t, kwargs, uncond_kwargs))
+            without = uncond_kwargs if guided[index] else None
+            out, uncond = guards.call(x, partial(self.predict, x, t, kwargs, without))
             noise = self.source.of_step(index, x, batch) if sigmas[index] != 0 else None
             result = reverse_step(
                 x,

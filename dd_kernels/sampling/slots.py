@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops.randn import Stream, randn
 from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import COLUMNS, StepTable
-from .guidance import Model, as_model_takes, predict, rescaled
+from .guidance import Interval, Model, as_model_takes, check_guidance, guided_steps, predict, rescaled
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -27,7 +27,7 @@ class SampleRequest:
         table: what a sampler gives, such as :func:`dd_kernels.ddim`.
         seed, first_sample: of the noise, and the index of the image in the whole job.
         model_kwargs: passed to the model; tensors [1, ...], and numbers, strings, booleans and None.
-        uncond_kwargs, guidance_scale, guidance_rescale: classifier-free guidance.
+        uncond_kwargs, guidance_scale, guidance_rescale, guidance_interval: classifier-free guidance.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; the message names it.
@@ -40,12 +40,12 @@ class SampleRequest:
     uncond_kwargs: Mapping[str, Any] | None = None
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_interval: Interval | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.table, StepTable):
             raise TypeError(f"table must be a StepTable, as ddpm() and ddim() make it; got {type(self.table).__name__}")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale must lie in [0, 1]; got {self.guidance_rescale}")
+        check_guidance(self.guidance_rescale, self.guidance_interval)
         for name, kwargs in (("model_kwargs", self.model_kwargs), ("uncond_kwargs", self.uncond_kwargs or {})):
             for key, value in kwargs.items():
                 if isinstance(value, Tensor) and (value.ndim == 0 or value.shape[0] != 1):
@@ -53,12 +53,6 @@ class SampleRequest:
                 if not isinstance(value, (Tensor, *_PLAIN)):
                     wanted = "a tensor [1, ...], a number, a string or None"
                     raise TypeError(f"{name}[{key!r}] must be {wanted}; got {type(value).__name__}")
-
-    @property
-    def company(self) -> tuple[Any, ...]:
-        """Returns what two requests must have in common to share a call of the model."""
-        parts = (_form(self.model_kwargs), None if self.uncond_kwargs is None else _form(self.uncond_kwargs))
-        return (*parts, self.table.learned_variance, self.table.threshold)
 
 
 def _form(kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -83,9 +77,23 @@ class Slot:
     index: int = 0
     error: BaseException | None = None
     history: list[Tensor] = field(init=False)
+    guided: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.history = [self.x, self.x]  # a solver's first steps read none
+        self.guided = guided_steps(self.request.table, self.request.guidance_interval)
+
+    @property
+    def uncond_kwargs(self) -> Mapping[str, Any] | None:
+        """Returns the model's arguments without the condition; None at a step that is not guided."""
+        return self.request.uncond_kwargs if self.guided[self.index] else None
+
+    @property
+    def company(self) -> tuple[Any, ...]:
+        """Returns what two images must have in common to share a call of the model at their next step."""
+        table, uncond_kwargs = self.request.table, self.uncond_kwargs
+        parts = (_form(self.request.model_kwargs), None if uncond_kwargs is None else _form(uncond_kwargs))
+        return (*parts, table.learned_variance, table.threshold)
 
     def kept(self, count: int) -> list[Tensor]:
         """Returns what a table that keeps ``count`` x_0 reads at this step."""
@@ -121,7 +129,7 @@ def advance(model: Model, slots: Sequence[Slot], backend: str, most: int) -> int
     groups: dict[tuple[Any, ...], list[Slot]] = {}
     for slot in slots:
         if not slot.finished:
-            groups.setdefault(slot.request.company, []).append(slot)
+            groups.setdefault(slot.company, []).append(slot)
     for group in groups.values():
         most = _in_parts(model, group, backend, most)
     return most
@@ -180,8 +188,7 @@ def _joined(tables: tuple[StepTable, ...]) -> tuple[StepTable, dict[StepTable, i
         padding[:, COLUMNS.index("x0_den")] = 1
         rows += [table.rows, padding]
         timesteps.append(torch.nn.functional.pad(table.timesteps, (0, odd)))
-        own = table.timesteps.double() if table.times is None else table.times
-        times.append(torch.nn.functional.pad(own, (0, odd)))
+        times.append(torch.nn.functional.pad(table.model_times.double(), (0, odd)))
         count += len(table) + odd
     joined = StepTable(
         torch.cat(rows),
@@ -198,7 +205,7 @@ def _predicted(model: Model, slots: Sequence[Slot], x: Tensor, t: Tensor) -> Ten
     requests = [slot.request for slot in slots]
     given = as_model_takes(model, x)
     kwargs = _batched([request.model_kwargs for request in requests])
-    if requests[0].uncond_kwargs is None:
+    if slots[0].uncond_kwargs is None:
         return predict(model, given, t, kwargs, None)[0]
     uncond_kwargs = _batched([request.uncond_kwargs or {} for request in requests])
     out, uncond = predict(model, given, t, kwargs, uncond_kwargs)

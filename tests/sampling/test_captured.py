@@ -256,6 +256,7 @@ REFUSED = {
     "float64": (lambda: Model().double(), {"dtype": torch.float64}, "x or the noise is float64"),
     "float64 noise": (Model, {"noise": torch.randn(6, *SHAPE).double()}, "x or the noise is float64"),
     "noise of a function": (Model, {"noise": lambda step: torch.full(SHAPE, step / 6)}, "the noise is a function"),
+    "an interval": (Model, {"uncond_kwargs": {}, "guidance_scale": 2.0, "guidance_interval": (20, 70)}, "an interval"),
     "an argument": (Takes, {"model_kwargs": {"other": Unhashable()}}, "is no part of a key"),
 }
 

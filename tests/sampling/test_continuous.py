@@ -51,6 +51,7 @@ def alone(model, request):
         first_sample=request.first_sample,
         model_kwargs=request.model_kwargs,
         guidance_rescale=request.guidance_rescale,
+        guidance_interval=request.guidance_interval,
         **options,
     )
 
@@ -72,6 +73,7 @@ def mixed_requests(count=40):
                 options["uncond_kwargs"] = {"y": torch.zeros(1)}
                 options["guidance_scale"] = choose.uniform(0, 3)
                 options["guidance_rescale"] = choose.choice([0.0, 0.5])
+                options["guidance_interval"] = choose.choice([None, (20, 70)])
         if choose.random() < 0.2:
             options["model_kwargs"] = {**options.get("model_kwargs", {}), "scale": choose.choice([0.5, 2.0])}
         yield SampleRequest(TABLES[choose.choice(list(TABLES))], seed=number, first_sample=number % 3, **options)
@@ -260,6 +262,7 @@ def test_nothing_is_kept_of_what_is_drawn():
     [
         (TypeError, "table must be a StepTable", {"table": 3}),
         (ValueError, r"guidance_rescale must lie in \[0, 1\]; got 2", {"guidance_rescale": 2}),
+        (ValueError, "guidance_interval must be two timesteps, the lower one first", {"guidance_interval": (2, 1)}),
         (
             ValueError,
             r"model_kwargs\['y'\] must be a tensor \[1, ...\]; got \[2\]",

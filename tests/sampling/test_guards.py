@@ -191,6 +191,12 @@ def test_a_change_within_a_loop(change, by, left_out):
     assert left_out == []
 
 
+def test_guidance_in_an_interval_calls_the_model_in_two_ways(left_out):
+    model, fast = pair()
+    assert_same(fast, model, uncond_kwargs={}, guidance_scale=2.0, guidance_interval=(20, 70))
+    assert left_out == []
+
+
 def test_hooks_are_called_in_every_step(left_out):
     _, fast = pair()
     calls = []

@@ -130,3 +130,62 @@ def test_sample_rescales_guidance():
     assert not run(0.7).equal(run(0.0))
     with pytest.raises(ValueError, match=r"guidance_rescale must lie in \[0, 1\]; got 1.5"):
         run(1.5)
+
+
+def bent(x, t, y):
+    """A model that is not linear in its condition, in the dtype of x."""
+    return torch.tanh(x + y.reshape(-1, 1, 1, 1) + t.reshape(-1, 1, 1, 1) / 1000)
+
+
+BENT = {"model_kwargs": {"y": torch.full((3,), 0.5)}, "uncond_kwargs": {"y": torch.zeros(3)}, "seed": 0}
+
+
+@pytest.mark.parametrize("interval", [None, (100, 500), (250.0, 250.0), (-1, 99.5), (1000, 2000)])
+def test_an_interval_of_guidance_is_the_loop_by_hand(interval):
+    """DDIM's eq. 12 in float64, with Ho & Salimans's (1 + w) cond - w uncond within the interval alone.
+
+    Rows are stored in float32, which moves each of 20 steps by some 1e-7 of x_0 of at most 100.
+    """
+    table, w, sizes = dd.ddim(SCHEDULE, 20, clip=None), 1.5, []
+
+    def counted(x, t, y):
+        sizes.append(len(x))
+        return bent(x, t, y)
+
+    start = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = dd.sample(counted, start, table, guidance_scale=1 + w, guidance_interval=interval, **BENT)
+
+    x, low, high = start, *(interval or (0, 999))
+    times = table.timesteps.tolist()
+    for t, after in zip(times, [*times[1:], None], strict=True):
+        now = torch.full((3,), t)
+        out, uncond = bent(x, now, BENT["model_kwargs"]["y"]), bent(x, now, BENT["uncond_kwargs"]["y"])
+        epsilon = (1 + w) * out - w * uncond if low <= t <= high else out
+        alpha_bar, later = SCHEDULE.alpha_bar[t], 1.0 if after is None else SCHEDULE.alpha_bar[after]
+        x0 = (x - math.sqrt(1 - alpha_bar) * epsilon) / math.sqrt(alpha_bar)
+        x = math.sqrt(later) * x0 + math.sqrt(1 - later) * epsilon
+    torch.testing.assert_close(found, x, rtol=0, atol=20 * 1e-7 * 100)
+    assert sizes == [6 if low <= t <= high else 3 for t in times]
+
+
+def test_an_interval_lies_between_timesteps_too():
+    """Euler's times are floats; progressive sampling, and a rescale, follow the same interval."""
+    table = dd.euler(SCHEDULE, 6, spacing="karras")
+    options = {"guidance_scale": 3.0, "guidance_rescale": 0.5, **BENT}
+    times = sorted(table.model_times.tolist())
+    guided = [times[2], times[3]]
+    assert times[2] != round(times[2])
+
+    def by_hand(x, t):
+        out, uncond = bent(x, t, options["model_kwargs"]["y"]), bent(x, t, options["uncond_kwargs"]["y"])
+        return rescaled(out, uncond, 3.0, 0.5, 2) if guided[0] <= float(t[0]) + 1e-3 <= guided[1] + 2e-3 else out
+
+    *_, last = dd.sample_progressive(bent, SHAPE, table, guidance_interval=guided, **options)
+    torch.testing.assert_close(last.x, dd.sample(by_hand, SHAPE, table, seed=0))
+    assert not last.x.equal(dd.sample(bent, SHAPE, table, **options))
+
+
+@pytest.mark.parametrize("interval", [(2, 1), (math.nan, 3), (1,), (1, 2, 3)])
+def test_bad_intervals(interval):
+    with pytest.raises(ValueError, match="guidance_interval must be two timesteps, the lower one first; got"):
+        dd.sample(bent, SHAPE, dd.ddim(SCHEDULE, 2), guidance_interval=interval, **BENT)

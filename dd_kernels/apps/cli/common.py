@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,36 +24,11 @@ from ..data import NAMED, class_indices
 from ..images import NPZ_NAMES
 from ..memory import check_memory
 from ..shards.processes import local_device
+from . import guidance
+from .argument_types import integer, number
+from .guidance import Guidance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """An argparse type: an int in [minimum, maximum]."""
-    wanted = f"an integer of at least {minimum}" if maximum is None else f"an integer in [{minimum}, {maximum}]"
-    most = 2**63 - 1 if maximum is None else maximum
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if not minimum <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be {wanted}; got {text!r}")
-        return value
-
-    return parse
-
-
-def number(text: str) -> float:
-    """An argparse type: a float that is not NaN."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"must be a number; got {text!r}")
-    return value
 
 
 seed = integer(0, 2**64 - 1)
@@ -116,9 +90,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: str | None = "
     )
     if classes is not None:
         parser.add_argument("--classes", help=f"names or numbers, 0,3,7 or all or none (default: {classes})")
-    parser.add_argument(
-        "--guidance", type=number, default=1.0, help="classifier-free guidance; 1 is without (default: 1)"
-    )
+    guidance.add_arguments(parser)
     parser.add_argument(
         "--batch-size",
         type=count,
@@ -130,30 +102,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: str | None = "
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, its description, and the scale of the guidance."""
+    """A model on its device, its description, and how it is guided."""
 
     model: UNet
     info: ModelInfo
     device: torch.device
-    guidance: float
+    guidance: Guidance
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> LoadedModel:
-        """Loads --model in --dtype on --device; checks --guidance."""
+        """Loads --model in --dtype on --device; checks the options of guidance."""
         where = device(args.device)
         model, info = checkpoint.load_model(args.model, args.ema)
-        if args.guidance != 1 and model.null_label is None:
-            raise ValueError(
-                f"--guidance needs a model trained with dropped labels; got {args.guidance} for one without"
-            )
-        if not math.isfinite(args.guidance):
-            raise ValueError(f"--guidance must be a finite number; got {args.guidance}")
+        guided = Guidance.from_arguments(args, model)
         model = model.to(where, DTYPES[args.dtype])
         if args.accelerate:
             from ...compile import accelerate  # imports Dynamo, which takes a second
 
             accelerate(model)
-        return cls(model, info, where, args.guidance)
+        return cls(model, info, where, guided)
 
     @property
     def learns_variance(self) -> bool:
@@ -178,15 +145,15 @@ class LoadedModel:
         return class_indices([part.strip() for part in text.split(",")], names, num_classes)
 
     def conditions(self, labels: Sequence[int] | None) -> dict[str, Any]:
-        """Returns the keyword arguments of ``sample`` for the class of each image and the scale of the guidance."""
+        """Returns the keyword arguments of ``sample`` for the class of each image and its guidance."""
         if labels is None:
             return {}
         y = torch.tensor(labels, device=self.device)
         null_label = self.model.null_label
-        if self.guidance == 1 or null_label is None:
+        if self.guidance.scale == 1 or null_label is None:
             return {"model_kwargs": {"y": y}}
         uncond = torch.full_like(y, null_label)
-        return {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": uncond}, "guidance_scale": self.guidance}
+        return {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": uncond}, **self.guidance.options()}
 
     def backend_that_runs(self) -> str:
         """Returns the name of the backend that runs the reverse step."""

@@ -37,7 +37,7 @@ from ..evaluate import (
 )
 from ..evaluate.table import LARGE, LEARNED, ROWS, SAMPLES, STEPS
 from ..files import atomic_write, check_writable
-from . import bits_per_dim, common
+from . import bits_per_dim, common, guidance
 from .common import LoadedModel
 from .report import Report
 
@@ -187,6 +187,6 @@ def _facts(loaded: LoadedModel, args: argparse.Namespace, start: float) -> dict[
         "seconds": round(time.perf_counter() - start, 1),
         "model": args.model or DEFAULT,
         "dtype": args.dtype,
-        "guidance": args.guidance,
+        **{name: getattr(args, name) for name in guidance.OPTIONS},
         "batch_size": args.batch_size,
     }

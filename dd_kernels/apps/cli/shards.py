@@ -17,7 +17,7 @@ from ..images import NPZ_NAMES
 from ..shards import FORMATS, MANIFEST, Job, Manifest, Shard, draw_all
 from ..shards.job import model_digest, table_digest
 from ..shards.processes import Processes
-from . import common
+from . import common, guidance
 from .common import LoadedModel
 
 SHARD_SIZE = 500  # images, where torchrun starts several processes and no size is given
@@ -43,7 +43,8 @@ def job_of(loaded: LoadedModel, table: StepTable, labels: list[int] | None, args
     for name in ("columns", "overwrite"):
         if getattr(args, name):
             raise ValueError(f"--{name} must be left out with shards; got it")
-    options = {name: getattr(args, name) for name in ("sampler", "dtype", "guidance", "accelerate", "npz_names")}
+    names = ("sampler", "dtype", *guidance.OPTIONS, "accelerate", "npz_names")
+    options = {name: getattr(args, name) for name in names}
     options |= {"steps": len(table), "eta": args.eta, "variance": args.variance, "clip": repr(args.clip)}
     return Job(
         version=__version__,

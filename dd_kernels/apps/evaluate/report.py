@@ -50,10 +50,20 @@ def _grid(evaluation: Evaluation, name: str) -> str:
     return "\n".join("| " + " | ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
+def guidance_text(run: dict[str, Any]) -> str:
+    """Returns how samples were guided: scale, and where they are given, rescale and interval."""
+    parts = [f"guidance {run['guidance']:g}"]
+    if run["guidance_rescale"]:
+        parts.append(f"rescaled by {run['guidance_rescale']:g}")
+    if run["guidance_interval"]:
+        parts.append("at timesteps {:g} to {:g}".format(*run["guidance_interval"]))
+    return ", ".join(parts)
+
+
 def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
     """Returns the evaluation as Markdown: four tables, and how they were measured.
 
-    ``run`` is :func:`environment` and the run's seconds, model, dtype, guidance and batch_size.
+    ``run`` is :func:`environment` and the run's seconds, model, dtype, batch_size and options of guidance.
     """
     facts = {"floor": evaluation.floor, "held_out": evaluation.held_out}
     parts = [f"**{title.format(**facts)}**\n\n{_grid(evaluation, name)}" for name, title in TITLES.items()]
@@ -73,7 +83,7 @@ def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
         f"(± {_number(evaluation.floor.distance_error)}); the classifier is sure of "
         f"{evaluation.floor.sure:.1%} of them.",
         "Measured in {seconds:.0f} s on {device}, {threads} threads, backend {backend}, torch {torch}; "
-        "model {model}, {dtype}, guidance {guidance:g}, batches of {batch_size}.".format(**run),
+        "model {model}, {dtype}, {guided}, batches of {batch_size}.".format(**run, guided=guidance_text(run)),
     ]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ...ops.reverse_step.table import StepTable
 from ...samplers.ddim import ddim
 from ...samplers.ddpm import ddpm
 from ...samplers.named import FEW_STEP_SAMPLERS
+from ...sampling.guidance import guided_steps
 from ...sampling.loop import sample
 from ...schedules import Schedule
 from .judge import FEATURES, SURE, Judge, Measures
@@ -117,6 +118,12 @@ def sampler_table(
     return ddim(schedule, steps, eta=row, **kind)
 
 
+def _calls(table: StepTable, options: Mapping[str, Any]) -> int:
+    """Returns how often the model is called with a sample: twice where a step is guided."""
+    guided = options.get("uncond_kwargs") is not None
+    return len(table) + guided * sum(guided_steps(table, options.get("guidance_interval")))
+
+
 @contextlib.contextmanager
 def _calls_counted(model: nn.Module, bar: tqdm) -> Iterator[None]:
     """Advances ``bar`` by one for every image that the model is called with."""
@@ -163,7 +170,7 @@ def evaluate(
             floor(c i).
         seed: of the samples; all cells start from the same x_T.
         progress: show a tqdm bar.
-        options: batch_size, model_kwargs, uncond_kwargs, guidance_scale, backend, as in :func:`dd_kernels.sample`.
+        options: batch_size, model_kwargs, backend and those of guidance, as in :func:`dd_kernels.sample`.
 
     Raises:
         ValueError, TypeError: an argument out of range; samples that are not finite.
@@ -184,7 +191,7 @@ def evaluate(
 
     # Allocates memory and compiles kernels before the first cell is timed.
     draw(table_of(0.0, 1))
-    calls = n * sum(count for _, count, _ in plan) * (1 if options.get("uncond_kwargs") is None else 2)
+    calls = n * sum(_calls(table, options) for _, _, table in plan)
     bar = tqdm(total=calls, desc="evaluating", unit="call", unit_scale=True, disable=not progress)
     cells = []
     with bar, _calls_counted(model, bar):

@@ -100,8 +100,7 @@ class Job:
 def table_digest(table: StepTable) -> str:
     """Returns the SHA-256 of a sampler: its rows as the kernels read them, and what the model is called with."""
     content = hashlib.sha256(repr((table.threshold, table.learned_variance)).encode())
-    times = table.timesteps if table.times is None else table.times
-    for values in (table.rows.float(), times):
+    for values in (table.rows.float(), table.model_times):
         content.update(np.ascontiguousarray(values.numpy()).tobytes())
     return content.hexdigest()
 

@@ -151,6 +151,11 @@ class StepTable(PerDevice[DeviceTable]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.rows, self.timesteps, self.learned_variance, self.threshold, self.times)
 
+    @property
+    def model_times(self) -> Tensor:
+        """What the model is called with at every step, [S] on the CPU: ``times``, or ``timesteps``."""
+        return self.timesteps if self.times is None else self.times
+
     def column(self, name: str) -> Tensor:
         """One coefficient of every step, [S] float64."""
         return self.rows[:, COLUMNS.index(name)]

@@ -26,7 +26,8 @@ SWITCHES |= {"--bits-per-dim", "--half"}
 FLAGS = {
     "sample": (
         "-n --out --overwrite --columns --sampler --steps --spacing --eta --variance --clip --seed --first-sample "
-        "--model --ema --dtype --classes --guidance --batch-size --device --backend --npz-names --no-progress"
+        "--model --ema --dtype --classes --guidance --batch-size --device --backend --npz-names --no-progress "
+        "--guidance-weight --guidance-rescale --guidance-interval"
     ),
     "interpolate": (
         "-n --seeds --images --rows --steps --spacing --out --overwrite --model --classes --guidance --device --dtype "

@@ -89,13 +89,16 @@ def test_every_flag_of_sample_changes_the_samples(models):
             ["--classes", "5"],
             ["--classes", "none"],
             ["--guidance", 3],
+            ["--guidance-weight", 3],
+            ["--guidance", 3, "--guidance-rescale", 0.5],
+            ["--guidance", 3, "--guidance-interval", 5, 12],
             ["--dtype", "bf16"],
             ["--steps", 5],
         )
     ):
         assert sample(models, *fast, *flags, "--out", f"{i}.npz") == 0
-    seen = {pixels(f"{i}.npz").tobytes() for i in range(23)}
-    assert len(seen) == 23
+    seen = {pixels(f"{i}.npz").tobytes() for i in range(26)}
+    assert len(seen) == 26
 
 
 def test_a_learned_variance_is_used_by_ddpm_and_left_alone_by_the_others(models, capsys):
@@ -203,6 +206,12 @@ def test_classes_by_name_and_backend(models, tmp_path, capsys):
         (["--first-sample", "4294967296"], "argument --first-sample: must be an integer in [0, 4294967295]"),
         (["--first-sample", "4294967295"], "--first-sample and -n must stay below 2^32 together"),
         (["--guidance", "inf"], "--guidance must be a finite number; got inf"),
+        (["--guidance-weight", "x"], "argument --guidance-weight: must be a number; got 'x'"),
+        (["--guidance", "2", "--guidance-weight", "1"], "not allowed with argument --guidance"),
+        (["--guidance", "2", "--guidance-rescale", "1.5"], "guidance_rescale must lie in [0, 1]; got 1.5"),
+        (["--guidance", "2", "--guidance-interval", "9", "3"], "the lower one first; got (9.0, 3.0)"),
+        (["--guidance-rescale", "0.5"], "--guidance-rescale must be left out with --guidance 1; got 0.5"),
+        (["--guidance-interval", "3", "9"], "--guidance-interval must be left out with --guidance 1; got [3.0, 9.0]"),
         (["--classes", "11"], "classes must be among 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; got '11'"),
         (["--classes", ""], "got ''"),
         (["--dtype", "fp8"], "argument --dtype: invalid choice: 'fp8'"),

@@ -28,7 +28,7 @@ def start():
 
 def ours(table, noise=None, steps=None):
     """Runs our sampler in float64, with its own noise levels."""
-    level = np.interp(table.timesteps if table.times is None else table.times, np.arange(1000), _log_sigma())
+    level = np.interp(table.model_times, np.arange(1000), _log_sigma())
     alpha_bars = 1 / (1 + np.exp(2 * level))
     x, history = start(), table.history_like(start())
     for i, alpha_bar in enumerate(alpha_bars[:steps]):
@@ -102,7 +102,7 @@ def test_euler_and_heun(name, spacing):
     scheduler = kinds[name](**{**own, **by_noise})
     scheduler.set_timesteps(STEPS)
     table = getattr(dd, name)(SCHEDULE, STEPS, spacing=spacing, clip=None)
-    times = table.timesteps if table.times is None else table.times
+    times = table.model_times
     np.testing.assert_allclose(times, scheduler.timesteps, rtol=1e-4, atol=1e-2)  # theirs of logarithms in float32
     assert_near(ours(table), theirs(scheduler))
 
