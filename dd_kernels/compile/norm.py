@@ -130,8 +130,12 @@ def _unsupported(node: fx.Node) -> str | None:
         return "its input is unknown"
     if x.dtype not in _DTYPES:
         return f"no kernel for {str(x.dtype).removeprefix('torch.')}"
-    if isinstance(argument(node, 1, "num_groups"), fx.Node) or isinstance(argument(node, 4, "eps", 1e-5), fx.Node):
-        return "its groups or eps are computed"
+    eps = argument(node, 4, "eps", 1e-5)
+    # A number that differs between models of a class is an input of the graph, which gives a float when it runs.
+    if isinstance(argument(node, 1, "num_groups"), fx.Node):
+        return "its groups are computed"
+    if isinstance(eps, fx.Node) and not isinstance(eps.meta.get("example_value"), torch.SymFloat):
+        return "its eps is computed"
     return None
 
 

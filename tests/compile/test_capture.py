@@ -55,6 +55,24 @@ def test_every_norm_of_every_style(style, train):
     assert not any(norm.left for norm in report.norms)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"inductor": True}, marks=pytest.mark.slow)], ids=["", "inductor"]
+)
+def test_models_of_one_class_with_other_numbers(options, train):
+    """Dynamo makes an input of the graph of an eps that differs between models of a class; the norm is fused with it."""
+    for eps in (1e-5, 1.0, 1e-2):
+        model, x, emb = make("latent-diffusion")
+        for norm in (module for module in model.modules() if isinstance(module, nn.GroupNorm)):
+            norm.eps = eps
+        exact = outputs(copy.deepcopy(model).double(), x.double(), emb.double(), train)
+        plain = outputs(model, x, emb, train)
+        report = Report()
+        fast = torch.compile(model, backend="dd_kernels", options={"report": report, **options})
+        assert_as_exact(outputs(fast, x, emb, train), plain, exact)
+        assert report.share == 1, str(report)
+
+
 def test_checkpointed_blocks():
     """Dynamo keeps a checkpointed block as a graph within the graph."""
     model, x, emb = make("guided-diffusion", checkpointed=True)

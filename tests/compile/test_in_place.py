@@ -51,7 +51,7 @@ def test_more_models_with_a_graph_break_than_dynamo_recompiles():
 
 
 def test_the_norms_of_each_model_keep_their_numbers():
-    """Dynamo makes a symbol of a number that differs between calls of one function; a norm with one is not fused."""
+    """Dynamo makes an input of a number that differs between calls of one function; groups must be none."""
     for eps, groups in ((1e-5, 4), (1e-6, 8), (1e-3, 2)):
         model = torch.nn.Sequential(torch.nn.GroupNorm(groups, 16, eps=eps), torch.nn.SiLU(), torch.nn.Flatten())
         _, report = dd.accelerate(model)
