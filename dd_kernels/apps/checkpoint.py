@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import importlib.resources
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..nn import UNet
 from ..nn.blocks import channels_last
+from ..nn.encoder import Encoder
 from ..samplers.rows import PREDICTIONS
 from ..schedules import SCHEDULES, Schedule, named_schedule
 from . import tensors as tensor_files
@@ -34,6 +35,8 @@ DEFAULT = "digits"
 STATE, AVERAGE = "training.", "ema."
 # The greatest length of a schedule, since a header can state any number; DDPM has 1,000.
 MOST_TIMESTEPS = 1_000_000
+
+NetworkT = TypeVar("NetworkT", bound=Encoder)
 
 
 def average_prefix(decay: float) -> str:
@@ -56,9 +59,9 @@ class ModelInfo:
     """The meaning of a model's weights.
 
     Attributes:
-        config: the U-Net's options.
+        config: the U-Net's options, or the classifier's.
         schedule, num_timesteps: name in ``SCHEDULES`` and T of the forward process that it was trained on.
-        prediction: "epsilon", "x_start" or "v".
+        prediction: "epsilon", "x_start" or "v"; "class" of a classifier.
         classes: names of the classes, () if it has none.
         training: options, steps done and loss of the training; for readers, no code uses it.
         ema: decays of the averaged weights that the file holds, the model's own first; () where the file says none.
@@ -73,8 +76,10 @@ class ModelInfo:
     ema: tuple[float, ...] = ()
 
     @classmethod
-    def from_metadata(cls, path: PathLike, metadata: Mapping[str, Any]) -> ModelInfo:
-        """Returns the ``info`` of a header, checked.
+    def from_metadata(
+        cls, path: PathLike, metadata: Mapping[str, Any], predictions: Collection[str] = PREDICTIONS
+    ) -> ModelInfo:
+        """Returns the ``info`` of a header, checked; its prediction is one of ``predictions``.
 
         Raises:
             ValueError: naming ``path``.
@@ -89,7 +94,7 @@ class ModelInfo:
                 raise TypeError("classes must be strings")
             if not all(isinstance(decay, float) for decay in info.ema):
                 raise TypeError("ema must be numbers")
-            if info.schedule not in SCHEDULES or info.prediction not in PREDICTIONS:
+            if info.schedule not in SCHEDULES or info.prediction not in predictions:
                 raise ValueError(f"schedule {info.schedule!r} or prediction {info.prediction!r} is unknown")
             check_timesteps(info.num_timesteps)
             named_schedule(info.schedule, info.num_timesteps)
@@ -117,40 +122,41 @@ def save(
     info: ModelInfo,
     state: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
+    kind: str = KIND,
 ) -> None:
     """Writes a model, and with ``state`` and ``training`` (tensors and JSON values) its training state, in one file."""
-    metadata: dict[str, Any] = {"format": FORMAT, "kind": KIND, **info.as_metadata()}
+    metadata: dict[str, Any] = {"format": FORMAT, "kind": kind, **info.as_metadata()}
     if training is not None:
         metadata["state"] = dict(training)
     every = {**weights, **{f"{STATE}{name}": value for name, value in (state or {}).items()}}
     tensor_files.write(path, every, metadata, KEY)
 
 
-def open_model(path: PathLike) -> tuple[TensorFile, dict[str, Any]]:
-    """Returns an open model file and its metadata; close it.
+def open_model(path: PathLike, kind: str = KIND) -> tuple[TensorFile, dict[str, Any]]:
+    """Returns an open model file, or one of another kind, and its metadata; close it.
 
     Raises:
         ValueError: the file is missing, unreadable, truncated, or of another format, version or kind.
     """
-    file = TensorFile(path, KIND)
+    file = TensorFile(path, kind)
     try:
         metadata = file.described(KEY)
         if "format" not in metadata or "kind" not in metadata:
-            raise ValueError(f"{str(path)!r} is safetensors, but no {KIND} that dd_kernels wrote")
+            raise ValueError(f"{str(path)!r} is safetensors, but no {kind} that dd_kernels wrote")
         if metadata["format"] not in READABLE:
             raise ValueError(f"{str(path)!r} has the format {metadata['format']}; this version reads {FORMAT}")
         if metadata["format"] == FORMAT and file.checksum(KEY) is None:
             raise ValueError(f"{str(path)!r} was changed after it was written: it has no checksum")
-        if metadata["kind"] != KIND:
-            raise ValueError(f"{str(path)!r} is a {metadata['kind']}; wanted is a {KIND}")
+        if metadata["kind"] != kind:
+            raise ValueError(f"{str(path)!r} is a {metadata['kind']}; wanted is a {kind}")
     except BaseException:
         file.close()
         raise
     return file, metadata
 
 
-def build_model(path: PathLike, info: ModelInfo, entries: Mapping[str, Entry]) -> UNet:
-    """Returns the U-Net that ``info`` describes, without memory for its weights, if ``entries`` are its weights.
+def build_network(network: type[NetworkT], path: PathLike, info: ModelInfo, entries: Mapping[str, Entry]) -> NetworkT:
+    """Returns the network that ``info`` describes, without memory for its weights, if ``entries`` are its weights.
 
     Raises:
         ValueError: naming ``path``.
@@ -163,9 +169,10 @@ def build_model(path: PathLike, info: ModelInfo, entries: Mapping[str, Entry]) -
                 f"num_res_blocks={per_level} on {len(channels)} levels need more than {len(entries)} tensors"
             )
         with torch.device("meta"):
-            model = UNet(**info.config)
+            model = network(**info.config)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{str(path)!r} does not describe a U-Net: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{str(path)!r} does not describe a {network.__name__}: {reason}") from error
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: entry.shape for name, entry in entries.items()}
     if wanted != found:
@@ -216,7 +223,7 @@ def load_model(path: PathLike | None = None, ema: float | None = None) -> tuple[
         prefix = _prefix_of(path, info, ema)
         without = (STATE,) if prefix else (STATE, AVERAGE)
         names = [name for name in file.entries if name.startswith(prefix) and not name.startswith(without)]
-        model = build_model(path, info, {name.removeprefix(prefix): file.entries[name] for name in names})
+        model = build_network(UNet, path, info, {name.removeprefix(prefix): file.entries[name] for name in names})
         weights = file.read(KEY, prefix, without)
         wide = {name.removeprefix(prefix): v.float() if v.element_size() == 2 else v for name, v in weights.items()}
         model.load_state_dict(wide, assign=True)

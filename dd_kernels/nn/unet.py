@@ -2,66 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_float
-from .blocks import (
-    Attention,
-    Downsample,
-    GroupNormSiLU,
-    ResBlock,
-    Upsample,
-    channels_last,
-    double,
-    halve,
-    timestep_embedding,
-    zeroed,
-)
+from .blocks import Attention, GroupNormSiLU, ResBlock, Upsample, channels_last, double, zeroed
 from .configs import CONFIGS, UNetConfig
-
-
-class Stage(nn.Module):
-    """The blocks of one resolution: residual blocks, each followed by an attention or none, then resampling."""
-
-    def __init__(self, resnets: list[ResBlock], attentions: list[Attention], resample: nn.Module | None = None) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions)
-        self.resample = resample
-
-    def block(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
-        """Returns the output of residual block i and the attention after it."""
-        x = self.resnets[i](x, embedding)
-        return self.attentions[i](x) if i < len(self.attentions) else x
-
-
-class MiddleStage(Stage):
-    """The stage between encoder and decoder."""
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Returns the output of the last block; x is [N, C, H, W], embedding [N, E]."""
-        for i in range(len(self.resnets)):
-            x = self.block(i, x, embedding)
-        return x
-
-
-class EncoderStage(Stage):
-    """A stage that keeps its feature maps for the decoder."""
-
-    def forward(self, x: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
-        """Returns the stage's output; appends the output of every block, and of the resampling, to ``skips``."""
-        for i in range(len(self.resnets)):
-            x = self.block(i, x, embedding)
-            skips.append(x)
-        if self.resample is not None:
-            x = self.resample(x, embedding)
-            skips.append(x)
-        return x
+from .encoder import Encoder, Stage, skip_channels
 
 
 class DecoderStage(Stage):
@@ -74,7 +23,7 @@ class DecoderStage(Stage):
         return x if self.resample is None else self.resample(x, embedding)
 
 
-class UNet(nn.Module):
+class UNet(Encoder):
     """A U-Net that predicts from noisy images and their timesteps, [N, C, H, W] -> [N, C', H, W].
 
     Takes the options of :class:`~dd_kernels.nn.UNetConfig`. ``config`` holds them as a dict of plain JSON
@@ -86,25 +35,11 @@ class UNet(nn.Module):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__()
         config = UNetConfig(**options)
-        self._config = config
-        channels = config.channels
-        width = config.embedding_width
-        self.time_embedding = nn.Sequential(
-            nn.Linear(config.sinusoid_channels, width), nn.SiLU(), nn.Linear(width, width)
-        )
-        labels = 0 if config.num_classes is None else config.num_classes + config.null_class
-        self.class_embedding = nn.Embedding(labels, width) if labels else None
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.down, skips = _down_stages(config)
-        self.middle = MiddleStage(
-            [ResBlock(channels[-1], channels[-1], config) for _ in range(2)],
-            [Attention(channels[-1], config)] if config.middle_attention else [],
-        )
-        self.up = _up_stages(config, skips)
-        self.norm_out = GroupNormSiLU(config.num_groups, channels[0], config.eps)
-        self.conv_out = zeroed(nn.Conv2d(channels[0], config.model_channels_out, 3, padding=1))
+        super().__init__(config, 0 if config.num_classes is None else config.num_classes + config.null_class)
+        self.up = _up_stages(config)
+        self.norm_out = GroupNormSiLU(config.num_groups, config.channels[0], config.eps)
+        self.conv_out = zeroed(nn.Conv2d(config.channels[0], config.model_channels_out, 3, padding=1))
         channels_last(self)
 
     @classmethod
@@ -119,9 +54,9 @@ class UNet(nn.Module):
         return cls(**{**CONFIGS[name], **overrides})
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The options that the model was built from, as plain JSON values."""
-        return dataclasses.asdict(self._config)
+    def num_classes(self) -> int | None:
+        """The number of classes that the model is conditioned on, or None."""
+        return self._config.num_classes
 
     @property
     def null_label(self) -> int | None:
@@ -147,28 +82,15 @@ class UNet(nn.Module):
                 since that would wait for the device.
         """
         self._check_images(x)
-        embedding = F.silu(self._embedding(x, t, y))
-        h = self.conv_in(x.to(self.conv_in.weight.dtype))
-        skips = [h]
-        for stage in self.down:
-            h = stage(h, embedding, skips)
-        h = self.middle(h, embedding)
+        embedding = self._embedded(x, t)
+        y = self._labels(x, y)
+        if y is not None and self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(y)
+        embedding = F.silu(embedding)
+        h, skips = self._encoded(x, embedding)
         for stage in self.up:
             h = stage(h, embedding, skips)
         return self.conv_out(self.norm_out(h))
-
-    def _embedding(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Tensor:
-        """Returns the sum of the time and class embeddings, [N, E]."""
-        config = self._config
-        t = torch.as_tensor(t, device=x.device)
-        if t.dtype in (torch.bool, torch.complex64, torch.complex128):
-            raise TypeError(f"t must be an int or float tensor; got {t.dtype}")
-        if t.ndim > 1 or t.numel() not in (1, x.shape[0]):
-            raise ValueError(f"t must have the shape [] or [{x.shape[0]}], one per sample; got {list(t.shape)}")
-        waves = timestep_embedding(t.reshape(-1), config.sinusoid_channels, config.timestep_embedding)
-        embedding = self.time_embedding(waves.to(self.conv_in.weight.dtype)).expand(x.shape[0], -1)
-        y = self._labels(x, y)
-        return embedding if y is None or self.class_embedding is None else embedding + self.class_embedding(y)
 
     def _labels(self, x: Tensor, y: Tensor | None) -> Tensor | None:
         """Returns the checked labels [N], or None for a model without classes."""
@@ -196,39 +118,10 @@ class UNet(nn.Module):
                 raise ValueError(f"y must be in [0, {last}]; got {low if low < 0 else high}")
         return y.to(x.device)
 
-    def _check_images(self, x: Tensor) -> None:
-        check_float("x", x)
-        config = self._config
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"x must be [N, {config.in_channels}, H, W]; got {list(x.shape)}")
-        if x.shape[2] % config.factor or x.shape[3] % config.factor or 0 in x.shape[2:]:
-            raise ValueError(
-                f"x must have a height and width divisible by {config.factor}, for the model's "
-                f"{len(config.channels)} levels; got {list(x.shape)}"
-            )
 
-
-def _down_stages(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """Builds the encoder; returns its stages and the channels of every feature map that it hands to the decoder."""
-    stages, skips = nn.ModuleList(), [config.channels[0]]
-    last = len(config.channels) - 1
-    for level, channels in enumerate(config.channels):
-        inputs = [skips[-1]] + [channels] * (config.num_res_blocks - 1)
-        resnets = [ResBlock(c, channels, config) for c in inputs]
-        attentions = [Attention(channels, config) for _ in resnets if config.has_attention(level)]
-        skips += [channels] * config.num_res_blocks
-        resample: nn.Module | None = None
-        if level < last:
-            block = config.resample == "resblock"
-            resample = ResBlock(channels, channels, config, halve) if block else Downsample(channels, config)
-            skips.append(channels)
-        stages.append(EncoderStage(resnets, attentions, resample))
-    return stages, skips
-
-
-def _up_stages(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
+def _up_stages(config: UNetConfig) -> nn.ModuleList:
     """Builds the decoder, coarsest level first; each residual block reads one feature map of the encoder."""
-    stages, skips = nn.ModuleList(), list(skips)
+    stages, skips = nn.ModuleList(), skip_channels(config)
     below = config.channels[-1]
     for level, channels in reversed(list(enumerate(config.channels))):
         inputs = [below] + [channels] * config.num_res_blocks

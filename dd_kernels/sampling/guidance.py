@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.reverse_step.table import StepTable
+from ..samplers.rows import PREDICTIONS, check_choice
 from ..schedules import Schedule
 
 Model = Callable[..., Any]
@@ -115,32 +116,54 @@ def rescaled(out: Tensor, uncond: Tensor, scale: float | Tensor, amount: float |
     return guided if out.shape[1] == channels else torch.cat((guided, out[:, channels:]), dim=1)
 
 
-def _noise_at(schedule: Schedule, t: Tensor) -> Tensor:
-    r"""\sqrt{1 - \bar\alpha} at t [N]; between timesteps the log of the signal-to-noise ratio is linear."""
+def _marginal_at(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    r"""\sqrt{\bar\alpha} and \sqrt{1 - \bar\alpha} at t [N]; between timesteps the log of their ratio is linear."""
     signal, noise = schedule.on(t.device).rows.unbind(1)
     if not t.is_floating_point():
-        return noise[t]
+        return signal[t], noise[t]
     log_ratio, below = (noise / signal).log(), t.floor().long()
-    between = torch.lerp(log_ratio[below], log_ratio[t.ceil().long()], t - below)
-    return torch.sigmoid(2 * between) ** 0.5
+    between = 2 * torch.lerp(log_ratio[below], log_ratio[t.ceil().long()], t - below)
+    return torch.sigmoid(-between) ** 0.5, torch.sigmoid(between) ** 0.5
+
+
+def _share_of_gradient(prediction: str, signal: Tensor, noise: Tensor) -> Tensor:
+    """Returns what the gradient of log p(y | x_t) is multiplied by, [N]; 0 where x_t holds nothing of x_0, nor of y."""
+    if prediction == "epsilon":
+        return -noise
+    ratio = torch.where(signal == 0, 0.0, noise / signal)
+    return -ratio if prediction == "v" else ratio * noise
 
 
 def classifier_guided(
-    model: Model, log_probability: Callable[..., Tensor], schedule: Schedule, scale: float = 1.0
+    model: Model,
+    log_probability: Callable[..., Tensor],
+    schedule: Schedule,
+    scale: float = 1.0,
+    prediction: str = "epsilon",
 ) -> Model:
-    r"""Returns an epsilon model guided by a classifier, algorithm 2 of Dhariwal & Nichol (2021).
+    r"""Returns a model guided by a classifier, algorithm 2 of Dhariwal & Nichol (2021).
 
     .. math:: \hat\epsilon = \epsilon(x_t, t) - scale\, \sqrt{1 - \bar\alpha_t}\, \nabla_{x_t} \log p(y | x_t)
 
+    The same change of a prediction of x_0 or v, with \alpha = \bar\alpha_t and the gradient g, is
+
+    .. math:: \hat x_0 = x_0 + scale\, (1 - \alpha) / \sqrt\alpha\, g, \qquad
+        \hat v = v - scale\, \sqrt{1 - \alpha} / \sqrt\alpha\, g
+
     Args:
-        model: model(x, t, **kwargs) -> epsilon [N, C, ...], or [N, 2 C, ...] with learned variance.
+        model: model(x, t, **kwargs) -> prediction [N, C, ...], or [N, 2 C, ...] with learned variance.
         log_probability: log_probability(x, t, **kwargs) -> log p(y | x_t), [N], differentiable in x.
         schedule: where alpha_bar comes from.
         scale: strength; 0 is the model itself.
+        prediction: what the model predicts, "epsilon", "x_start" or "v".
 
     Returns:
         A model to be passed to :func:`dd_kernels.sample`; called with the same ``kwargs``.
+
+    Raises:
+        ValueError: an unknown ``prediction``.
     """
+    check_choice("prediction", prediction, PREDICTIONS)
 
     def guided(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         out = model_output(model(x, t, **kwargs))
@@ -148,8 +171,9 @@ def classifier_guided(
             x_in = x.detach().requires_grad_()
             gradient = torch.autograd.grad(log_probability(x_in, t, **kwargs).sum(), x_in)[0]
         channels = x.shape[1]
-        sigma = _noise_at(schedule, t.to(x.device)).reshape(-1, *[1] * (x.ndim - 1))
-        epsilon = out[:, :channels] - (scale * sigma * gradient).to(out.dtype)
-        return epsilon if out.shape[1] == channels else torch.cat((epsilon, out[:, channels:]), dim=1)
+        share = _share_of_gradient(prediction, *_marginal_at(schedule, t.to(x.device)))
+        change = scale * share.reshape(-1, *[1] * (x.ndim - 1)) * gradient
+        predicted = out[:, :channels] + change.to(out.dtype)
+        return predicted if out.shape[1] == channels else torch.cat((predicted, out[:, channels:]), dim=1)
 
     return guided

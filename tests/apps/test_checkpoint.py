@@ -126,8 +126,8 @@ def test_missing_foreign_and_wrong_kinds(tmp_path, path):
         ({"ema": ("0.9",)}, "ema must be numbers"),
         ({"ema": 3}, "does not describe its model"),
         ({"num_timesteps": "many"}, "does not describe its model"),
-        ({"config": {"image_size": 8}}, "does not describe a U-Net"),
-        ({"config": {"flavour": "mint"}}, "does not describe a U-Net"),
+        ({"config": {"image_size": 8}}, "does not describe a UNet"),
+        ({"config": {"flavour": "mint"}}, "does not describe a UNet"),
     ],
 )
 def test_headers_that_make_no_sense(tmp_path, model, changes, message):

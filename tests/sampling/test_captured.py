@@ -13,6 +13,7 @@ from torch import nn
 import dd_kernels as dd
 from dd_kernels.ops import cuda_graph
 from dd_kernels.sampling import captured
+from dd_kernels.sampling.guidance import classifier_guided
 
 SCHEDULE = dd.linear_schedule(100)
 SHAPE = (3, 2, 4, 4)
@@ -226,6 +227,16 @@ def test_a_function_only_where_it_is_asked_for(graphs_on_cpu):
     for seed in (0, 1):
         wanted = dd.sample(plain_model, SHAPE, TABLES["ddpm"], seed=seed, cuda_graph=False)
         assert torch.equal(dd.sample(plain_model, SHAPE, TABLES["ddpm"], seed=seed, cuda_graph=True), wanted)
+    assert graphs_on_cpu.captures == 1
+
+
+class ClassifierGuided(Model):
+    def forward(self, x, t):
+        return classifier_guided(super().forward, lambda x, t: torch.cos(x).flatten(1).sum(1), SCHEDULE, 2.0)(x, t)
+
+
+def test_guidance_by_a_classifier_is_captured_with_its_gradient(graphs_on_cpu):
+    assert_same(ClassifierGuided(), TABLES["ddim"], seed=0)
     assert graphs_on_cpu.captures == 1
 
 

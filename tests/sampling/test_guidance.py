@@ -91,6 +91,38 @@ def test_classifier_guidance_keeps_the_learned_variance_and_scale_0_the_model():
     assert torch.equal(classifier_guided(learned, log_probability, SCHEDULE, scale=0.0)(x, t), learned(x, t))
 
 
+@pytest.mark.parametrize("prediction", ["x_start", "v"])
+@pytest.mark.parametrize("timestep", [0, 400, 998.5])
+def test_classifier_guidance_of_other_predictions_is_that_of_epsilon(prediction, timestep):
+    """x_0 and v of the guided epsilon are the guided x_0 and v, whose definitions are algebra of x_t and epsilon."""
+    x, t = torch.randn(SHAPE, dtype=torch.float64), torch.full((3,), timestep)
+    log_alpha = SCHEDULE.snr[[math.floor(timestep), math.ceil(timestep)]]
+    alpha = 1 / (1 + 1 / math.sqrt(log_alpha[0] * log_alpha[1]))  # between timesteps log-SNR is linear; here the middle
+    signal, noise = math.sqrt(alpha), math.sqrt(1 - alpha)
+
+    def of_epsilon(epsilon):
+        x0 = (x - noise * epsilon) / signal
+        return x0 if prediction == "x_start" else signal * epsilon - noise * x0
+
+    log_p = lambda x, t: (x**2).flatten(1).sum(1)  # noqa: E731
+    epsilon = classifier_guided(lambda x, t: torch.sin(x), log_p, SCHEDULE, 0.5)(x, t)
+    model = lambda x, t: of_epsilon(torch.sin(x))  # noqa: E731
+    found = classifier_guided(model, log_p, SCHEDULE, 0.5, prediction)(x, t)
+    # Signal and noise are float32 in the guidance, and small signals divide; 2e-6 relative of the largest value.
+    torch.testing.assert_close(found, of_epsilon(epsilon), rtol=0, atol=4e-6 * float(found.abs().max()))
+
+
+@pytest.mark.parametrize("prediction", ["x_start", "v"])
+def test_where_x_t_holds_nothing_of_x_0_a_classifier_changes_nothing(prediction):
+    schedule = dd.rescale_zero_terminal_snr(SCHEDULE)
+    x, model = torch.randn(SHAPE), lambda x, t: 0.5 * x
+    guided = classifier_guided(model, lambda x, t: x.flatten(1).sum(1), schedule, 2.0, prediction)
+    assert guided(x, torch.full((3,), 999)).equal(0.5 * x)
+    assert not guided(x, torch.full((3,), 998)).equal(0.5 * x)
+    with pytest.raises(ValueError, match="prediction must be one of epsilon, x_start, v; got 'score'"):
+        classifier_guided(model, model, schedule, prediction="score")
+
+
 def test_classifier_guidance_between_timesteps():
     """A float timestep that equals a whole one gives the same guidance and the same posterior."""
     x, t = torch.randn(SHAPE), torch.full((3,), 400)

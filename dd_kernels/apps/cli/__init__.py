@@ -19,7 +19,7 @@ from ... import backend as backends
 from ...backend import BackendUnavailableError
 from ...ops import randn
 from ..training import TrainingDivergedError
-from . import edit, evaluate, inpaint, interpolate, reconstruct, sample, train, verify
+from . import edit, evaluate, inpaint, interpolate, reconstruct, sample, train, train_classifier, verify
 
 # A command is a module with a docstring, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
@@ -30,6 +30,7 @@ COMMANDS = {
     "edit": edit,
     "inpaint": inpaint,
     "evaluate": evaluate,
+    "train-classifier": train_classifier,
     "verify": verify,
 }
 

@@ -14,7 +14,7 @@ from .common import LoadedModel
 
 VARIANCES = ("fixed_small", "fixed_large", LEARNED)
 # Options of the other measurement, and of this one.
-OF_SAMPLES, OF_BOUND = ("steps", "etas", "spacing"), ("plot", "variance")
+OF_SAMPLES, OF_BOUND = ("steps", "etas", "spacing", "classifier"), ("plot", "variance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,8 +24,9 @@ from ..data import NAMED, class_indices
 from ..images import NPZ_NAMES
 from ..memory import check_memory
 from ..shards.processes import local_device
-from . import guidance
+from . import classifier, guidance
 from .argument_types import integer, number
+from .classifier import ClassifierGuided
 from .guidance import Guidance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,12 +103,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: str | None = "
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, its description, and how it is guided."""
+    """A model on its device, its description, and how it is guided.
+
+    Attributes:
+        network: what ``sample`` calls: the model, or it and the classifier that guides it.
+    """
 
     model: UNet
     info: ModelInfo
     device: torch.device
     guidance: Guidance
+    network: UNet | ClassifierGuided
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> LoadedModel:
@@ -120,17 +126,27 @@ class LoadedModel:
             from ...compile import accelerate  # imports Dynamo, which takes a second
 
             accelerate(model)
-        return cls(model, info, where, guided)
+        network = classifier.guided_model(args, model, info, where)
+        return cls(model, info, where, guided, network)
 
     @property
     def learns_variance(self) -> bool:
         """Whether the second half of the model's output is its variance."""
         return self.model.config["learn_variance"]
 
+    @property
+    def num_classes(self) -> int | None:
+        """Number of the classes that can be asked for: the model's, or else the classifier's; None without both."""
+        return self.network.num_classes if isinstance(self.network, ClassifierGuided) else self.model.num_classes
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The names of these classes."""
+        return self.network.classes if isinstance(self.network, ClassifierGuided) else self.info.classes
+
     def labels(self, text: str | None, default: str = "all") -> list[int] | None:
         """Returns the labels that --classes names; None for a model without classes."""
-        names = self.info.classes
-        num_classes = self.model.config["num_classes"]
+        names, num_classes = self.classes, self.num_classes
         if num_classes is None:
             if text is not None:
                 raise ValueError(f"--classes must be left out: the model has no classes; got {text!r}")
@@ -139,6 +155,8 @@ class LoadedModel:
         if text == "all":
             return list(range(num_classes))
         if text == "none":
+            if self.network is not self.model:
+                raise ValueError("--classes none must be left out with --classifier, which needs a class; got it")
             if self.model.null_label is None:
                 raise ValueError("--classes none needs a model trained with dropped labels; got one without")
             return [self.model.null_label]
@@ -149,11 +167,14 @@ class LoadedModel:
         if labels is None:
             return {}
         y = torch.tensor(labels, device=self.device)
+        asked = {} if self.network is self.model else {"label": y}
+        if self.model.num_classes is None:
+            return {"model_kwargs": asked}
         null_label = self.model.null_label
         if self.guidance.scale == 1 or null_label is None:
-            return {"model_kwargs": {"y": y}}
-        uncond = torch.full_like(y, null_label)
-        return {"model_kwargs": {"y": y}, "uncond_kwargs": {"y": uncond}, **self.guidance.options()}
+            return {"model_kwargs": {"y": y, **asked}}
+        uncond = {"y": torch.full_like(y, null_label), **asked}
+        return {"model_kwargs": {"y": y, **asked}, "uncond_kwargs": uncond, **self.guidance.options()}
 
     def backend_that_runs(self) -> str:
         """Returns the name of the backend that runs the reverse step."""
@@ -178,7 +199,7 @@ class Batches:
             try:
                 conditions = loaded.conditions(labels)
                 shape = (n, *loaded.info.sample_shape)
-                return sample(loaded.model, shape, table, batch_size=self.size, **options, **conditions).cpu()
+                return sample(loaded.network, shape, table, batch_size=self.size, **options, **conditions).cpu()
             except torch.OutOfMemoryError as error:
                 if self.size == 1:
                     raise ValueError(f"one image is too large for the device's memory: {error}") from error

@@ -37,7 +37,7 @@ from ..evaluate import (
 )
 from ..evaluate.table import LARGE, LEARNED, ROWS, SAMPLES, STEPS
 from ..files import atomic_write, check_writable
-from . import bits_per_dim, common, guidance
+from . import bits_per_dim, classifier, common, guidance
 from .common import LoadedModel
 from .report import Report
 
@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="to write too: a .md (the tables), a .json (everything) or a folder for both")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
     common.add_model_arguments(parser, classes=None)
+    classifier.add_arguments(parser)
 
 
 def _rows(loaded: LoadedModel, args: argparse.Namespace) -> Sequence[float | str]:
@@ -106,7 +107,7 @@ def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
 
 
 def _check_fits(loaded: LoadedModel, shape: tuple[int, ...], num_classes: int) -> None:
-    classes = loaded.model.config["num_classes"]
+    classes = loaded.num_classes
     common.check_shape(loaded, shape)
     if classes not in (None, num_classes):
         raise ValueError(f"--model must have the {num_classes} classes of the data, or none; got {classes}")
@@ -134,9 +135,9 @@ def _judge(loaded: LoadedModel, args: argparse.Namespace) -> Judge:
 def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
     _check_samplers(loaded, args)
     judge, n = _judge(loaded, args), args.num_samples or SAMPLES
-    classes = None if loaded.model.config["num_classes"] is None else judge.labels(n).tolist()
+    classes = None if loaded.num_classes is None else judge.labels(n).tolist()
     return evaluate(
-        loaded.model,
+        loaded.network,
         loaded.info.make_schedule(),
         judge,
         n=n,
@@ -187,6 +188,6 @@ def _facts(loaded: LoadedModel, args: argparse.Namespace, start: float) -> dict[
         "seconds": round(time.perf_counter() - start, 1),
         "model": args.model or DEFAULT,
         "dtype": args.dtype,
-        **{name: getattr(args, name) for name in guidance.OPTIONS},
+        **{name: getattr(args, name) for name in (*guidance.OPTIONS, *classifier.OPTIONS)},
         "batch_size": args.batch_size,
     }

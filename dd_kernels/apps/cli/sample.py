@@ -18,7 +18,7 @@ from ...samplers.named import FEW_STEP_SAMPLERS
 from ..images import Output
 from ..shards.job import labels_in_turn
 from ..shards.processes import Processes
-from . import common, sampler, shards
+from . import classifier, common, sampler, shards
 from .common import LoadedModel
 
 
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first-sample", type=common.integer(0, 2**32 - 1), default=0, help="(default: 0)")
     shards.add_arguments(parser)
     common.add_model_arguments(parser)
+    classifier.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

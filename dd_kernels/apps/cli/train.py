@@ -9,32 +9,14 @@ fashion-mnist those of a model that trains in an hour on two cores.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from ...nn import CONFIGS
 from ...samplers.rows import PREDICTIONS
-from ...schedules import SCHEDULES
 from .. import data, images, training
-from ..checkpoint import MOST_TIMESTEPS
-from ..training import LOSS_WEIGHTS, LR_SCHEDULES, PRECISIONS, RECIPES, TIMESTEPS, TrainOptions
-from . import common
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    """An argparse type: NAME=VALUE, the value as JSON or else a string."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE; got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
-    except RecursionError as error:
-        raise argparse.ArgumentTypeError(f"{name} is nested too deeply") from error
+from ..training import LOSS_WEIGHTS, RECIPES, TIMESTEPS, TrainOptions
+from . import common, train_options
+from .train_options import Add
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,37 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--evolution", metavar="PICTURE.png", help="add a row of samples to a picture every --sample-every steps"
     )
     common.add_run_arguments(parser)
-    group = parser.add_argument_group("options of the run (with --resume as before, but for --steps)")
-
-    def add(flag: str, **keywords: Any) -> None:
-        group.add_argument(flag, default=argparse.SUPPRESS, **keywords)
-
-    _add_data_and_model(add)
-    _add_optimizer(add)
+    add = train_options.adder(parser, "options of the run (with --resume as before, but for --steps)")
+    train_options.add_data(add)
+    train_options.add_network(add)
+    _add_objective(add)
+    train_options.add_optimizer(add)
 
 
-def _add_data_and_model(add: Callable[..., None]) -> None:
-    add(
-        "--data",
-        help="digits, fashion-mnist, a .npz (images, labels), or a folder: of images (subfolders are classes), of IDX "
-        "files by MNIST's names, or of a Hugging Face dataset",
-    )
-    add("--image-size", type=common.count, help="side in pixels that a folder's images are cropped and resized to")
-    add("--grey", action="store_true", help="read a folder's images as grey")
-    add("--background", metavar="COLOUR", help="behind transparent pixels (default: grey)")
-    add("--strict", action="store_true", help="refuse a folder with broken images instead of skipping them")
-    add("--flip", action="store_true", help="mirror half of the images")
-    add("--config", choices=CONFIGS, help="U-Net to start from (default: one that fits the images' size)")
-    add(
-        "--set",
-        dest="model",
-        type=_assignment,
-        nargs="+",
-        metavar="NAME=VALUE",
-        help="U-Net options, channels=[64,128]",
-    )
-    add("--schedule", choices=SCHEDULES, help="noise schedule")
-    add("--num-timesteps", type=common.integer(1, MOST_TIMESTEPS), help="T")
+def _add_objective(add: Add) -> None:
     add("--prediction", choices=PREDICTIONS, help="what the model predicts")
     add("--label-drop", type=common.number, help="share of labels dropped, for guidance")
     add("--unconditional", action="store_true", help="ignore the labels")
@@ -103,18 +62,6 @@ def _add_data_and_model(add: Callable[..., None]) -> None:
     add("--snr-gamma", type=common.number, help="gamma of --loss-weight min-snr (default: 5)")
     add("--timesteps", choices=TIMESTEPS, help="how a batch's are drawn: alike, or more often where losses are large")
     add("--input-perturbation", type=common.number, help="gamma of DDPM-IP; 0.1 in the paper (default: 0)")
-
-
-def _add_optimizer(add: Callable[..., None]) -> None:
-    add("--steps", type=common.count, help="optimizer steps in all")
-    add("--batch-size", type=common.count, help="images per step")
-    add("--lr", type=common.number, help="learning rate")
-    add("--weight-decay", type=common.number, help="AdamW's")
-    add("--beta1", type=common.number, help="AdamW's")
-    add("--beta2", type=common.number, help="AdamW's")
-    add("--warmup", type=common.integer(0), help="steps over which the learning rate grows")
-    add("--lr-schedule", choices=LR_SCHEDULES, help="after the warm-up: constant, or a cosine to 0 at the last step")
-    add("--clip-grad", type=common.number, help="greatest norm of the gradient; inf: any")
     add(
         "--ema",
         type=common.number,
@@ -122,22 +69,17 @@ def _add_optimizer(add: Callable[..., None]) -> None:
         metavar="DECAY",
         help="of the averaged weights; of several the first is the file's own, and sample --ema takes the others",
     )
-    add("--precision", choices=PRECISIONS, help="of the forward pass")
-    add("--seed", type=common.seed, help="of everything random")
 
 
 def _options(args: argparse.Namespace) -> TrainOptions:
     """Returns the options given, over those of the resumed run or over the defaults for the data."""
-    given = {name: value for name, value in vars(args).items() if name in TrainOptions.__dataclass_fields__}
-    if "model" in given:
-        given["model"] = dict(given["model"])
+    given = train_options.given(args)
     if args.resume:
         if args.recipe is not None:
             raise ValueError(f"--recipe must be left out with --resume; got {args.recipe}")
         before = training.resumed_options(args.out)
         return replace(before, **given)
-    if "data" not in given:
-        raise ValueError(f"--data must be given: {', '.join(data.NAMED)}, a folder or a .npz file")
+    train_options.check_data(given)
     return TrainOptions(**{**RECIPES.get(args.recipe or given["data"], {}), **given})
 
 

@@ -12,7 +12,7 @@ from .digits import SPLITS, digits
 from .folder import SUFFIXES, image_folder
 from .idx import fashion_mnist, idx_folder
 from .pictures import load_image, parse_colour
-from .sources import NAMED, held_out, load, splits
+from .sources import NAMED, has_held_out, held_out, load, splits
 from .tables import huggingface_folder
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "class_indices",
     "digits",
     "fashion_mnist",
+    "has_held_out",
     "held_out",
     "huggingface_folder",
     "idx_folder",

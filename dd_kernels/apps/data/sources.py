@@ -18,6 +18,11 @@ from .tables import huggingface_folder, table_files
 NAMED: dict[str, Callable[[str], ImageData]] = {"digits": digits, "fashion-mnist": fashion_mnist}
 
 
+def has_held_out(source: PathLike) -> bool:
+    """Returns whether a source keeps images for tests: a named one, or IDX files."""
+    return os.fspath(source) in NAMED or is_idx_folder(source)
+
+
 def held_out(source: PathLike, progress: bool = False) -> ImageData:
     """Returns images that training does not see: those of a named source or of IDX files that are kept for tests.
 
@@ -35,7 +40,7 @@ def splits(source: PathLike) -> tuple[ImageData, ImageData]:
     Raises:
         ValueError: another source.
     """
-    if os.fspath(source) not in NAMED and not is_idx_folder(source):
+    if not has_held_out(source):
         names = ", ".join(map(repr, NAMED))
         raise ValueError(f"data must be {names} or a folder of IDX files, which keep images for tests; got {source!r}")
     return load(source), held_out(source)

@@ -57,6 +57,8 @@ def guidance_text(run: dict[str, Any]) -> str:
         parts.append(f"rescaled by {run['guidance_rescale']:g}")
     if run["guidance_interval"]:
         parts.append("at timesteps {:g} to {:g}".format(*run["guidance_interval"]))
+    if run["classifier"]:
+        parts.append(f"by {run['classifier']} with scale {run['classifier_scale'] or 1:g}")
     return ", ".join(parts)
 
 

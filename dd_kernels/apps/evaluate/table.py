@@ -175,7 +175,8 @@ def evaluate(
     Raises:
         ValueError, TypeError: an argument out of range; samples that are not finite.
     """
-    n, labels = operator.index(n), options.get("model_kwargs", {}).get("y")
+    n, asked = operator.index(n), options.get("model_kwargs", {})
+    labels = asked.get("label", asked.get("y"))
     if n < 2:
         raise ValueError(f"n must be at least 2, for a covariance; got {n}")
 

@@ -72,6 +72,11 @@ def make_batch(
     return Batch(x_start, t, labels, weights)
 
 
+def seed_torch(seed: int, step: int) -> None:
+    """Makes dropout's masks, and every other draw from torch's generator, depend on the seed and the step alone."""
+    torch.manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+
+
 class Trainer:
     """Weights, their averages, the optimizer and a step count.
 
@@ -113,8 +118,7 @@ class Trainer:
         L_simple is comparable between runs whatever they minimise, which counts only where it is no number.
         """
         options = self.options
-        # Dropout's masks, and every other draw from torch's generator, depend on the step alone.
-        torch.manual_seed((options.seed * 0x9E3779B97F4A7C15 + self.step) % 2**63)
+        seed_torch(options.seed, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate(self.step)
         simple, loss = self._losses(make_batch(self.dataset, options, self.model.null_label, self.step, self.history))

@@ -27,7 +27,7 @@ FLAGS = {
     "sample": (
         "-n --out --overwrite --columns --sampler --steps --spacing --eta --variance --clip --seed --first-sample "
         "--model --ema --dtype --classes --guidance --batch-size --device --backend --npz-names --no-progress "
-        "--guidance-weight --guidance-rescale --guidance-interval"
+        "--guidance-weight --guidance-rescale --guidance-interval --classifier --classifier-scale"
     ),
     "interpolate": (
         "-n --seeds --images --rows --steps --spacing --out --overwrite --model --classes --guidance --device --dtype "
@@ -81,6 +81,7 @@ GOOD = {
     "--method": ["ddpm"],
     "--mask": ["half", "centre", "a.png"],
     "--strength": ["0", "0.5", "1"],
+    "--classifier": ["c.safetensors"],
 }
 # Flags that make a valid command finish in a fraction of a second.
 SHORT = {

@@ -57,4 +57,7 @@ def test_evaluate_says_how_samples_were_guided(models, monkeypatch, capsys):
     with open("t.json", encoding="utf-8") as file:
         found = json.load(file)["run"]
     assert (found["guidance"], found["guidance_rescale"], found["guidance_interval"]) == (3.0, 0.5, [5.0, 12.0])
-    assert guidance_text({"guidance": 1.0, "guidance_rescale": 0.0, "guidance_interval": None}) == "guidance 1"
+    assert (
+        guidance_text({"guidance": 1.0, "guidance_rescale": 0.0, "guidance_interval": None, "classifier": None})
+        == "guidance 1"
+    )

@@ -133,7 +133,7 @@ class TestTable:
 def test_markdown_without_the_larger_variance(judge):
     result = evaluate(Timeless(nn.Conv2d(1, 1, 1)), SCHEDULE, judge, n=4, steps=[1], rows=[0.0])
     facts = {"seconds": 1.0, "device": "cpu", "threads": 1, "backend": "cpu", "torch": "2", "model": "m"}
-    unguided = {"guidance": 1.0, "guidance_rescale": 0.0, "guidance_interval": None}
+    unguided = {"guidance": 1.0, "guidance_rescale": 0.0, "guidance_interval": None, "classifier": None}
     text = markdown(result, {**facts, "dtype": "fp32", "batch_size": 4, **unguided})
     assert "larger variance" not in text
 
