@@ -47,8 +47,8 @@ def _call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _own_call(module: nn.Module) -> Callable[..., Any]:
     """Returns :func:`_call` of ``module`` under a code object and a name that no other module shares.
 
-    By the name Dynamo remembers which numbers have changed between calls, and makes them inputs of the graph. The groups
-    of a model's norms must be none because another model has other groups.
+    By the name Dynamo remembers which numbers have changed between calls, and makes them inputs of the graph. The
+    groups of a model's norms must be none because another model has other groups.
     """
     code = _call.__code__.replace(co_name=f"_call_{next(_numbers)}")
     return types.MethodType(types.FunctionType(code, globals()), module)

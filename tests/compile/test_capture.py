@@ -60,7 +60,7 @@ def test_every_norm_of_every_style(style, train):
     "options", [{}, pytest.param({"inductor": True}, marks=pytest.mark.slow)], ids=["", "inductor"]
 )
 def test_models_of_one_class_with_other_numbers(options, train):
-    """Dynamo makes an input of the graph of an eps that differs between models of a class; the norm is fused with it."""
+    """Dynamo makes an input of the graph of an eps that differs between models of a class; its norm is fused."""
     for eps in (1e-5, 1.0, 1e-2):
         model, x, emb = make("latent-diffusion")
         for norm in (module for module in model.modules() if isinstance(module, nn.GroupNorm)):
