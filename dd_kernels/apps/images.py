@@ -73,32 +73,37 @@ def grid(images: Tensor, columns: int | None = None, zoom: int | None = None, ga
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def captioned(picture: Image.Image, names: Sequence[str]) -> Image.Image:
-    """Returns a picture of ``len(names)`` rows of one height with the name of each at its left."""
-    height = picture.height / len(names)
+def captioned(picture: Image.Image, rows: Sequence[str], columns: Sequence[str] = ()) -> Image.Image:
+    """Returns a picture of rows of one height with their names at the left, and those of its columns above."""
+    height = picture.height / len(rows)
     font = ImageFont.load_default(max(10, min(20, int(height / 4))))
     margin = 8
-    width = max(int(font.getlength(name)) for name in names) + 2 * margin
-    sheet = Image.new(picture.mode, (width + picture.width, picture.height), "white")
-    sheet.paste(picture, (width, 0))
+    left = max(int(font.getlength(name)) for name in rows) + 2 * margin
+    above = int(font.getbbox("|")[3]) + 2 * margin if columns else 0
+    sheet = Image.new(picture.mode, (left + picture.width, above + picture.height), "white")
+    sheet.paste(picture, (left, above))
     draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(names):
-        draw.text((width - margin, (row + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    for i, name in enumerate(rows):
+        draw.text((left - margin, above + (i + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    for i, name in enumerate(columns):
+        centre = left + (i + 0.5) * picture.width / len(columns)
+        draw.text((centre, above / 2), name, fill="black", font=font, anchor="mm")
     return sheet
 
 
-def rows_of(rows: Mapping[str, Tensor]) -> Image.Image:
-    """Returns one picture of named rows, each the same number of samples [N, C, H, W] in [-1, 1]."""
-    columns = max(len(x) for x in rows.values())
-    return captioned(grid(to_uint8(torch.cat([x.cpu() for x in rows.values()])), columns), list(rows))
+def rows_of(rows: Mapping[str, Tensor], columns: Sequence[str] = ()) -> Image.Image:
+    """Returns one picture of named rows, each of N samples [N, C, H, W] in [-1, 1], under N names or none."""
+    images = to_uint8(torch.cat([x.cpu() for x in rows.values()]))
+    return captioned(grid(images, len(images) // len(rows)), list(rows), columns)
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
     """Returns one image [H, W, C] uint8 as a PNG file's content."""
-    return _png(_pillow(pixels))
+    return picture_bytes(_pillow(pixels))
 
 
-def _png(picture: Image.Image) -> bytes:
+def picture_bytes(picture: Image.Image) -> bytes:
+    """Returns a picture as a PNG file's content."""
     # Encoded in memory: Pillow takes no notice of a file that takes fewer bytes than it was given.
     content = io.BytesIO()
     picture.save(content, format="PNG")
@@ -114,7 +119,7 @@ def check_png(argument: str, path: PathLike, overwrite: bool = False) -> None:
 
 def save_png(picture: Image.Image, path: PathLike) -> None:
     """Writes a PNG, whole or not at all."""
-    atomic_write(path, _png(picture))
+    atomic_write(path, picture_bytes(picture))
 
 
 def npz_bytes(images: Tensor, labels: Sequence[int] | None, names: tuple[str, str]) -> bytes:

@@ -36,3 +36,12 @@ def png(drawn: Figure) -> bytes:
     content = io.BytesIO()
     drawn.savefig(content, format="png", dpi=120)
     return content.getvalue()
+
+
+def formula(tex: str) -> bytes:
+    """Returns a formula, in the TeX that matplotlib reads, as a PNG file's content."""
+    from matplotlib.mathtext import math_to_image
+
+    content = io.BytesIO()
+    math_to_image(f"${tex}$", content, dpi=130, format="png")
+    return content.getvalue()

@@ -19,7 +19,7 @@ from ... import backend as backends
 from ...backend import BackendUnavailableError
 from ...ops import randn
 from ..training import TrainingDivergedError
-from . import edit, evaluate, inpaint, interpolate, reconstruct, sample, train, train_classifier, verify
+from . import edit, evaluate, explain, inpaint, interpolate, reconstruct, sample, train, train_classifier, verify
 
 # A command is a module with a docstring, add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
@@ -29,6 +29,7 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "edit": edit,
     "inpaint": inpaint,
+    "explain": explain,
     "evaluate": evaluate,
     "train-classifier": train_classifier,
     "verify": verify,
