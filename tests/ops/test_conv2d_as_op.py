@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import sentinels_survive, within_sentinels
-from conv2d_cases import SAME
+from conv2d_cases import SAME, bound, unit
 from guard_page import guard_page
 
 import dd_kernels as dd
@@ -125,19 +125,29 @@ def test_gradients(size, stride, padding):
         assert (actual.double() - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
-def test_second_derivatives_are_torchs():
-    x, weight = leaves(torch.randn(1, 4, 5, 6), torch.randn(3, 4, 3, 3))
-    wide = leaves(x.double(), weight.double())
-    for first, second in ((x, weight), (weight, x)):
-        results = []
-        for pair, backend in (((first, second), "cpu"), (None, "reference")):
-            a, b = (x, weight) if pair else wide
-            y = conv2d(a, b, padding=1, backend=backend)
-            one, other = (a, b) if first is x else (b, a)
-            (gradient,) = torch.autograd.grad(y.square().sum(), one, create_graph=True)
-            results.append(torch.autograd.grad(gradient.square().sum(), other)[0])
-        # An entry is a sum of terms as large as the largest entry, so its error is measured in roundings of that.
-        assert (results[0] - results[1]).abs().max() <= 1e-5 * results[1].abs().max()
+def second_derivative(one, other, first, backend):
+    """Returns the derivative by ``other`` of the squared norm of the gradient by ``one``, the image or the filters."""
+    y = conv2d(*((one, other) if first == "x" else (other, one)), padding=1, backend=backend)
+    (gradient,) = torch.autograd.grad(y.square().sum(), one, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), other)[0]
+
+
+@pytest.mark.parametrize("first", ["x", "weight"])
+def test_second_derivatives_are_torchs(first, kernel):
+    """Each entry is a polynomial of x and weight, which at |x| and |weight| is the sum of its terms' magnitudes.
+
+    A term takes two convolutions by the kernel at most, whose transforms add terms, and six sums by PyTorch: over
+    the taps, the channels out and their taps, and the pixels.
+    """
+    x, weight = torch.randn(1, 4, 5, 6), torch.randn(3, 4, 3, 3)
+    pair = (x, weight) if first == "x" else (weight, x)
+    actual = second_derivative(*leaves(*pair), first, "cpu")
+    exact = second_derivative(*leaves(*(v.double() for v in pair)), first, "reference")
+    terms = second_derivative(*leaves(*(v.double().abs() for v in pair)), first, "reference")
+    wide = x.double(), weight.double()
+    by_kernel = (bound(*wide, Method.WINOGRAD4, kernel.isa) / F.conv2d(wide[0].abs(), wide[1].abs(), padding=1)).max()
+    by_sums = unit(2 * (weight[0].numel() + weight[:, 0].numel() + x[:, 0].numel()) + 6, kernel.isa)
+    assert ((actual.double() - exact).abs() <= (2 * by_kernel + by_sums) * terms).all()
 
 
 def test_transforms_and_forward_mode_take_the_reference():
