@@ -6,15 +6,16 @@ import argparse
 from typing import Any
 
 from ...likelihood import Process
-from .. import data, plots
+from .. import data
 from ..evaluate import BitsPerDim, bits_per_dim
 from ..evaluate.table import LEARNED, SAMPLES
 from . import common, real_images
 from .common import LoadedModel
 
 VARIANCES = ("fixed_small", "fixed_large", LEARNED)
-# Options of the other measurement, and of this one.
-OF_SAMPLES, OF_BOUND = ("steps", "etas", "spacing", "classifier"), ("plot", "variance")
+# Options of the other measurements, and of this one.
+OF_SAMPLES = ("steps", "etas", "spacing", "classifier", "guidances", "classifier_scales")
+OF_BOUND = ("variance",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,14 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure the variational bound of held-out images instead of samples; -n says of how many",
     )
-    parser.add_argument("--plot", metavar="PICTURE.png", help="where to plot the bound's terms by timestep")
     parser.add_argument(
         "--variance", choices=VARIANCES, help="of the bound (default: fixed_small; the learned one of a model with it)"
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ``ValueError`` for options that belong to the other measurement, and a plot that cannot be written."""
+    """Raises ``ValueError`` for options that belong to another measurement."""
     wrong = OF_SAMPLES if args.bits_per_dim else OF_BOUND
     for name in wrong:
         if getattr(args, name) is not None:
@@ -39,8 +39,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be left out {where} --bits-per-dim; got {getattr(args, name)}")
     if args.bits_per_dim and args.guidance != 1:
         raise ValueError(f"--guidance must be 1 with --bits-per-dim; got {args.guidance}")
-    if args.plot is not None:
-        plots.check_plot("--plot", args.plot, args.overwrite)
 
 
 def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from functools import partial
 
@@ -39,6 +40,12 @@ class ClassifierGuided(nn.Module):
         self.schedule, self.prediction = info.make_schedule(), info.prediction
         self.num_classes: int = classifier.config["num_classes"]
         self.classes = classes
+
+    def scaled(self, scale: float) -> ClassifierGuided:
+        """Returns the same with another scale."""
+        other = copy.copy(self)
+        other.scale = scale
+        return other
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor, y: Tensor | None = None) -> Tensor:
         """Returns the prediction for x_t of the model's class y, guided towards the classifier's class label [N]."""

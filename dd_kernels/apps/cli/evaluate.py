@@ -4,6 +4,7 @@ Prints four tables, of samplers (rows) and numbers of steps (columns): the Fréc
 real images of --data, in the features of a classifier of the others; the shares of samples of the class asked for, and
 of those that the classifier is sure of; images/s. The floor is that distance of training images. The classifier for
 fashion-mnist is bundled, with the features of real images; another is trained first (for digits in seconds).
+With --guidances, or --classifier-scales: accuracy and distance of one sampler against the strength of its guidance.
 With --bits-per-dim: the variational bound of held-out images, with its standard error and its terms.
 """
 
@@ -18,11 +19,12 @@ from typing import Any
 
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.timesteps import SPACINGS
-from .. import data
+from .. import data, plots
 from ..checkpoint import DEFAULT
 from ..evaluate import (
     Evaluation,
     Judge,
+    Strengths,
     as_json,
     environment,
     evaluate,
@@ -33,11 +35,14 @@ from ..evaluate import (
     packaged_judge,
     sampler_table,
     save_judge,
+    strengths_json,
+    strengths_markdown,
+    strengths_png,
     terms_png,
 )
 from ..evaluate.table import LARGE, LEARNED, ROWS, SAMPLES, STEPS
 from ..files import atomic_write, check_writable
-from . import bits_per_dim, classifier, common, guidance
+from . import bits_per_dim, classifier, common, guidance, strengths
 from .common import LoadedModel
 from .report import Report
 
@@ -85,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--judge", help="a .safetensors to read the classifier and the real images' features from, or to keep them in"
     )
     bits_per_dim.add_arguments(parser)
+    strengths.add_arguments(parser)
+    parser.add_argument(
+        "--plot",
+        metavar="PICTURE.png",
+        help="where to plot the bound's terms by timestep, or accuracy and distance against the guidance",
+    )
     parser.add_argument("--out", help="to write too: a .md (the tables), a .json (everything) or a folder for both")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
     common.add_model_arguments(parser, classes=None)
@@ -93,7 +104,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _rows(loaded: LoadedModel, args: argparse.Namespace) -> Sequence[float | str]:
     """Returns the rows asked for; by default those of every model, and the learned variance of one that has it."""
+    if strengths.axis(args) is not None:
+        return args.etas or strengths.ROWS
     return args.etas or (*ROWS, *([LEARNED] if loaded.learns_variance else []))
+
+
+def _steps(args: argparse.Namespace) -> Sequence[int]:
+    """Returns the columns asked for, or those by default."""
+    return args.steps or (STEPS if strengths.axis(args) is None else strengths.STEPS)
 
 
 def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
@@ -101,7 +119,7 @@ def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
     schedule = loaded.info.make_schedule()
     kind: dict[str, Any] = {"prediction": loaded.info.prediction, "learned_variance": loaded.learns_variance}
     for row in _rows(loaded, args):
-        for steps in args.steps or STEPS:
+        for steps in _steps(args):
             sampler_table(schedule, row, steps, spacing=args.spacing or "leading", **kind)
     common.check_images(loaded, args.num_samples or SAMPLES)
 
@@ -132,16 +150,15 @@ def _judge(loaded: LoadedModel, args: argparse.Namespace) -> Judge:
     return load_judge(kept)  # whose features are rounded, so that this run's figures are those of later ones
 
 
-def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
-    _check_samplers(loaded, args)
-    judge, n = _judge(loaded, args), args.num_samples or SAMPLES
+def _measure(loaded: LoadedModel, judge: Judge, args: argparse.Namespace) -> Evaluation:
+    n = args.num_samples or SAMPLES
     classes = None if loaded.num_classes is None else judge.labels(n).tolist()
     return evaluate(
         loaded.network,
         loaded.info.make_schedule(),
         judge,
         n=n,
-        steps=args.steps or STEPS,
+        steps=_steps(args),
         rows=_rows(loaded, args),
         prediction=loaded.info.prediction,
         learned_variance=loaded.learns_variance,
@@ -156,6 +173,12 @@ def _measure(loaded: LoadedModel, args: argparse.Namespace) -> Evaluation:
 def run(args: argparse.Namespace) -> int:
     """Measures samples or the bound, prints the tables and writes them."""
     bits_per_dim.check(args)
+    strengths.check(args)
+    if args.plot is not None:
+        if not args.bits_per_dim and strengths.axis(args) is None:
+            wanted = "--bits-per-dim, --guidances or --classifier-scales"
+            raise ValueError(f"--plot must be left out without {wanted}; got {args.plot}")
+        plots.check_plot("--plot", args.plot, args.overwrite)
     loaded = LoadedModel.from_arguments(args)
     with common.backend_of(args, loaded.device):
         report = None if args.out is None else Report(args.out, args.overwrite)
@@ -176,7 +199,15 @@ def _measured(loaded: LoadedModel, args: argparse.Namespace, start: float) -> tu
         facts = _facts(loaded, args, start)
         plot = None if args.plot is None else terms_png(bound)
         return {".md": likelihood_markdown(bound, facts), ".json": likelihood_json(bound, facts)}, plot
-    evaluation = _measure(loaded, args)
+    _check_samplers(loaded, args)
+    judge, axis = _judge(loaded, args), strengths.axis(args)
+    if axis is not None:
+        every = {strength: _measure(model, judge, args) for strength, model in strengths.guided(loaded, args)}
+        found = Strengths(axis, every)
+        facts = _facts(loaded, args, start)
+        plot = None if args.plot is None else strengths_png(found)
+        return {".md": strengths_markdown(found, facts), ".json": strengths_json(found, facts)}, plot
+    evaluation = _measure(loaded, judge, args)
     facts = _facts(loaded, args, start)
     return {".md": markdown(evaluation, facts), ".json": as_json(evaluation, facts)}, None
 
@@ -188,6 +219,9 @@ def _facts(loaded: LoadedModel, args: argparse.Namespace, start: float) -> dict[
         "seconds": round(time.perf_counter() - start, 1),
         "model": args.model or DEFAULT,
         "dtype": args.dtype,
-        **{name: getattr(args, name) for name in (*guidance.OPTIONS, *classifier.OPTIONS)},
+        **{name: getattr(args, name) for name in guidance.OPTIONS},
+        "classifier": args.classifier,
+        "classifier_scale": getattr(loaded.network, "scale", None),
+        **strengths.of_each_row(args),
         "batch_size": args.batch_size,
     }

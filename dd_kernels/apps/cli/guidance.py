@@ -65,15 +65,15 @@ class Guidance(NamedTuple):
             ValueError: they do not fit the model or one another.
         """
         interval = None if args.guidance_interval is None else tuple(args.guidance_interval)
-        if args.guidance != 1 and model.null_label is None:
-            raise ValueError(
-                f"--guidance needs a model trained with dropped labels; got {args.guidance} for one without"
-            )
-        if not math.isfinite(args.guidance):
-            raise ValueError(f"--guidance must be a finite number; got {args.guidance}")
+        scales = getattr(args, "guidances", None) or [args.guidance]
+        for scale in scales:
+            if scale != 1 and model.null_label is None:
+                raise ValueError(f"--guidance needs a model trained with dropped labels; got {scale} for one without")
+            if not math.isfinite(scale):
+                raise ValueError(f"--guidance must be a finite number; got {scale}")
         check_guidance(args.guidance_rescale, interval)
         for name in OPTIONS[1:]:
-            if args.guidance == 1 and getattr(args, name):
+            if set(scales) == {1} and getattr(args, name):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be left out with --guidance 1; got {getattr(args, name)}")
         return cls(args.guidance, args.guidance_rescale, interval)

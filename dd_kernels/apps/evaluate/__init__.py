@@ -5,6 +5,7 @@ from .judge import Classifier, Judge, Measures, train_classifier
 from .judge_file import load_judge, packaged_judge, save_judge
 from .likelihood import BitsPerDim, bits_per_dim, likelihood_json, likelihood_markdown, terms_png
 from .report import as_json, environment, markdown
+from .strengths import Strengths, strengths_json, strengths_markdown, strengths_png
 from .table import Cell, Evaluation, evaluate, sampler_table
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Evaluation",
     "Judge",
     "Measures",
+    "Strengths",
     "as_json",
     "bits_per_dim",
     "environment",
@@ -27,6 +29,9 @@ __all__ = [
     "packaged_judge",
     "sampler_table",
     "save_judge",
+    "strengths_json",
+    "strengths_markdown",
+    "strengths_png",
     "terms_png",
     "train_classifier",
 ]

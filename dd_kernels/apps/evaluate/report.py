@@ -21,16 +21,17 @@ TITLES = {
 }
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Returns a figure with one place behind the point, or none where it has three before it."""
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _figure(name: str, cell: Cell) -> str:
     measures = cell.measures
     if name == "images_per_second":
-        return _number(cell.images_per_second)
+        return number(cell.images_per_second)
     if name == "distance":
-        return f"{_number(measures.distance)} ± {_number(measures.distance_error)}"
+        return f"{number(measures.distance)} ± {number(measures.distance_error)}"
     share = getattr(measures, name)
     return "-" if share is None else f"{share:.1%}"
 
@@ -51,14 +52,16 @@ def _grid(evaluation: Evaluation, name: str) -> str:
 
 
 def guidance_text(run: dict[str, Any]) -> str:
-    """Returns how samples were guided: scale, and where they are given, rescale and interval."""
-    parts = [f"guidance {run['guidance']:g}"]
+    """Returns how samples were guided: scale, rescale, interval, classifier; a scale that is None is the row's."""
+    scale = run["guidance"]
+    parts = ["guidance of the row" if scale is None else f"guidance {scale:g}"]
     if run["guidance_rescale"]:
         parts.append(f"rescaled by {run['guidance_rescale']:g}")
     if run["guidance_interval"]:
         parts.append("at timesteps {:g} to {:g}".format(*run["guidance_interval"]))
     if run["classifier"]:
-        parts.append(f"by {run['classifier']} with scale {run['classifier_scale'] or 1:g}")
+        scale = run["classifier_scale"]
+        parts.append(f"by {run['classifier']} with the scale {'of the row' if scale is None else f'{scale:g}'}")
     return ", ".join(parts)
 
 
@@ -69,10 +72,15 @@ def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
     """
     facts = {"floor": evaluation.floor, "held_out": evaluation.held_out}
     parts = [f"**{title.format(**facts)}**\n\n{_grid(evaluation, name)}" for name, title in TITLES.items()]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in run_notes(evaluation, run))]) + "\n"
+
+
+def run_notes(evaluation: Evaluation, run: dict[str, Any]) -> list[str]:
+    """Returns how figures were measured, a sentence or two for each matter."""
     large = any(cell.row == LARGE for cell in evaluation.cells)
     solvers = [row for row in dict.fromkeys(cell.row for cell in evaluation.cells) if row in FEW_STEP_SAMPLERS]
     choose = f" {', '.join(map(str, solvers))}: noise levels of their own spacing." if solvers else ""
-    notes = [
+    return [
         f"{evaluation.samples} samples per cell, seed {evaluation.settings['seed']}, "
         f"timesteps {evaluation.settings['spacing']}, of {evaluation.settings['timesteps']}. "
         "eta 0 is DDIM, eta 1 is DDPM with the posterior variance"
@@ -82,12 +90,11 @@ def markdown(evaluation: Evaluation, run: dict[str, Any]) -> str:
         f"images, accuracy {evaluation.held_out.right:.1%} on {evaluation.held_out.images} held-out ones; "
         f"sure is a probability of at least {evaluation.sure_probability:g}. ± is a standard error, by bootstrap.",
         f"The floor is the distance of {evaluation.floor.images} real training images of the same classes "
-        f"(± {_number(evaluation.floor.distance_error)}); the classifier is sure of "
+        f"(± {number(evaluation.floor.distance_error)}); the classifier is sure of "
         f"{evaluation.floor.sure:.1%} of them.",
         "Measured in {seconds:.0f} s on {device}, {threads} threads, backend {backend}, torch {torch}; "
         "model {model}, {dtype}, {guided}, batches of {batch_size}.".format(**run, guided=guidance_text(run)),
     ]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)]) + "\n"
 
 
 def environment(device: torch.device, backend: str) -> dict[str, Any]:

@@ -55,7 +55,6 @@ def test_every_option_changes_the_figure(models):
         (["--bits-per-dim", "--steps", "2"], "--steps must be left out with --bits-per-dim; got [2]"),
         (["--bits-per-dim", "--rows", "0"], "--etas must be left out with --bits-per-dim"),
         (["--bits-per-dim", "--spacing", "trailing"], "--spacing must be left out with --bits-per-dim"),
-        (["--plot", "p.png"], "--plot must be left out without --bits-per-dim; got p.png"),
         (["--variance", "fixed_large"], "--variance must be left out without --bits-per-dim"),
         (["--bits-per-dim", "--guidance", "2"], "--guidance must be 1 with --bits-per-dim; got 2.0"),
         (["--bits-per-dim", "--plot", "p.jpg"], "--plot must name a .png; got 'p.jpg'"),

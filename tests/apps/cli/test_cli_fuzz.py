@@ -44,7 +44,7 @@ FLAGS = {
     ),
     "evaluate": (
         "-n --steps --etas --spacing --seed --out --overwrite --model --guidance --batch-size --device --dtype "
-        "--bits-per-dim --data --plot --variance --judge"
+        "--guidances --classifier-scales --bits-per-dim --data --plot --variance --judge"
     ),
     "train": (
         "--out --resume --overwrite --save-every --sample-every --preview --no-state --device --data --image-size "

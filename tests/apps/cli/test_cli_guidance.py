@@ -1,11 +1,14 @@
 """Guidance from the command line: both conventions, the rescale and the interval, in every command that draws."""
 
 import json
+from typing import ClassVar
 
 import numpy as np
+import pytest
 import torch
 from commands import fails, pixels, run, sample
 from known_judge import KnownJudge
+from PIL import Image
 
 import dd_kernels as dd
 from dd_kernels.apps import checkpoint, cli, images
@@ -61,3 +64,88 @@ def test_evaluate_says_how_samples_were_guided(models, monkeypatch, capsys):
         guidance_text({"guidance": 1.0, "guidance_rescale": 0.0, "guidance_interval": None, "classifier": None})
         == "guidance 1"
     )
+
+
+def strengths(models, *flags, name="digits"):
+    """Returns the JSON of a measurement at several strengths."""
+    line = ["evaluate", "--model", models[name], "-n", 3, "--steps", 4, "--no-progress", "--overwrite"]
+    assert run(*line, "--out", "t.json", *flags) == 0
+    with open("t.json", encoding="utf-8") as file:
+        return json.load(file)
+
+
+class Recording(KnownJudge):
+    """A judge that keeps the samples it is shown, and the labels."""
+
+    seen: ClassVar[list] = []
+
+    def measure(self, images, labels=None):
+        if isinstance(images, torch.Tensor) and images.ndim == 4:
+            self.seen.append((images, labels.tolist()))
+        return super().measure(images, labels)
+
+
+def test_each_guidance_is_that_of_sample(models, monkeypatch, capsys):
+    monkeypatch.setattr(cli.evaluate, "Judge", Recording)
+    Recording.seen.clear()
+    found = strengths(models, "--guidances", 1, 3, "--guidance-interval", 5, 12, "--plot", "g.png", "--data", "digits")
+    assert [row["strength"] for row in found["strengths"]] == [1.0, 3.0]
+    assert (found["run"]["guidance"], found["run"]["guidance_interval"]) == (None, [5.0, 12.0])
+    assert "guidance of the row, at timesteps 5 to 12" in capsys.readouterr().out
+    assert [labels for _, labels in Recording.seen] == [[0, 1, 2]] * 2
+    for (x, _), flags in zip(Recording.seen, ([], ["--guidance", 3, "--guidance-interval", 5, 12]), strict=True):
+        assert sample(models, "-n", 3, "--steps", 4, *flags, "--out", "a.npz") == 0
+        assert np.array_equal(pixels("a.npz"), images.to_uint8(x).numpy())
+    with Image.open("g.png") as picture:
+        assert picture.width > 400
+
+
+def test_each_scale_of_a_classifier(models, monkeypatch, capsys):
+    monkeypatch.setattr(cli.evaluate, "Judge", Recording)
+    Recording.seen.clear()
+    train = ["train-classifier", "--data", "digits", "--out", "c.safetensors", "--schedule", "cosine", "--steps", 2]
+    tiny = [
+        "--num-timesteps",
+        20,
+        "--set",
+        "channels=[8]",
+        "num_groups=4",
+        "attention_resolutions=[]",
+        "--batch-size",
+        2,
+    ]
+    assert run(*train, *tiny, "--no-progress") == 0
+    found = strengths(models, "--classifier", "c.safetensors", "--classifier-scales", 0, 100, "--data", "digits")
+    assert found["axis"] == "classifier scale"
+    assert (found["run"]["guidance"], found["run"]["classifier_scale"]) == (1.0, None)
+    (plain, _), (guided, _) = Recording.seen
+    assert sample(models, "-n", 3, "--steps", 4, "--out", "a.npz") == 0
+    assert np.array_equal(pixels("a.npz"), images.to_uint8(plain).numpy())
+    assert not plain.equal(guided)
+    strengths(models, "--classifier", "c.safetensors", "--classifier-scales", 1, "--data", "digits", name="plain")
+    assert Recording.seen[-1][1] == [0, 1, 2], "a model without classes is asked for the classifier's"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guidances", "1", "--steps", "2", "3"], "--steps must be one with --guidances; got [2, 3]"),
+        (["--guidances", "1", "--rows", "0", "1"], "--etas must be one with --guidances; got [0.0, 1.0]"),
+        (["--guidances", "1", "--guidance", "2"], "--guidance must be left out with --guidances; got 2.0"),
+        (["--guidances", "1", "inf"], "--guidance must be a finite number; got inf"),
+        (["--guidances", "1", "--guidance-rescale", "0.5"], "--guidance-rescale must be left out with --guidance 1"),
+        (["--guidances", "1", "--classifier-scales", "1"], "not allowed with argument --guidances"),
+        (["--classifier-scales", "1"], "--classifier-scales needs --classifier, without --classifier-scale; got [1.0]"),
+        (["--classifier", "c", "--classifier-scales", "inf"], "--classifier-scales must be finite numbers; got [inf]"),
+        (["--guidances", "1", "--bits-per-dim"], "--guidances must be left out with --bits-per-dim; got [1.0]"),
+        (["--plot", "p.png"], "--plot must be left out without --bits-per-dim, --guidances or --classifier-scales"),
+        (["--guidances", "1", "--plot", "p.jpg"], "--plot must name a .png; got 'p.jpg'"),
+    ],
+)
+def test_strengths_that_do_not_go_together(models, capsys, flags, message):
+    assert message in fails(capsys, "evaluate", "--model", models["digits"], "--no-progress", *flags)
+
+
+def test_strengths_of_a_model_without_dropped_labels(models, capsys):
+    line = fails(capsys, "evaluate", "--model", models["undropped"], "--guidances", 1, 2)
+    assert "--guidance needs a model trained with dropped labels; got 2.0 for one without" in line
