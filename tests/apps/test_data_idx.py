@@ -46,6 +46,8 @@ def test_fashion_mnist_is_where_debian_puts_it(tmp_path, monkeypatch):
     monkeypatch.setattr(idx, "FASHION", tmp_path / "fashion")
     with pytest.raises(ValueError, match=r"'fashion-mnist' needs the files in .*apt-get install dataset-fashion-mnist"):
         data.load("fashion-mnist")
+    bundled = data.held_out("fashion-mnist")
+    assert (bundled.images.shape, bundled.classes[9]) == ((200, 1, 28, 28), "ankle boot")
     made = write(tmp_path / "fashion")
     assert np.array_equal(data.load("fashion-mnist").images[:, 0].numpy(), made["train"][0])
     held_out = data.held_out("fashion-mnist")
