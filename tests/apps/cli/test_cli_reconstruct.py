@@ -37,7 +37,7 @@ def test_the_table_is_of_the_librarys_samplers(models, capsys):
 
 
 def test_the_bundled_models_error_falls_with_the_steps(capsys):
-    assert run("reconstruct", "-n", 2, "--no-progress", "--steps", 5, 15, 45) == 0
+    assert run("reconstruct", "--model", "digits", "-n", 2, "--no-progress", "--steps", 5, 15, 45) == 0
     errors = [mean for mean, _ in table(capsys.readouterr().out).values()]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
     with Image.open("reconstructed.png") as picture:

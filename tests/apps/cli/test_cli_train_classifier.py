@@ -135,7 +135,7 @@ def test_shards_and_evaluate(models, classifier, capsys, monkeypatch):
     monkeypatch.setattr(cli.evaluate, "Judge", KnownJudge)
     measure = ["evaluate", "--model", models["plain"], "-n", 3, "--steps", 2, "--rows", 0, "--out", "t.json"]
     assert run(*measure, "--classifier", classifier, "--classifier-scale", 2, "--data", "digits") == 0
-    assert f"guidance 1, by {classifier} with scale 2, batches of" in capsys.readouterr().out
+    assert f"guidance 1, by {classifier} with the scale 2, batches of" in capsys.readouterr().out
     with open("t.json", encoding="utf-8") as file:
         assert json.load(file)["run"]["classifier_scale"] == 2.0
 
