@@ -135,6 +135,11 @@ class LoadedModel:
         return self.model.config["learn_variance"]
 
     @property
+    def classifier_scale(self) -> float | None:
+        """How strongly a classifier guides; None without one."""
+        return self.network.scale if isinstance(self.network, ClassifierGuided) else None
+
+    @property
     def num_classes(self) -> int | None:
         """Number of the classes that can be asked for: the model's, or else the classifier's; None without both."""
         return self.network.num_classes if isinstance(self.network, ClassifierGuided) else self.model.num_classes

@@ -221,7 +221,7 @@ def _facts(loaded: LoadedModel, args: argparse.Namespace, start: float) -> dict[
         "dtype": args.dtype,
         **{name: getattr(args, name) for name in guidance.OPTIONS},
         "classifier": args.classifier,
-        "classifier_scale": getattr(loaded.network, "scale", None),
+        "classifier_scale": loaded.classifier_scale,
         **strengths.of_each_row(args),
         "batch_size": args.batch_size,
     }

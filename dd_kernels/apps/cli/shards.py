@@ -45,7 +45,7 @@ def job_of(loaded: LoadedModel, table: StepTable, labels: list[int] | None, args
             raise ValueError(f"--{name} must be left out with shards; got it")
     names = ("sampler", "dtype", *guidance.OPTIONS, "accelerate", "npz_names")
     options = {name: getattr(args, name) for name in names}
-    options |= {"classifier": None, "classifier_scale": args.classifier_scale}
+    options |= {"classifier": None, "classifier_scale": loaded.classifier_scale}
     if args.classifier is not None:
         options["classifier"] = model_digest(args.classifier)
     options |= {"steps": len(table), "eta": args.eta, "variance": args.variance, "clip": repr(args.clip)}

@@ -131,7 +131,8 @@ def test_shards_and_evaluate(models, classifier, capsys, monkeypatch):
     assert run(*job, "--out", "out", "--classifier", classifier) == 0
     assert "classifier is '" in fails(capsys, *job, "--out", "out")
     line = fails(capsys, *job, "--out", "out", "--classifier", classifier, "--classifier-scale", 3)
-    assert "classifier_scale is None there and 3.0 here" in line
+    assert "classifier_scale is 1.0 there and 3.0 here" in line
+    assert run(*job, "--out", "out", "--classifier", classifier, "--classifier-scale", 1) == 0
     monkeypatch.setattr(cli.evaluate, "Judge", KnownJudge)
     measure = ["evaluate", "--model", models["plain"], "-n", 3, "--steps", 2, "--rows", 0, "--out", "t.json"]
     assert run(*measure, "--classifier", classifier, "--classifier-scale", 2, "--data", "digits") == 0
