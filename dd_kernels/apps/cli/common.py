@@ -23,7 +23,7 @@ from ..checkpoint import BUNDLED, DEFAULT, ModelInfo
 from ..data import NAMED, class_indices
 from ..images import NPZ_NAMES
 from ..memory import check_memory
-from ..shards.processes import local_device
+from ..processes import local_device
 from . import classifier, guidance
 from .argument_types import integer, number
 from .classifier import ClassifierGuided

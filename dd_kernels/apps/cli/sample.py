@@ -16,8 +16,8 @@ import torch
 from ...ops.reverse_step.table import StepTable
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ..images import Output
+from ..processes import Processes
 from ..shards.job import labels_in_turn
-from ..shards.processes import Processes
 from . import classifier, common, sampler, shards
 from .common import LoadedModel
 

@@ -14,9 +14,9 @@ from ... import __version__
 from ...ops.reverse_step.table import StepTable
 from .. import checkpoint
 from ..images import NPZ_NAMES
+from ..processes import Processes
 from ..shards import FORMATS, MANIFEST, Job, Manifest, Shard, draw_all
 from ..shards.job import model_digest, table_digest
-from ..shards.processes import Processes
 from . import common, guidance
 from .common import LoadedModel
 

@@ -1,7 +1,8 @@
 """Train a U-Net on digits, Fashion-MNIST, a folder of images or IDX files, a Hugging Face dataset or a .npz file.
 
 Writes --out MODEL.safetensors, with the averaged weights (which sample loads) and the training state (which --resume
-continues from), and MODEL.samples.png, with 64 samples. Ctrl-C, SIGTERM and SIGHUP save first. Options left out have
+continues from), and MODEL.samples.png, with 64 samples. Ctrl-C, SIGTERM and SIGHUP save first. Processes that torchrun
+starts share the images of each step; another number of them may resume the run. Options left out have
 DDPM's values for CIFAR-10; with --data digits, those that the bundled digits model was trained with, and with --data
 fashion-mnist those of a model that trains in an hour on two cores.
 """
@@ -9,12 +10,16 @@ fashion-mnist those of a model that trains in an hour on two cores.
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import replace
 
+import torch
+
 from ...samplers.rows import PREDICTIONS
 from .. import data, images, training
-from ..training import LOSS_WEIGHTS, RECIPES, TIMESTEPS, TrainOptions
+from ..processes import Processes
+from ..training import LOSS_WEIGHTS, RECIPES, TIMESTEPS, Parallel, TrainOptions
 from . import common, train_options
 from .train_options import Add
 
@@ -23,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments; those of ``TrainOptions`` are absent unless given."""
     parser.add_argument("--out", required=True, help="the model file to write, a .safetensors")
     parser.add_argument("--resume", action="store_true", help="continue the run that wrote --out")
+    parser.add_argument(
+        "--resume-if-there",
+        action="store_true",
+        help="continue the run that wrote --out, by the same command, or begin it (for torchrun --max-restarts)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model and a grid that are there")
     parser.add_argument(
         "--save-every", type=common.integer(0), default=1000, help="steps (default: 1000; 0: at the end)"
@@ -45,6 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="PICTURE.png", help="draw the loss by step when the run ends")
     parser.add_argument(
         "--evolution", metavar="PICTURE.png", help="add a row of samples to a picture every --sample-every steps"
+    )
+    parser.add_argument(
+        "--accumulate",
+        type=common.count,
+        default=1,
+        metavar="K",
+        help="go through a process's images of a step in K micro-batches, for less memory (default: 1)",
+    )
+    parser.add_argument(
+        "--shard-model",
+        action="store_true",
+        help="keep a share of weights, averages and moments in each of torchrun's processes (FSDP2), in place of all",
     )
     common.add_run_arguments(parser)
     add = train_options.adder(parser, "options of the run (with --resume as before, but for --steps)")
@@ -104,30 +126,52 @@ def _preview(options: TrainOptions, args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, and prints the step and the loss."""
+    if args.resume_if_there and (args.resume or args.overwrite):
+        raise ValueError("only one of --resume-if-there, --resume and --overwrite may be given; got two")
     if args.preview is not None:
         return _preview(_options(args), args)
-    training.check_out(args.out, args.resume, args.overwrite)
-    options, device = _options(args), common.device(args.device)
-    with common.backend_of(args, device):
-        start = time.perf_counter()
-        trainer = training.train(
-            options,
-            args.out,
-            resume=args.resume,
-            overwrite=args.overwrite,
-            save_every=args.save_every,
-            sample_every=args.sample_every,
-            device=device,
-            progress=not args.no_progress,
-            keep_state=not args.no_state,
-            half=args.half,
-            plot=args.plot,
-            evolution=args.evolution,
-        )
+    device = common.device(args.device)
+    with Processes.joined(device) as processes, common.backend_of(args, device):
+        return _train(args, device, processes)
+
+
+def _train(args: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    """Trains, among all processes; the first one prints."""
+    resume = args.resume or (args.resume_if_there and processes.largest(os.path.exists(args.out)) > 0)
+    processes.first_alone(lambda: training.check_out(args.out, resume, args.overwrite))
+    options, parallel = processes.together(lambda: (_options(args), _parallel(args, processes)))
+    start = time.perf_counter()
+    trainer = training.train(
+        options,
+        args.out,
+        resume=resume,
+        overwrite=args.overwrite,
+        save_every=args.save_every,
+        sample_every=args.sample_every,
+        device=device,
+        progress=not args.no_progress,
+        keep_state=not args.no_state,
+        half=args.half,
+        plot=args.plot,
+        evolution=args.evolution,
+        parallel=parallel,
+    )
     seconds = time.perf_counter() - start
-    loss = f"loss {trainer.loss:.4f}, {seconds:.0f} s on {device}"
-    if trainer.stopped_by is not None:
-        print(f"stopped by {trainer.stopped_by.name} and saved at step {trainer.step}: {loss}; --resume goes on")
-        return 128 + trainer.stopped_by
-    print(f"{args.out}: step {trainer.step}, {loss}; samples in {training.grid_path(args.out)}")
-    return 0
+    where = f"{device}" if processes.count == 1 else f"{processes.count} processes, the first on {device}"
+    loss, stopped = f"loss {trainer.loss:.4f}, {seconds:.0f} s on {where}", trainer.stopped_by
+    if stopped is not None:
+        told = f"stopped by {stopped.name} and saved at step {trainer.step}: {loss}; --resume goes on"
+    else:
+        told = f"{args.out}: step {trainer.step}, {loss}; samples in {training.grid_path(args.out)}"
+    if parallel.is_first:
+        print(told)
+    return 0 if stopped is None else 128 + stopped
+
+
+def _parallel(args: argparse.Namespace, processes: Processes) -> Parallel:
+    """Returns how the processes share a step."""
+    if args.shard_model:
+        from ..training.sharded import Sharded  # a second of imports
+
+        return Sharded(processes, args.accumulate)
+    return Parallel(processes, args.accumulate)

@@ -5,6 +5,7 @@ from .classifier import RECIPES as CLASSIFIER_RECIPES
 from .classifier import accuracy_by_timestep, train_noisy_classifier
 from .loop import GRID, check_out, grid_path, resumed_options, train
 from .options import DIGITS, FASHION, LOSS_WEIGHTS, LR_SCHEDULES, PRECISIONS, RECIPES, TrainOptions
+from .parallel import Parallel
 from .timesteps import TIMESTEPS
 from .trainer import Trainer, TrainingDivergedError, make_batch
 
@@ -19,6 +20,7 @@ __all__ = [
     "PRECISIONS",
     "RECIPES",
     "TIMESTEPS",
+    "Parallel",
     "TrainOptions",
     "Trainer",
     "TrainingDivergedError",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import pathlib
+import signal
 from dataclasses import asdict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ...samplers.ddim import ddim
@@ -16,14 +17,14 @@ from .. import checkpoint, images
 from ..data import ImageData, load
 from ..files import PathLike, atomic_write, check_writable, only_writer, remove_leftovers, resolved
 from .curve import add_row, check_pictures
+from .loss_reader import LossReader
 from .options import TrainOptions
+from .parallel import Parallel
 from .stop import Stop
 from .trainer import Trainer, TrainingDivergedError
 
 # The number of steps between two reads of the losses, so that the device rarely waits for the host.
 READ_EVERY = 10
-# The target of a prediction has a variance of at most 1, so a loss of 1 is that of predicting nothing.
-DIVERGED = 10.0
 GRID = 64
 GRID_STEPS = 50
 # Options that a resumed run may change; the steps only where the learning rate does not depend on them.
@@ -77,41 +78,6 @@ def check_out(out: PathLike, resume: bool, overwrite: bool) -> pathlib.Path:
     return out
 
 
-class _Losses:
-    """Reads losses from the device in blocks and keeps their running mean."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.unread: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self.unread.append((loss, norm))
-
-    def read(self) -> None:
-        """Puts the unread losses into ``trainer.loss``.
-
-        Raises:
-            TrainingDivergedError: one is not finite, or their mean is above ``DIVERGED``. With fp16 the gradient may
-                overflow: the scaler leaves such a step out.
-        """
-        if not self.unread:
-            return
-        values = torch.stack([torch.stack(pair) for pair in self.unread]).tolist()
-        first = self.trainer.step - len(values)
-        self.unread.clear()
-        for i, (loss, norm) in enumerate(values):
-            scaled = self.trainer.options.precision == "fp16"
-            if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
-                what = "gradient" if math.isfinite(loss) else "loss"
-                raise TrainingDivergedError(f"the {what} of step {first + i + 1} is not a number")
-            self.trainer.curve.add(loss)
-            old = self.trainer.loss
-            self.trainer.loss = loss if math.isnan(old) else 0.99 * old + 0.01 * loss
-        mean = sum(loss for loss, _ in values) / len(values)
-        if mean > DIVERGED:
-            raise TrainingDivergedError(f"the loss is {mean:.3g} at step {self.trainer.step}")
-
-
 def draw_grid(trainer: Trainer, out: PathLike, stop: Stop, evolution: PathLike | None = None) -> None:
     """Writes 64 samples of the averaged weights (DDIM, 50 steps), class after class, beside ``out``.
 
@@ -128,19 +94,24 @@ def draw_grid(trainer: Trainer, out: PathLike, stop: Stop, evolution: PathLike |
     kwargs = {"y": torch.arange(GRID, device=trainer.device) % len(info.classes)} if info.classes else {}
     learned = info.config["learn_variance"]
     table = ddim(trainer.schedule, steps, prediction=options.prediction, learned_variance=learned)
-    hook = trainer.ema.register_forward_pre_hook(check)
-    try:
-        x = sample(trainer.ema, (GRID, *info.sample_shape), table, seed=options.seed, model_kwargs=kwargs)
-    except _StoppedError:
-        return
-    finally:
-        hook.remove()
-    if not torch.isfinite(x).all():
-        raise TrainingDivergedError(f"the samples of step {trainer.step} are not numbers")
-    pixels = images.to_uint8(x)
-    images.save_png(images.grid(pixels), grid_path(out))
-    if evolution is not None:
-        add_row(evolution, trainer.step, pixels)
+
+    def draw() -> None:
+        hook = trainer.ema.register_forward_pre_hook(check)
+        try:
+            x = sample(trainer.ema, (GRID, *info.sample_shape), table, seed=options.seed, model_kwargs=kwargs)
+        except _StoppedError:
+            return
+        finally:
+            hook.remove()
+        if not torch.isfinite(x).all():
+            raise TrainingDivergedError(f"the samples of step {trainer.step} are not numbers")
+        pixels = images.to_uint8(x)
+        images.save_png(images.grid(pixels), grid_path(out))
+        if evolution is not None:
+            add_row(evolution, trainer.step, pixels)
+
+    with trainer.parallel.collected(trainer.ema):
+        trainer.parallel.processes.first_alone(draw)
 
 
 def train(
@@ -158,6 +129,7 @@ def train(
     half: bool = False,
     plot: PathLike | None = None,
     evolution: PathLike | None = None,
+    parallel: Parallel | None = None,
 ) -> Trainer:
     """Trains a U-Net and writes the model file ``out``, with its training state, and a grid of samples beside it.
 
@@ -176,6 +148,8 @@ def train(
         half: write the weights of a finished run in float16; needs ``keep_state=False``.
         plot: where the loss by step is drawn when the run ends, a .png; needs matplotlib.
         evolution: a .png that grows by a row, the first samples of the grid, with each grid.
+        parallel: the processes that share each step, all of which make this call. Another number of them, or of
+            micro-batches, may resume the run, with sums in another order and other masks of dropout.
 
     Returns:
         The trainer; ``stopped_by`` is the signal that ended the run early, after a save, or None.
@@ -192,32 +166,50 @@ def train(
         raise ValueError(
             "half needs keep_state=False (--no-state): a run that can be resumed keeps its weights in float32"
         )
-    out, device = pathlib.Path(out), torch.device(device)
-    check_out(out, resume, overwrite)
-    check_pictures(plot, evolution, resume, overwrite)
-    with (
-        only_writer("out", out),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
-        check_out(out, resume, overwrite)  # another run may have ended between the first check and the lock
-        for path in (out, grid_path(out)):
-            remove_leftovers(resolved(path))
-        if resume:
-            _check_same_run(options, resumed_options(out))
-        elif evolution is not None:
-            pathlib.Path(evolution).unlink(missing_ok=True)
-        if dataset is None:
-            dataset = load(options.data, options.image_size, options.grey, progress, options.background, options.strict)
-        trainer = Trainer(options, dataset, device)
+    out, device, parallel = pathlib.Path(out), torch.device(device), parallel or Parallel()
+    progress = progress and parallel.is_first
+    with contextlib.ExitStack() as held:
+
+        def begin() -> None:
+            check_pictures(plot, evolution, resume, overwrite)
+            _claim(out, resume, overwrite, held)
+            if evolution is not None and not resume:
+                pathlib.Path(evolution).unlink(missing_ok=True)
+
+        def data_of_run() -> ImageData:
+            if resume:
+                _check_same_run(options, resumed_options(out))
+            if dataset is not None:
+                return dataset
+            return load(options.data, options.image_size, options.grey, progress, options.background, options.strict)
+
+        parallel.processes.first_alone(begin)
+        held.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        trainer = Trainer(options, parallel.processes.together(data_of_run), device, parallel)
         if resume:
             trainer.restore(out)
         with Stop().listening() as stop:
             saver = _Saver(trainer, out, half, evolution)
             _run(saver, stop, save_every, sample_every, progress, keep_state)
-        if plot is not None:
+            trainer.stopped_by = _agreed(trainer, stop)
+        if plot is not None and parallel.is_first:
             atomic_write(plot, trainer.curve.png())
-        trainer.stopped_by = stop.signal
     return trainer
+
+
+def _claim(out: pathlib.Path, resume: bool, overwrite: bool, held: contextlib.ExitStack) -> None:
+    """Checks ``out``, locks it as long as ``held``, and removes what dead runs left."""
+    check_out(out, resume, overwrite)
+    held.enter_context(only_writer("out", out))
+    check_out(out, resume, overwrite)  # another run may have ended between the first check and the lock
+    for path in (out, grid_path(out)):
+        remove_leftovers(resolved(path))
+
+
+def _agreed(trainer: Trainer, stop: Stop) -> signal.Signals | None:
+    """Returns the signal that has come to any of the processes, the same one in each."""
+    number = trainer.parallel.processes.largest(stop.signal or 0)
+    return signal.Signals(number) if number else None
 
 
 def _check_same_run(options: TrainOptions, before: TrainOptions) -> None:
@@ -258,27 +250,29 @@ class _Saver:
 def _run(saver: _Saver, stop: Stop, save_every: int, sample_every: int, progress: bool, keep_state: bool) -> None:
     """Steps until ``options.steps`` or ``stop``; saves at the end either way."""
     try:
-        _steps(saver, stop, save_every, sample_every, progress)
-        stays = keep_state or stop.signal is not None
+        stopped = _steps(saver, stop, save_every, sample_every, progress)
+        stays = keep_state or stopped is not None
         if saver.trainer.step != saver.saved or not stays:
             saver.save(with_state=stays)
-        if stop.signal is None:  # a run that died before its grid was drawn draws it when it is resumed
+        if stopped is None:  # a run that died before its grid was drawn draws it when it is resumed
             saver.draw(stop)
     except TrainingDivergedError as error:
+        if not saver.trainer.parallel.is_first:
+            raise SystemExit(1) from error  # the first process says why
         raise TrainingDivergedError(f"{error}: try a smaller lr or a longer warmup; {saver.holds()}") from error
 
 
-def _steps(saver: _Saver, stop: Stop, save_every: int, sample_every: int, progress: bool) -> None:
+def _steps(saver: _Saver, stop: Stop, save_every: int, sample_every: int, progress: bool) -> signal.Signals | None:
+    """Steps to the end, or to a signal in any of the processes, which all end after the same step; returns it."""
     trainer = saver.trainer
-    losses, steps = _Losses(trainer), trainer.options.steps
-    images_in_step = trainer.options.batch_size
+    losses, steps = LossReader(trainer), trainer.options.steps
     with tqdm(total=steps, initial=trainer.step, desc="training", unit="step", disable=not progress) as bar:
-        while trainer.step < steps and stop.signal is None:
+        while (stopped := _agreed(trainer, stop)) is None and trainer.step < steps:
             losses.add(*trainer.train_step())
             bar.update()
             if trainer.step % READ_EVERY == 0:
                 losses.read()
-                rate = (bar.format_dict["rate"] or 0.0) * images_in_step
+                rate = (bar.format_dict["rate"] or 0.0) * trainer.options.batch_size
                 bar.set_postfix_str(f"loss {trainer.loss:.4f}, {rate:.0f} images/s", refresh=False)
             if save_every and trainer.step % save_every == 0:
                 losses.read()
@@ -287,3 +281,4 @@ def _steps(saver: _Saver, stop: Stop, save_every: int, sample_every: int, progre
                 losses.read()
                 saver.draw(stop)
         losses.read()
+    return stopped

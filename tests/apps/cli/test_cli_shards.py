@@ -9,11 +9,8 @@ import pytest
 import torch
 from commands import fails, pixels, run, sample
 
-from dd_kernels.apps import cli
 from dd_kernels.apps.cli import common
 from dd_kernels.apps.shards import MANIFEST
-from dd_kernels.apps.shards import processes as processes_module
-from dd_kernels.apps.shards.processes import Processes, local_device
 
 OPTIONS = ["-n", "10", "--steps", "3", "--first-sample", "2", "--seed", "1"]
 
@@ -147,21 +144,3 @@ def test_one_image_that_is_too_large_is_one_line(models, monkeypatch, capsys):
     monkeypatch.setattr(common, "sample", none)
     assert sample(models, "-n", 4, "--batch-size", "2", "--out", "a.npz") == 2
     assert "one image is too large for the device's memory" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
-    assert local_device() == torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert local_device() == torch.device("cuda")
-    monkeypatch.setattr(processes_module.distributed, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "6")
-    assert local_device() == torch.device("cuda", 2)
-
-
-def test_one_process_is_first_and_alone():
-    with Processes.joined() as found:
-        assert found == Processes(0, 1)
-        with pytest.raises(ValueError, match="x"):
-            found.first_alone(lambda: (_ for _ in ()).throw(ValueError("x")))
-    assert not cli.build_parser().parse_args(["sample"]).shard_size

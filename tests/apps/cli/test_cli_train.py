@@ -33,6 +33,21 @@ def test_train_resume_and_overwrite(capsys):
     assert checkpoint.load_model("m.safetensors")[1].training["step"] == 3
 
 
+def test_one_command_begins_and_goes_on(capsys, monkeypatch):
+    train = ["train", "--out", "m.safetensors", *SMALL, "--data", "digits", "--resume-if-there", "--save-every", 2]
+    step = Trainer.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda self: step(self) if self.step < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*train)
+    assert run(*train, "--accumulate", 2) == 0
+    assert "step 3" in capsys.readouterr().out
+    assert "lr must be 0.001" in fails(capsys, *train, "--lr", 1)
+    assert "only one of --resume-if-there" in fails(capsys, *train, "--overwrite")
+    assert "batch_size must be at least 5" in fails(capsys, *train, "--accumulate", 5)
+    assert "shard_model needs the processes" in fails(capsys, *train, "--shard-model")
+
+
 def test_every_flag_of_train_reaches_the_options(monkeypatch):
     seen = {}
     monkeypatch.setattr(

@@ -151,7 +151,7 @@ def test_a_run_that_was_stopped_before_its_first_step_resumes(tmp_path, images, 
     out, whole = tmp_path / "a.safetensors", tmp_path / "whole.safetensors"
     with monkeypatch.context() as patch:
         patch.setattr(
-            loop._Losses,
+            loop.LossReader,
             "__init__",
             lambda self, t: (setattr(self, "unread", []), signal.raise_signal(signal.SIGTERM))[0],
         )
