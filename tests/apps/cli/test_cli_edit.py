@@ -61,9 +61,11 @@ def test_inpaint_equals_the_library(models, capsys):
         assert file["labels"].tolist() == kwargs["y"].tolist()
 
 
-@pytest.mark.parametrize(("name", "pixels_painted"), [("half", 32), ("centre", 16)])
-def test_masks_with_names(models, capsys, name, pixels_painted):
-    assert line("inpaint", models["plain"], "-n", 2, "--steps", 2, "--mask", name, "--resample", 1) == 0
+@pytest.mark.parametrize(
+    ("model", "name", "pixels_painted"), [("plain", "half", 32), ("plain", "centre", 16), ("learned", "centre", 16)]
+)
+def test_masks_with_names(models, capsys, model, name, pixels_painted):
+    assert line("inpaint", models[model], "-n", 2, "--steps", 2, "--mask", name, "--resample", 1) == 0
     assert f"{pixels_painted} of 64 pixels painted" in capsys.readouterr().out
     with Image.open("inpainted.png") as picture:
         assert picture.height == (5 * 9 + 1) * 8  # the images, what is known, three draws
