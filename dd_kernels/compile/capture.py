@@ -38,7 +38,7 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
     started, identities, convolutions, copies, linears, norms = time.perf_counter(), 0, 0, 0, 0, []
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
-            norms += restore_norms(part.graph)
+            norms += restore_norms(part)
             identities += remove_identities(part.graph) + share_repeated(part.graph)
             found, found3d = find_convolutions(part.graph), find_convolutions3d(part.graph)
             norms += fuse_norms(part.graph, channels_last=bool(found))

@@ -76,6 +76,87 @@ def test_a_result_that_is_read_before_stays(read_before):
     assert ("checked_norm" in calls) is not read_before
 
 
+class Trained(nn.Module):
+    """What stands in a U-Net between our norms: a residual, dropout, and a concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(GroupNormSiLU(4, channels) for channels in (16, 16, 32))
+        self.convolutions = nn.ModuleList(nn.Conv2d(*sizes, 3, padding=1) for sizes in ((16, 16), (16, 16), (32, 8)))
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x, e):
+        h = self.convolutions[0](self.norms[0](x))
+        h = x + self.convolutions[1](self.dropout(self.norms[1](h, pre_shift=e)))
+        h, total = dd.group_norm_silu(h, 4, residual=x, skip=h)
+        return self.convolutions[2](self.norms[2](h)) + total[:, ::2]
+
+
+def gradients_of(model, function, dtype, inputs):
+    """Returns gradients, as float64, of a sum weighted in contiguous order; under autocast where dtype has 16 bits."""
+    torch.manual_seed(1)  # of the dropout
+    leaves = [v.requires_grad_() for v in inputs]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = function(*leaves)
+    weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    found = torch.autograd.grad((y * weights.to(y)).sum(), [*leaves, *model.parameters()])
+    return [v.double() for v in found]
+
+
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), "dd_kernels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_training(compiler, dtype, memory_format):
+    torch.manual_seed(0)
+    model, report = Trained(), Report()
+    given = torch.randn(2, 16, 6, 5).contiguous(memory_format=memory_format), torch.randn(2, 16)
+
+    def copies(dtype):
+        return [v.to(dtype, copy=True) for v in given]
+
+    exact_model = copy.deepcopy(model).double()
+    exact = gradients_of(exact_model, exact_model, torch.float64, copies(torch.float64))
+    plain = gradients_of(model, model, dtype, copies(torch.float32))
+    options = {"report": report} if compiler == "dd_kernels" else None
+    compiled = torch.compile(model, backend=compiler, options=options)
+    actual = gradients_of(model, compiled, dtype, copies(torch.float32))
+    for a, p, e in zip(actual, plain, exact, strict=True):
+        slack = 64 * torch.finfo(dtype).eps * e.abs().max()
+        assert (a - e).abs().max() <= 2 * (p - e).abs().max() + slack
+    assert len(report.norms) == (4 if compiler == "dd_kernels" else 0)
+
+
+@pytest.mark.parametrize(("factor", "order"), [(2, (0, 1, 2)), (1, (0, 2, 1))])
+def test_another_gradient_than_the_norms_stays(factor, order):
+    """An autograd function that calls both operators and returns other gradients is not the norm."""
+    operators, options = torch.ops.dd_kernels, (1e-5, None, None, None, 1)
+
+    class Another(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias):
+            y, mean = torch.empty_like(x), torch.empty(2, 4)
+            rstd = torch.empty_like(mean)
+            operators.group_norm_silu.default(x, 4, weight, bias, *options, y, mean, rstd)
+            ctx.save_for_backward(x, weight, bias, mean, rstd)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            x, weight, bias, mean, rstd = ctx.saved_tensors
+            gradients = [torch.empty_like(v) for v in (x, weight, bias)]
+            dy = dy if factor == 1 else dy * factor
+            operators.group_norm_silu_backward.default(dy, x, mean, rstd, 4, weight, bias, *options, *gradients)
+            return tuple(gradients[i] for i in order)
+
+    x, *parameters = (torch.randn(s, requires_grad=True) for s in ((2, 8, 5, 5), (8,), (8,)))
+    compiled, calls, report = graph_of(lambda x: Another.apply(x * 1, *parameters), x)
+    plain = Another.apply(x * 1, *parameters)
+    wanted, actual = (torch.autograd.grad(y.square().sum(), [x, *parameters]) for y in (plain, compiled))
+    assert all(a.equal(b) for a, b in zip(wanted, actual, strict=True))
+    assert report.norms == []
+    assert "checked_norm" not in calls
+
+
 def test_our_unet_takes_the_way_of_every_model():
     torch.manual_seed(0)
     model = UNet(image_size=16, in_channels=3, out_channels=3, channels=(32, 64), num_res_blocks=1).eval()

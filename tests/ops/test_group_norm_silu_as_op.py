@@ -103,6 +103,32 @@ def test_compiles_in_one_graph(kernel):
     assert all(a.equal(b) for a, b in zip(*wanted, strict=True))
 
 
+UPSTREAM = {
+    "as the result": lambda y, dy: (y * dy).sum(),
+    "channels_last": lambda y, dy: (y * dy.contiguous(memory_format=torch.channels_last)).sum(),
+    "one value": lambda y, dy: y.sum(),
+    "transposed": lambda y, dy: (y.transpose(2, 3) * dy.transpose(2, 3).contiguous()).sum(),
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+def test_a_traced_gradient_comes_in_any_layout(kernel, upstream):
+    """The graph is captured before it is known in which order its gradient comes."""
+    if kernel.name not in ("cpu", "cuda"):
+        pytest.skip("the interpreter runs Python, which a graph cannot hold")
+    x, dy, options, activation = make((2, 8, 5, 6), torch.float32, ROWS[0], device=kernel.device)
+
+    def compute(x):
+        return dd.group_norm_silu(x * 2, 4, activation=activation, backend=kernel.name, **options)
+
+    torch._dynamo.reset()
+    wanted = []
+    for function in (compute, torch.compile(compute, fullgraph=True, backend="eager")):
+        leaf = x.clone().requires_grad_()
+        wanted.append(torch.autograd.grad(UPSTREAM[upstream](function(leaf), dy), leaf)[0])
+    assert wanted[0].equal(wanted[1])
+
+
 def test_under_autocast(kernel):
     x, dy, options, activation = make((2, 8, 5, 6), torch.float32, ROWS[0], device=kernel.device)
     plain = results(x, dy, 4, options, activation, kernel.name)

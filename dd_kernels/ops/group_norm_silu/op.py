@@ -46,7 +46,7 @@ READ_TWO = ("cuda",)  # the backends whose kernels take a residual and a skip
 FORWARD = operator("group_norm_silu", _SCHEMAS["group_norm_silu"])
 AFFINE = operator("group_norm_affine", _SCHEMAS["group_norm_affine"])
 _UNTRACED = untraced(FORWARD)
-_BACKWARD = operator("group_norm_silu_backward", _SCHEMAS["group_norm_silu_backward"])
+BACKWARD = operator("group_norm_silu_backward", _SCHEMAS["group_norm_silu_backward"])
 
 
 def run(
@@ -89,7 +89,7 @@ def run_backward(
         arguments: tuple[Any, ...] = (dy, a.x, *statistics, *options, *gradients)
         triton.group_norm_silu_backward(*arguments)
     else:
-        _BACKWARD(dy, a.x, *statistics, *options, *gradients, partials, a.skip, dsum, dskip)
+        BACKWARD(dy, a.x, *statistics, *options, *gradients, partials, a.skip, dsum, dskip)
 
 
 def _most_splits(y: Tensor, tile_channels: int, limit: int) -> int:
@@ -118,6 +118,18 @@ def backward_workspace(chosen: str, dy: Tensor) -> Tensor | None:
 def _laid_out_like(v: Tensor, x: Tensor) -> Tensor:
     """Returns ``v``, of x's shape or another number of channels, in the layout of a dense x."""
     return v if v.shape == x.shape and v.stride() == x.stride() else v.contiguous(memory_format=checks.memory_format(x))
+
+
+# In a graph it looks at strides when it runs: those of a gradient are not known at capture, since whatever reads y may
+# come to be computed in another layout.
+torch.library.define("dd_kernels::laid_out_like", "(Tensor(a) v, Tensor x) -> Tensor(a)")
+torch.library.impl("dd_kernels::laid_out_like", "CompositeImplicitAutograd", _laid_out_like)
+LAID_OUT_LIKE = torch.ops.dd_kernels.laid_out_like.default
+
+
+def _in_layout_of(x: Tensor, v: Tensor) -> Tensor:
+    """Returns ``v`` laid out like x: now, or in a graph that is being traced, as a call of it."""
+    return (LAID_OUT_LIKE if is_compiling() else _laid_out_like)(v, x)
 
 
 def _empty_result(a: Arguments) -> Tensor:
@@ -191,8 +203,8 @@ def _gradients(
     wanted: _Wanted,
 ) -> list[Tensor | None]:
     """Returns the gradients of the differentiable arguments by the kernels of a backend, None where not wanted."""
-    dy = _laid_out_like(dy, a.x)
-    dsum = None if dsum is None else _laid_out_like(dsum, a.x)
+    dy = _in_layout_of(a.x, dy)
+    dsum = None if dsum is None else _in_layout_of(a.x, dsum)
     # The kernels always write dx and, where there is a skip, dskip.
     written = (True, *wanted.gradients[1:6], a.skip is not None)
     tensors = [v if w else None for v, w in zip(_differentiable(a), written, strict=True)]
@@ -231,7 +243,7 @@ def _prepared(chosen: str, a: Arguments) -> Arguments:
         None if v is None else (v if dtype is None else v.to(dtype)).contiguous()
         for v in (a.weight, a.bias, a.pre_shift, a.scale, a.shift)
     )
-    residual, skip = (None if v is None else _laid_out_like(v, x) for v in (a.residual, a.skip))
+    residual, skip = (None if v is None else _in_layout_of(x, v) for v in (a.residual, a.skip))
     return Arguments(x, a.num_groups, weight, bias, a.eps, pre_shift, scale, shift, a.activation, residual, skip)
 
 
