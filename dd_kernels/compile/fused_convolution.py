@@ -90,10 +90,15 @@ def channels_last_conv2d(
     numbers: Numbers,
 ) -> Tensor:
     """Convolves x in channels_last, and leaves the result so; the padding is of left, right, top and bottom."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    x, numbers = x.contiguous(memory_format=torch.channels_last), Numbers(*numbers)
     if not _records():
         return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers)
-    return conv2d(x, weight, bias, stride, padding, residual=residual, **Numbers(*numbers)._asdict())
+    if not backend.is_free() or transform_reason() is not None:
+        return conv2d(x, weight, bias, stride, padding, residual=residual, **numbers._asdict())
+    # The public function would give the result of a single channel back in the other layout, which that has too.
+    options = method_of(*numbers), numbers.products == "bfloat16"
+    y: Tensor = op.Conv2d.apply(x, weight, bias, residual, stride, padding, *options)
+    return y
 
 
 def norm_conv2d(norm: tuple[Any, ...], options: dict[str, Any], *convolution: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dd_kernels import backend as backends
 from dd_kernels.compile import dd_kernels as dynamo_backend
+from dd_kernels.compile.fused_convolution import FLOAT32, channels_last_conv2d
 from dd_kernels.ops import conv2d
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -307,6 +308,13 @@ def test_views_and_outputs_are_as_without_it():
             assert actual.stride() == wanted.stride()
             torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
     assert convolutions(report) == 2
+
+
+def test_an_image_of_one_channel_becomes_channels_last_in_training_too():
+    weight = nn.Parameter(torch.randn(8, 1, 3, 3))
+    y = channels_last_conv2d(torch.randn(2, 1, 6, 5), weight, None, 1, (1, 1, 1, 1), None, FLOAT32)
+    assert y.requires_grad
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_training_and_weights_that_change():

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train_options.add_network(add)
     _add_objective(add)
     train_options.add_optimizer(add)
+    add("--accelerate", action="store_true", help="rewrite the model by dd_kernels.accelerate; pays in fp32 on a CPU")
 
 
 def _add_objective(add: Add) -> None:

@@ -23,7 +23,7 @@ LR_SCHEDULES = ("constant", "cosine")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _INTEGERS = ("steps", "batch_size", "num_timesteps", "warmup", "seed")
 _FLOATS = ("lr", "weight_decay", "beta1", "beta2", "clip_grad", "label_drop", "snr_gamma", "input_perturbation")
-_SWITCHES = ("grey", "flip", "strict", "unconditional")
+_SWITCHES = ("accelerate", "grey", "flip", "strict", "unconditional")
 _CHOICES: dict[str, Collection[str]] = {
     "prediction": PREDICTIONS,
     "schedule": SCHEDULES,
@@ -64,6 +64,7 @@ class TrainOptions:
         ema: decay of the averaged weights, which are those that a model file holds; or several decays, the first of
             them the file's own average.
         precision: "fp32", or "bf16" / "fp16" for the forward pass (autocast; fp16 with a loss scale).
+        accelerate: rewrite the model by :func:`dd_kernels.accelerate`, whose rounding differs from that without.
         seed: of everything random.
 
     Raises:
@@ -98,6 +99,7 @@ class TrainOptions:
     clip_grad: float = 1.0
     ema: tuple[float, ...] = (0.9999,)
     precision: str = "fp32"
+    accelerate: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

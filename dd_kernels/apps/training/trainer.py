@@ -120,6 +120,10 @@ class Trainer:
         self.model = self.parallel.placed(model, device).train()
         self.connected = self.parallel.connected(self.model)
         self.ema = self.averages.models[0]
+        if options.accelerate:
+            from ...compile import accelerate  # imports Dynamo, which takes a second
+
+            accelerate(self.model)
         by_loss = options.timesteps == "loss-second-moment"
         self.history = LossHistory(options.num_timesteps) if by_loss else None
         self.schedule = named_schedule(options.schedule, options.num_timesteps)

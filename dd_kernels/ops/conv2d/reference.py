@@ -46,21 +46,27 @@ def conv2d(
 
 def input_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
     """Returns dL/dx by torch's convolution_backward."""
-    z, weight = padded(x, padding), weight.to(x.dtype)
-    dz = _backward(dy, z, weight, stride, (True, False, False))[0]
     left, _, top, _ = padding
-    return dz[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    z, sides = _torch_padded(x, padding)
+    dz = _backward(dy, z, weight, stride, sides, (True, False, False))[0]
+    return dz if z is x else dz[:, :, top : top + x.shape[2], left : left + x.shape[3]]
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: Padding) -> Tensor:
     """Returns dL/dweight by torch's convolution_backward, in the dtype of weight."""
-    gradient = _backward(dy, padded(x, padding), weight.to(x.dtype), stride, (False, True, False))[1]
-    return gradient.to(weight.dtype)
+    z, sides = _torch_padded(x, padding)
+    return _backward(dy, z, weight, stride, sides, (False, True, False))[1].to(weight.dtype)
+
+
+def _torch_padded(x: Tensor, padding: Padding) -> tuple[Tensor, list[int]]:
+    """Returns x and the padding as torch takes it, or x padded and none where two sides differ."""
+    left, right, top, bottom = padding
+    return (x, [top, left]) if left == right and top == bottom else (padded(x, padding), [0, 0])
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: tuple[bool, bool, bool]
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, sides: list[int], wanted: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [stride, stride], [0, 0], [1, 1], False, [0, 0], 1, list(wanted)
+        dy, x, weight.to(x.dtype), None, [stride, stride], sides, [1, 1], False, [0, 0], 1, list(wanted)
     )

@@ -62,7 +62,7 @@ def test_every_flag_of_train_reaches_the_options(monkeypatch):
         "lr_schedule": "cosine",
     }  # fmt: skip
     line = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    switches = ["grey", "flip", "strict", "unconditional"]
+    switches = ["accelerate", "grey", "flip", "strict", "unconditional"]
     extra = [
         "--save-every",
         5,

@@ -17,6 +17,7 @@ CHANGES = [
     {"input_perturbation": 0.1},
     {"ema": (0.9, 0.5)},
     {"lr_schedule": "cosine"},
+    pytest.param({"accelerate": True}, marks=pytest.mark.slow),
 ]
 
 

@@ -220,6 +220,17 @@ def test_the_cosine_falls_from_the_warm_up_to_the_end(images):
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
+@pytest.mark.slow
+def test_an_accelerated_run_computes_the_same_to_rounding(images):
+    plain, fast = (Trainer(options(accelerate=on), images, CPU) for on in (False, True))
+    for _ in range(2):
+        (loss, norm), (its_loss, its_norm) = plain.train_step(), fast.train_step()
+        torch.testing.assert_close(torch.stack([its_loss, its_norm]), torch.stack([loss, norm]), rtol=1e-4, atol=0)
+    assert [type(module) for module in fast.model.modules()] == [type(module) for module in plain.model.modules()]
+    assert not plain.model.conv_out.weight.equal(fast.model.conv_out.weight)
+    dd.restore(fast.model)
+
+
 def test_warmup_clip_and_ema(images):
     run = Trainer(options(lr=0.1, warmup=4, clip_grad=1e-3, ema=0.5), images, CPU)
     rates, before = [], {n: v.clone() for n, v in run.ema.state_dict().items()}
