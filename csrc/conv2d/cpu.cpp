@@ -40,9 +40,10 @@ constexpr int64_t kHeaderFloats = sizeof(KeptHeader) / sizeof(float);
 constexpr int64_t kManyTiles = 256, kManyPixels = 640;
 
 // Floats that kept filters take, or 0 where keeping them does not pay.
-int64_t kept_size(const Shape& shape, const Plan& plan, const Target& target) {
+int64_t kept_size(const Shape& shape, const Plan& plan, const Target& target, bool bfloat16) {
     if (plan.tiles(shape) > (plan.method == Method::direct ? kManyPixels : kManyTiles)) return 0;
-    return kHeaderFloats + plan.panels * panel_size(plan, target.panel());
+    const int64_t packed = plan.panels * panel_size(plan, target.panel());
+    return kHeaderFloats + (bfloat16 && has_dot_bfloat16() ? packed / 2 : packed);
 }
 
 void pack_all_filters(const Forward& a, const Kernels& kernels, const Target& target, float* to) {
@@ -102,7 +103,7 @@ void run(Forward a, Method method, bool bfloat16, float* kept, int64_t kept_floa
     a.plan = plan_of(a.shape, choose(a.shape, method, target), target);
     const Plan& plan = a.plan;
     if (kept != nullptr) {
-        const int64_t size = kept_size(a.shape, plan, target);
+        const int64_t size = kept_size(a.shape, plan, target, bfloat16);
         STD_TORCH_CHECK(size > 0 && kept_floats == size, "conv2d: kept must have ", size, " elements; got ",
                         kept_floats);
         keep_filters(a, kernels, target, bfloat16 && has_dot_bfloat16(), kept);
@@ -147,13 +148,13 @@ void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
 }
 
 int64_t conv2d_kept_size(Tensor x, Tensor weight, int64_t stride, int64_t top, int64_t left, bool turned,
-                         int64_t method, Tensor y) {
+                         int64_t method, bool bfloat16, Tensor y) {
     const TensorChecks checks("conv2d_kept_size", "x", x);
     const Shape shape = shape_of(checks, x, weight, turned, y, stride, top, left);
     const Method wanted = method_of(checks, method, shape);
     if (y.numel() == 0) return 0;
     const Target target = target_of(shape);
-    return kept_size(shape, plan_of(shape, choose(shape, wanted, target), target), target);
+    return kept_size(shape, plan_of(shape, choose(shape, wanted, target), target), target, bfloat16);
 }
 
 }  // namespace

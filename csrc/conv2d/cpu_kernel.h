@@ -58,8 +58,7 @@ DD_INLINE void pack_filters(const Forward& a, int64_t panel, float* scratch, Pac
 // Packs the filters of panels [first, last) to `kept`; scratch as panel_scratch() says.
 void conv2d_pack_filters(const Forward& a, int64_t first, int64_t last, float* kept, float* scratch) {
     for (int64_t panel = first; panel < last; ++panel) {
-        float* to = kept + panel * conv2d::panel_size(a.plan, kPanel);
-        pack_filters(a, panel, scratch, reinterpret_cast<Packed*>(to));
+        pack_filters(a, panel, scratch, reinterpret_cast<Packed*>(kept) + panel * conv2d::panel_size(a.plan, kPanel));
     }
 }
 
@@ -120,13 +119,12 @@ void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_
         int64_t panel = part / plan.panel_parts, piece = part % plan.panel_parts;
         int64_t from = piece * groups / plan.panel_parts, to = (piece + 1) * groups / plan.panel_parts;
         bool two = a.shape.outputs - panel * kPanel > kLanes;
-        const float* memory_of_filters = scratch + at.filters;
+        const Packed* filters = reinterpret_cast<const Packed*>(scratch + at.filters);
         if (a.kept != nullptr) {
-            memory_of_filters = a.kept + panel * conv2d::panel_size(plan, kPanel);
+            filters = reinterpret_cast<const Packed*>(a.kept) + panel * conv2d::panel_size(plan, kPanel);
         } else {
             pack_filters(a, panel, scratch, reinterpret_cast<Packed*>(scratch + at.filters));
         }
-        const Packed* filters = reinterpret_cast<const Packed*>(memory_of_filters);
         for (int64_t group = from; group < to; group += plan.slice) {
             int64_t end = group + plan.slice < to ? group + plan.slice : to;
             int64_t tiles = end * plan.rows < block.tiles ? end * plan.rows : block.tiles;

@@ -75,7 +75,7 @@ def _run(
     numbers = Numbers(*numbers)
     method = method_of(*numbers)
     bfloat16 = numbers.products == "bfloat16"
-    call = (*x.shape, stride, padding, method, torch.get_num_threads())
+    call = (*x.shape, stride, padding, method, bfloat16, torch.get_num_threads())
     memory = None if is_compiling() else partial(keep, weight if parameter is None else parameter, call, bfloat16)
     return op.forward(x, weight, bias, *before, residual, stride, padding, method, bfloat16, memory)
 

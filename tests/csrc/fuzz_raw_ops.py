@@ -90,7 +90,7 @@ def convolution_arguments(op: str) -> Arguments:
     bias = torch.randn(outputs) if random.random() < 0.5 else None
     how = {"stride": stride, "top": top, "left": left, "turned": turned, "method": random.randrange(5)}
     served = how["method"] < 3 or (size, stride) == (3, 1)
-    kept_size = torch.ops.dd_kernels.conv2d_kept_size(x, weight, *how.values(), y) if served else 0
+    kept_size = torch.ops.dd_kernels.conv2d_kept_size(x, weight, *how.values(), False, y) if served else 0
     kept = torch.zeros(kept_size) if kept_size > 0 and random.random() < 0.5 else None
     return {"x": x, "weight": weight, "bias": bias, **before, **after, **how, "bfloat16": False, "y": y, "kept": kept}
 

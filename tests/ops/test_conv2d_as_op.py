@@ -40,7 +40,7 @@ def test_the_cost_model_chooses():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_kept_filters(method, bfloat16):
+def test_kept_filters(kernel, method, bfloat16):
     """The second call reads what the first packed, and packs anew where the weights or the way of packing differ."""
     x, weight = op.channels_last(torch.randn(1, 20, 9, 8)), torch.randn(40, 20, 3, 3)
 
@@ -49,7 +49,10 @@ def test_kept_filters(method, bfloat16):
         FORWARD(x, weight, None, None, None, 0, None, 1, 1, 1, turned, method, bfloat16, y, kept)
         return y
 
-    size = torch.ops.dd_kernels.conv2d_kept_size(x, weight, 1, 1, 1, False, method, call(weight))
+    size = torch.ops.dd_kernels.conv2d_kept_size(x, weight, 1, 1, 1, False, method, bfloat16, call(weight))
+    wide = torch.ops.dd_kernels.conv2d_kept_size(x, weight, 1, 1, 1, False, method, False, call(weight))
+    halved = bfloat16 and kernel.isa == "avx512" and torch.cpu._is_avx512_bf16_supported()
+    assert size - 64 == (wide - 64) // (1 + halved)  # after the header
     kept = within_sentinels((size,), torch.float32, "cpu")
     assert call(weight, kept).equal(call(weight))
     assert sentinels_survive(kept)
@@ -71,8 +74,8 @@ def test_many_tiles_keep_nothing():
         x = op.channels_last(torch.randn(1, 16, side + 2, side + 2))
         few = op.channels_last(torch.randn(1, 16, side, side))
         weight = torch.randn(16, 16, 3, 3)
-        assert torch.ops.dd_kernels.conv2d_kept_size(x, weight, 1, 1, 1, False, method, x) == 0
-        assert torch.ops.dd_kernels.conv2d_kept_size(few, weight, 1, 1, 1, False, method, few) > 0
+        assert torch.ops.dd_kernels.conv2d_kept_size(x, weight, 1, 1, 1, False, method, False, x) == 0
+        assert torch.ops.dd_kernels.conv2d_kept_size(few, weight, 1, 1, 1, False, method, False, few) > 0
 
 
 def test_accuracy_names_the_method():

@@ -37,7 +37,7 @@ _WEIGHT_GRADIENT = operator(
 # The elements of ``kept``, in which a call leaves its packed filters to the next one; 0 where that does not pay.
 torch.library.define(
     "dd_kernels::conv2d_kept_size",
-    "(Tensor x, Tensor weight, int stride, int top, int left, bool turned, int method, Tensor y) -> int",
+    "(Tensor x, Tensor weight, int stride, int top, int left, bool turned, int method, bool bfloat16, Tensor y) -> int",
 )
 _KEPT_SIZE = torch.ops.dd_kernels.conv2d_kept_size.default
 
@@ -90,7 +90,7 @@ def forward(
     x, filters = channels_last(x), _weight_for_kernels(weight)
     kept = None
     if keep is not None and filters is weight:
-        kept = keep(lambda: _KEPT_SIZE(x, weight, stride, padding[2], padding[0], False, method, y))
+        kept = keep(lambda: _KEPT_SIZE(x, weight, stride, padding[2], padding[0], False, method, bfloat16, y))
     _FORWARD(x, filters, _float32(bias), *small, False, method, bfloat16, y, kept)
     return y
 
