@@ -6,7 +6,7 @@ Trains, on images and captions made from their classes ("a dark ankle boot"), a 
 et al., 2021), a diffusion prior that draws an image's embedding for a caption's, a decoder that draws half the image's
 size for an embedding, and a super-resolution diffusion that doubles it, its condition blurred by noise in training (Ho
 et al., 2022). Prints how often the judge sees the class that the caption names; writes pictures with their captions.
-20 minutes on one core; --steps makes it longer or shorter.
+15 minutes on one core; --steps makes it longer or shorter.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class UnClip:
         words = sorted({word for name in train.classes for word in ("a", *SHADES, *name.split())})
         torch.manual_seed(0)
         self.clip = Contrastive(channels, words)
-        self.prior, self.decoder = Prior(), Conditioned(channels, size // 2, WIDTH, (64,))
-        self.double = Conditioned(channels, size, channels + 1, (32,))
+        self.prior, self.decoder = Prior(), Conditioned(channels, size // 2, WIDTH, (32, 64))
+        self.double = Conditioned(channels, size, channels + 1, (16, 32))
         self.shape, self.small = (channels, size, size), (channels, size // 2, size // 2)
         self.clip = fit(self.clip, self._clip_loss, steps // 2, "captions and images")
         self.prior = fit(self.prior, self._prior_loss, steps, "prior")
@@ -204,7 +204,7 @@ def main() -> None:
     """Trains the models, draws a picture of captions, and measures the classes of others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fashion-mnist", help="a named source, or IDX files (default: fashion-mnist)")
-    parser.add_argument("--steps", type=int, default=3000, help="of the decoder's training (default: 3000)")
+    parser.add_argument("--steps", type=int, default=2000, help="of the decoder's training (default: 2000)")
     parser.add_argument("-n", type=int, default=200, help="images to measure (default: 200)")
     parser.add_argument("--out", default="unclip.png", help="the picture (default: unclip.png)")
     args = parser.parse_args()
