@@ -30,8 +30,8 @@ FORMAT = 2
 READABLE = (1, FORMAT)  # files of format 1 have no checksum
 KEY, KIND = "dd_kernels", "model"
 # The models that are bundled with this package.
-BUNDLED = ("digits",)
-DEFAULT = "digits"
+BUNDLED = ("fashion", "digits")
+DEFAULT = "fashion"
 STATE, AVERAGE = "training.", "ema."
 # The greatest length of a schedule, since a header can state any number; DDPM has 1,000.
 MOST_TIMESTEPS = 1_000_000

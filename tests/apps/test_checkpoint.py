@@ -59,12 +59,20 @@ def test_a_model_comes_back_as_it_was(path, model):
     assert loaded.down[0].resnets[0].conv2.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_packaged_model_is_small_and_whole():
-    assert checkpoint.packaged_model().stat().st_size < 4_000_000
-    model, info = checkpoint.load_model()
-    assert info.sample_shape == (1, 8, 8)
-    assert info.classes == tuple("0123456789")
-    assert model.null_label == 10
+def test_the_packaged_models_are_small_and_whole(tmp_path, monkeypatch):
+    side = {"fashion": 28, "digits": 8}
+    assert set(side) == set(checkpoint.BUNDLED)
+    for name in checkpoint.BUNDLED:
+        assert checkpoint.packaged_model(name).stat().st_size < 3_000_000
+        model, info = checkpoint.load_model(name)
+        assert info.sample_shape == (1, side[name], side[name])
+        assert len(info.classes) == model.null_label == 10
+        assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+    assert checkpoint.load_model()[1] == checkpoint.load_model("fashion")[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").write_bytes(b"")  # a file of the user's goes before a bundled model of its name
+    with pytest.raises(ValueError, match="cannot read 'digits' as a model"):
+        checkpoint.load_model("digits")
 
 
 def test_every_truncation_is_one_clear_error(path):

@@ -15,11 +15,11 @@ from dd_kernels.apps import checkpoint, cli, images
 from dd_kernels.apps.cli import common
 
 
-def test_sample_without_arguments_draws_64_digits(capsys):
+def test_sample_without_arguments_draws_64_images(capsys):
     assert run("sample", "--steps", "2") == 0  # 2 of the 50 steps: the packaged model is not tiny
     captured = capsys.readouterr()
     with Image.open("samples.png") as picture:
-        assert picture.size == (584, 584)
+        assert picture.size == (699, 699)
     assert "samples.png: 64 images, ddim with 2 steps" in captured.out
     for word in (
         "images/s",
