@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,20 +123,6 @@ def _calls(table: StepTable, options: Mapping[str, Any]) -> int:
     return len(table) + guided * sum(guided_steps(table, options.get("guidance_interval")))
 
 
-@contextlib.contextmanager
-def _calls_counted(model: nn.Module, bar: tqdm) -> Iterator[None]:
-    """Advances ``bar`` by one for every image that the model is called with."""
-
-    def count(module: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
-        bar.update(len(arguments[0]))
-
-    hook = model.register_forward_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def evaluate(
     model: nn.Module,
     schedule: Schedule,
@@ -195,12 +180,13 @@ def evaluate(
     calls = n * sum(_calls(table, options) for _, _, table in plan)
     bar = tqdm(total=calls, desc="evaluating", unit="call", unit_scale=True, disable=not progress)
     cells = []
-    with bar, _calls_counted(model, bar):
+    with bar:
         for row, count, table in plan:
             bar.set_postfix_str(f"{row_name(row)}, {count} steps")
             start = time.perf_counter()
             images = draw(table)
             speed = n / (time.perf_counter() - start)
+            bar.update(n * _calls(table, options))
             if not torch.isfinite(images).all():
                 raise ValueError(f"model must draw finite samples; got NaN or inf, {row_name(row)}, {count} steps")
             cells.append(Cell(row, count, judge.measure(images, labels), speed))
