@@ -82,13 +82,26 @@ class Case:
         one.set_timesteps(self.steps)
         return one
 
-    def step(self, one: Any, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """(previous sample, x_0, the noise that would come next)."""
+    def timestep(self, one: Any) -> tuple[int, int | None]:
+        """The timestep that is taken, and the one after it."""
         in_range = [t for t in one.timesteps.tolist() if t < self.config["num_train_timesteps"]]
         place = int(self.index * len(in_range))
-        t, options = torch.tensor(in_range[place]), dict(self.options)
-        if self.name == "UnCLIPScheduler" and place + 1 < len(in_range):
-            options["prev_timestep"] = torch.tensor(in_range[place + 1])
+        return in_range[place], in_range[place + 1] if place + 1 < len(in_range) else None
+
+    def x0_terms(self, one: Any) -> Tensor:
+        """The magnitudes of the terms of x_0 before it is clipped, in float64."""
+        alpha_bar = float(one.alphas_cumprod[self.timestep(one)[0]])
+        signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        x, out = self.sample.double().abs(), self.out.double()[:, : self.sample.shape[1]].abs()
+        if self.config["prediction_type"] == "epsilon":
+            return (x + noise * out) / signal if signal else torch.full_like(x, torch.inf)
+        return out if self.config["prediction_type"] == "sample" else signal * x + noise * out
+
+    def step(self, one: Any, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(previous sample, x_0, the noise that would come next)."""
+        (t, after), options = self.timestep(one), dict(self.options)
+        if self.name == "UnCLIPScheduler" and after is not None:
+            options["prev_timestep"] = torch.tensor(after)
         sources = [torch.Generator().manual_seed(n) for n in range(max(len(self.sample), 1))]
         if self.generators == "list" and len(self.sample):
             options["generator"] = sources
@@ -98,7 +111,7 @@ class Case:
             options.pop("generator", None)
         torch.manual_seed(7)
         sample, out = (x.double() if exact else x for x in (self.sample, self.out))
-        result = one.step(out, t, sample, **options)
+        result = one.step(out, torch.tensor(t), sample, **options)
         source = sources[0] if "generator" in options else None
         return result.prev_sample, result.pred_original_sample, torch.randn(2, generator=source)
 
