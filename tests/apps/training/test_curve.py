@@ -6,29 +6,31 @@ from PIL import Image
 from training_runs import options, same, stop_after
 
 from dd_kernels.apps import checkpoint, training
+from dd_kernels.apps.training import curve
 from dd_kernels.apps.training.curve import BLOCK, LossCurve, add_row, steps_of
 
 
 def test_the_mean_of_every_block_is_kept():
-    curve = LossCurve()
+    first = LossCurve()
     for i in range(2 * BLOCK + 7):
-        curve.add(float(i))
-    assert curve.means == [BLOCK / 2 - 0.5, 1.5 * BLOCK - 0.5]
-    again = LossCurve(**curve.as_json())
+        first.add(float(i))
+    assert first.means == [BLOCK / 2 - 0.5, 1.5 * BLOCK - 0.5]
+    again = LossCurve(**first.as_json())
     for i in range(2 * BLOCK + 7, 3 * BLOCK):
         again.add(float(i))
-    assert again.means == [*curve.means, 2.5 * BLOCK - 0.5]
+    assert again.means == [*first.means, 2.5 * BLOCK - 0.5]
 
 
-def test_a_resumed_run_has_the_curve_of_one_that_never_stopped(tmp_path, images):
+def test_a_resumed_run_has_the_curve_of_one_that_never_stopped(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(curve, "BLOCK", 5)
     whole, stopped = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    training.train(options(steps=104), whole, dataset=images, sample_every=0)
-    stop_after(57, stopped, images, steps=104)
-    training.train(options(steps=104), stopped, dataset=images, resume=True, sample_every=0)
+    training.train(options(steps=11), whole, dataset=images, sample_every=0)
+    stop_after(7, stopped, images, steps=11)
+    training.train(options(steps=11), stopped, dataset=images, resume=True, sample_every=0)
     assert same(whole, stopped)
     losses = [checkpoint.load_model(path)[1].training["losses"] for path in (whole, stopped)]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 1
+    assert len(losses[0]) == 2
 
 
 def test_rows_are_added_and_those_of_lost_steps_go(tmp_path):
