@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 ResultT = TypeVar("ResultT")
 # What gloo and NCCL say where another process has gone.
@@ -38,7 +39,7 @@ class Processes:
         if device is not None and device.type == "cuda":
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
-        distributed.init_process_group(backend)
+        _connect(backend)
         try:
             yield Processes(distributed.get_rank(), distributed.get_world_size())
         except RuntimeError as error:
@@ -85,6 +86,16 @@ class Processes:
             values = values.clone()
             distributed.all_reduce(values)
         return values
+
+
+def _connect(backend: str) -> None:
+    """Connects the processes through keys of this start alone.
+
+    PyTorch 2.13's torchrun keeps one store over its restarts, where processes would find the addresses of dead ones.
+    """
+    store, rank, count = next(rendezvous("env://"))
+    store = distributed.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
 
 
 def local_device() -> torch.device:

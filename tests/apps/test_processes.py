@@ -8,6 +8,7 @@ import torch
 from several import can_fork, in_processes
 from torch import distributed
 
+from dd_kernels.apps import processes
 from dd_kernels.apps.processes import Processes, local_device
 
 
@@ -24,7 +25,9 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
 def test_tensors_of_a_gpu_meet_by_nccl(monkeypatch):
     begun = []
     monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
-    monkeypatch.setattr(distributed, "init_process_group", begun.append)
+    store = distributed.HashStore()
+    monkeypatch.setattr(processes, "rendezvous", lambda _: iter([(store, 1, 2)]))
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **where: begun.append(backend))
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: begun.append("end"))
     monkeypatch.setattr(distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
