@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume-if-there",
         action="store_true",
-        help="continue the run that wrote --out, by the same command, or begin it",
+        help="continue the run that wrote --out, by the same command, or begin it (for torchrun --max-restarts)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model and a grid that are there")
     parser.add_argument(
