@@ -113,7 +113,7 @@ WAYS: dict[str, Callable[[torch.nn.Module, Sequence[int], _Clock, int], None]] =
 
 def table_of(loads: Sequence[float], count: int, batch: int, rounds: int) -> Iterator[tuple[str, ...]]:
     """Yields the rows of the table; loads are requests per second, each way takes turns in every round."""
-    model, info = checkpoint.load_model()
+    model, info = checkpoint.load_model("digits")
     schedule = info.make_schedule()
     tables = [dd.ddim(schedule, steps, prediction=info.prediction) for steps in (10, 20, 50)]
     yield ("requests/s", "way", "images/s", "p50, ms", "p99, ms")
