@@ -101,6 +101,12 @@ def trained_unet(train: data.ImageData, autoencoder: AutoencoderKL, schedule: dd
     return found
 
 
+def judge_of(source: str, train: data.ImageData, held_out: data.ImageData) -> Judge:
+    """Returns the judge that is bundled for a source, or one trained on its images."""
+    packaged = packaged_judge(source)
+    return Judge.trained(train, held_out) if packaged is None else load_judge(packaged)
+
+
 def drawn(draw: Callable[[], Tensor]) -> tuple[Tensor, float]:
     """Returns images and how many were drawn in a second."""
     started = time.perf_counter()
@@ -119,8 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     images.Output(args.out, overwrite=True)  # an error now, if it cannot be written
     train, held_out = data.splits(args.data)
-    packaged = packaged_judge(args.data)
-    judge = Judge.trained(train, held_out) if packaged is None else load_judge(packaged)
+    judge = judge_of(args.data, train, held_out)
     schedule = dd.linear_schedule(1000)
 
     autoencoder = trained_autoencoder(train, args.autoencoder_steps)

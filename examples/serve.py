@@ -30,6 +30,7 @@ from dd_kernels.apps import images
 from dd_kernels.apps.checkpoint import load_model
 from dd_kernels.samplers.named import FEW_STEP_SAMPLERS
 
+SAMPLERS = {"ddim": dd.ddim, **FEW_STEP_SAMPLERS}
 PAGE = pathlib.Path(__file__).with_suffix(".html")
 
 
@@ -44,9 +45,8 @@ class Service:
     @functools.lru_cache(maxsize=64)  # noqa: B019, a server has one service
     def table(self, name: str, steps: int) -> dd.StepTable:
         """Returns a sampler's table; raises ``ValueError`` for steps that the schedule does not have."""
-        make = {"ddim": dd.ddim, **FEW_STEP_SAMPLERS}[name]
         learned = self.model.config["learn_variance"]
-        return make(self.schedule, steps, prediction=self.info.prediction, learned_variance=learned)
+        return SAMPLERS[name](self.schedule, steps, prediction=self.info.prediction, learned_variance=learned)
 
     def request(self, table: dd.StepTable, seed: int, number: int, label: int | None, guidance: float) -> Any:
         """Returns the request for image ``number`` of a seed; without a label the classes take turns."""
@@ -62,8 +62,8 @@ class Service:
     def check(self, sampler: str, label: int | None, guidance: float) -> None:
         """Raises ``ValueError`` for what this model cannot draw."""
         classes = self.model.config["num_classes"]
-        if sampler not in ("ddim", *FEW_STEP_SAMPLERS):
-            raise ValueError(f"sampler must be one of {', '.join(('ddim', *FEW_STEP_SAMPLERS))}; got {sampler!r}")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
         if label is not None and not 0 <= label < (classes or 0):
             raise ValueError(f"label must be below {classes or 0}, the model's number of classes; got {label}")
         if guidance != 1 and self.model.null_label is None:
@@ -115,7 +115,7 @@ def create_app(model: str | None = None, max_batch: int = 16, max_queue: int = 2
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> str:
-        samplers = "".join(f"<option>{name}</option>" for name in ("ddim", *FEW_STEP_SAMPLERS))
+        samplers = "".join(f"<option>{name}</option>" for name in SAMPLERS)
         classes = "".join(f"<option value='{i}'>{name}</option>" for i, name in enumerate(service.info.classes))
         return PAGE.read_text(encoding="utf-8").replace("{samplers}", samplers).replace("{classes}", classes)
 

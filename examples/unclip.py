@@ -16,12 +16,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from latent_diffusion import BATCH, NULL_SHARE, fit
+from latent_diffusion import BATCH, NULL_SHARE, fit, judge_of
 from torch import Tensor, nn
 
 import dd_kernels as dd
 from dd_kernels.apps import data, images, plots
-from dd_kernels.apps.evaluate import Judge, load_judge, packaged_judge
 from dd_kernels.apps.files import atomic_write
 from dd_kernels.losses import simple_loss
 from dd_kernels.nn import UNet, timestep_embedding
@@ -210,8 +209,7 @@ def main() -> None:
     args = parser.parse_args()
     images.Output(args.out, overwrite=True)  # an error now, if it cannot be written
     train, held_out = data.splits(args.data)
-    packaged = packaged_judge(args.data)
-    judge = Judge.trained(train, held_out) if packaged is None else load_judge(packaged)
+    judge = judge_of(args.data, train, held_out)
     models, classes = UnClip(train, args.steps), train.classes
 
     shown = [f"a {SHADES[i % len(SHADES)]} {name}" for i, name in enumerate(classes)]

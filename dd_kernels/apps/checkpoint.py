@@ -7,7 +7,6 @@ averages with ``ema.`` and their decay.
 
 from __future__ import annotations
 
-import importlib.resources
 import pathlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from ..nn.encoder import Encoder
 from ..samplers.rows import PREDICTIONS
 from ..schedules import SCHEDULES, Schedule, named_schedule
 from . import tensors as tensor_files
-from .files import PathLike
+from .files import PathLike, bundled
 from .memory import check_memory
 from .tensors import Entry, TensorFile
 
@@ -232,4 +231,4 @@ def load_model(path: PathLike | None = None, ema: float | None = None) -> tuple[
 
 def packaged_model(name: str = DEFAULT) -> pathlib.Path:
     """Returns the path of a model that is bundled with this package."""
-    return pathlib.Path(str(importlib.resources.files(__package__))) / "models" / f"{name}.safetensors"
+    return bundled(f"{name}.safetensors")

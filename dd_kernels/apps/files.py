@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.resources
 import os
 import pathlib
 import secrets
@@ -61,6 +62,11 @@ def check_readable(argument: str, path: PathLike) -> pathlib.Path:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{argument} must be a regular file; {str(path)!r} is a pipe or a device")
     return pathlib.Path(path)
+
+
+def bundled(name: str) -> pathlib.Path:
+    """Returns the path of a file that is bundled with this package."""
+    return pathlib.Path(str(importlib.resources.files(__package__))) / "models" / name
 
 
 def check_writable(argument: str, path: PathLike, overwrite: bool = False) -> pathlib.Path:

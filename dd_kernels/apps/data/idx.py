@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.resources
 import io
 import math
 import pathlib
@@ -13,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..files import PathLike, check_readable
+from ..files import PathLike, bundled, check_readable
 from ..memory import check_memory
 from .arrays import npz_file
 from .dataset import ImageData
@@ -25,7 +24,6 @@ BYTE = 0x08  # the type of a file of bytes
 BYTES_PER_BYTE = 1032
 # Where Debian's package dataset-fashion-mnist puts its files, and the names of their classes (Xiao et al., 2017).
 FASHION = pathlib.Path("/usr/share/datasets/fashion-mnist")
-BUNDLED = pathlib.Path(str(importlib.resources.files("dd_kernels.apps"))) / "models" / "fashion.held_out.npz"
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
@@ -71,7 +69,7 @@ def fashion_mnist(split: str = "train") -> ImageData:
     """
     if not is_idx_folder(FASHION):
         if split == "test":
-            return replace(npz_file(BUNDLED), classes=FASHION_CLASSES)
+            return replace(npz_file(bundled("fashion.held_out.npz")), classes=FASHION_CLASSES)
         reason = "apt-get install dataset-fashion-mnist, or name the folder of its IDX files instead"
         raise ValueError(f"data 'fashion-mnist' needs the files in {str(FASHION)!r}: {reason}")
     return replace(idx_folder(FASHION, split), classes=FASHION_CLASSES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import pathlib
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from .. import tensors as tensor_files
 from ..checkpoint import KEY
-from ..files import PathLike
+from ..files import PathLike, bundled
 from ..tensors import TensorFile
 from .judge import FEATURES, Classifier, Judge, RealImages
 
@@ -62,6 +61,4 @@ def _judge(description: dict[str, Any], found: dict[str, torch.Tensor]) -> Judge
 
 def packaged_judge(data: str) -> pathlib.Path | None:
     """Returns the path of the judge of a named source that is bundled with this package, or None."""
-    if data != "fashion-mnist":
-        return None
-    return pathlib.Path(str(importlib.resources.files("dd_kernels.apps"))) / "models" / "fashion.judge.safetensors"
+    return bundled("fashion.judge.safetensors") if data == "fashion-mnist" else None

@@ -26,7 +26,8 @@ def number(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _figure(name: str, cell: Cell) -> str:
+def cell_text(name: str, cell: Cell) -> str:
+    """Returns one of a cell's measures, a key of ``TITLES``, as a table shows it."""
     measures = cell.measures
     if name == "images_per_second":
         return number(cell.images_per_second)
@@ -45,7 +46,7 @@ def _grid(evaluation: Evaluation, name: str) -> str:
     lines = [
         [" " * first, *(f"{steps} steps" for steps in columns)],
         ["-" * first, *("---:" for _ in columns)],
-        *([row_name(row).ljust(first), *(_figure(name, cells[row, s]) for s in columns)] for row in rows),
+        *([row_name(row).ljust(first), *(cell_text(name, cells[row, s]) for s in columns)] for row in rows),
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("| " + " | ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) + " |" for line in lines)

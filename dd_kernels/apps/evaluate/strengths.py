@@ -7,7 +7,7 @@ import json
 from typing import Any, NamedTuple
 
 from .. import plots
-from .report import number, run_notes
+from .report import cell_text, number, run_notes
 from .table import Cell, Evaluation, row_name
 
 
@@ -44,12 +44,8 @@ def strengths_markdown(found: Strengths, run: dict[str, Any]) -> str:
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for strength, cell in found.cells.items():
-        measures = cell.measures
-        right = "-" if measures.right is None else f"{measures.right:.1%}"
-        distance = f"{number(measures.distance)} ± {number(measures.distance_error)}"
-        lines.append(
-            f"| {strength:g} | {right} | {distance} | {measures.sure:.1%} | {number(cell.images_per_second)} |"
-        )
+        figures = (cell_text(name, cell) for name in ("right", "distance", "sure", "images_per_second"))
+        lines.append(f"| {strength:g} | {' | '.join(figures)} |")
     accuracy = "Accuracy: the share of samples that the classifier gives the class asked for."
     return "\n".join([*lines, "", *(f"- {note}" for note in (accuracy, *run_notes(common, run)))]) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from dataclasses import asdict, replace
 from typing import Any
@@ -94,7 +95,8 @@ def _train(model: NoisyClassifier, info: ModelInfo, options: TrainOptions, datas
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(x_t, t)
         loss = F.cross_entropy(logits.float(), labels)
-        if not loss.isfinite():
+        value = loss.item()
+        if not math.isfinite(value):
             raise TrainingDivergedError(f"the loss of step {step + 1} is not a number: try a smaller lr")
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -102,7 +104,7 @@ def _train(model: NoisyClassifier, info: ModelInfo, options: TrainOptions, datas
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
         scaler.step(optimizer)
         scaler.update()
-        mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
+        mean = value if mean is None else 0.99 * mean + 0.01 * value
     assert mean is not None
     return mean
 

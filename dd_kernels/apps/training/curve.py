@@ -57,13 +57,12 @@ class LossCurve:
 
 def check_pictures(plot: PathLike | None, evolution: PathLike | None, resume: bool, overwrite: bool) -> None:
     """Raises ``ValueError`` where a run's plot or growing picture cannot be drawn, or would replace another file."""
-    for name, path in (("plot", plot), ("evolution", evolution)):
-        if path is not None:
-            images.check_png(name, path, overwrite=resume or overwrite)
     if plot is not None:
-        plots.figure(1, 1)
-    if evolution is not None and resume:
-        steps_of(evolution)
+        plots.check_plot("plot", plot, overwrite=resume or overwrite)
+    if evolution is not None:
+        images.check_png("evolution", evolution, overwrite=resume or overwrite)
+        if resume:
+            steps_of(evolution)
 
 
 def steps_of(path: PathLike) -> list[int]:
