@@ -213,9 +213,7 @@ def load_model(path: PathLike | None = None, ema: float | None = None) -> tuple[
         ValueError: the file is missing, truncated, foreign, changed since it was written, or does not hold what it
             describes.
     """
-    path = DEFAULT if path is None else path
-    if path in BUNDLED and not pathlib.Path(path).exists():
-        path = packaged_model(str(path))
+    path = model_path(path)
     file, metadata = open_model(path)
     with file:
         info = ModelInfo.from_metadata(path, metadata)
@@ -227,6 +225,12 @@ def load_model(path: PathLike | None = None, ema: float | None = None) -> tuple[
         wide = {name.removeprefix(prefix): v.float() if v.element_size() == 2 else v for name, v in weights.items()}
         model.load_state_dict(wide, assign=True)
     return channels_last(model).eval().requires_grad_(False), info
+
+
+def model_path(path: PathLike | None = None) -> PathLike:
+    """Returns the file of a model: ``path``, or that of the bundled model of this name (where no file has it)."""
+    path = DEFAULT if path is None else path
+    return packaged_model(str(path)) if path in BUNDLED and not pathlib.Path(path).exists() else path
 
 
 def packaged_model(name: str = DEFAULT) -> pathlib.Path:

@@ -8,7 +8,8 @@ from typing import Any
 from ...likelihood import Process
 from .. import data
 from ..evaluate import BitsPerDim, bits_per_dim
-from ..evaluate.table import LEARNED, SAMPLES
+from ..evaluate.results import LEARNED
+from ..evaluate.table import SAMPLES
 from . import common, real_images
 from .common import LoadedModel
 
@@ -39,6 +40,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be left out {where} --bits-per-dim; got {getattr(args, name)}")
     if args.bits_per_dim and args.guidance != 1:
         raise ValueError(f"--guidance must be 1 with --bits-per-dim; got {args.guidance}")
+    if args.bits_per_dim and len(args.num_samples or [0]) != 1:
+        raise ValueError(f"--num-samples must be one number with --bits-per-dim; got {args.num_samples}")
 
 
 def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:
@@ -61,5 +64,5 @@ def measure(loaded: LoadedModel, args: argparse.Namespace) -> BitsPerDim:
     )
     labels = real_images.own_labels(loaded, held_out)
     options: dict[str, Any] = {"labels": labels, "seed": args.seed, "batch_size": args.batch_size}
-    n = min(SAMPLES, len(held_out)) if args.num_samples is None else args.num_samples
+    n = min(SAMPLES, len(held_out)) if args.num_samples is None else args.num_samples[0]
     return bits_per_dim(process, held_out, n=n, device=loaded.device, progress=not args.no_progress, **options)

@@ -4,6 +4,7 @@ Prints four tables, of samplers (rows) and numbers of steps (columns): the Fréc
 real images of --data, in the features of a classifier of the others; the shares of samples of the class asked for, and
 of those that the classifier is sure of; images/s. The floor is that distance of training images. The classifier for
 fashion-mnist is bundled, with the features of real images; another is trained first (for digits in seconds).
+--out X.json keeps each cell once it is measured, and with --resume-if-there the same command goes on from there.
 With --guidances, or --classifier-scales: accuracy and distance of one sampler against the strength of its guidance.
 With --bits-per-dim: the variational bound of held-out images, with its standard error and its terms.
 """
@@ -11,6 +12,7 @@ With --bits-per-dim: the variational bound of held-out images, with its standard
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import pathlib
 import time
@@ -20,10 +22,11 @@ from typing import Any
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.timesteps import SPACINGS
 from .. import data, plots
-from ..checkpoint import DEFAULT
+from ..checkpoint import DEFAULT, model_path
 from ..evaluate import (
     Evaluation,
     Judge,
+    KeptCells,
     Strengths,
     as_json,
     environment,
@@ -40,8 +43,10 @@ from ..evaluate import (
     strengths_png,
     terms_png,
 )
-from ..evaluate.table import LARGE, LEARNED, ROWS, SAMPLES, STEPS
-from ..files import atomic_write, check_writable
+from ..evaluate.results import LARGE, LEARNED
+from ..evaluate.table import ROWS, SAMPLES, STEPS, samples_of_columns
+from ..files import atomic_write, check_writable, only_writer
+from ..shards.job import model_digest
 from . import bits_per_dim, classifier, common, guidance, strengths
 from .common import LoadedModel
 from .report import Report
@@ -77,7 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-n",
         "--num-samples",
         type=common.integer(2),
-        help=f"samples per cell; a distance of fewer is biased upwards more (default: {SAMPLES})",
+        nargs="+",
+        help="samples per cell, once or for each column; a distance of fewer is biased upwards more "
+        f"(default: {SAMPLES})",
     )
     parser.add_argument("--spacing", choices=SPACINGS, help="of the timesteps (default: leading)")
     parser.add_argument("--seed", type=common.seed, default=0, help="of all noise (default: 0)")
@@ -98,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", help="to write too: a .md (the tables), a .json (everything) or a folder for both")
     parser.add_argument("--overwrite", action="store_true", help="replace --out, or write to a folder with files")
+    parser.add_argument(
+        "--resume-if-there",
+        action="store_true",
+        help="go on from the cells that --out X.json keeps of the same command, or begin",
+    )
     common.add_model_arguments(parser, classes=None)
     classifier.add_arguments(parser)
 
@@ -114,6 +126,26 @@ def _steps(args: argparse.Namespace) -> Sequence[int]:
     return args.steps or (STEPS if strengths.axis(args) is None else strengths.STEPS)
 
 
+def _check_resume(args: argparse.Namespace) -> None:
+    """Raises ``ValueError`` where --resume-if-there has no file of cells to go on from."""
+    if not args.resume_if_there:
+        return
+    if args.overwrite:
+        raise ValueError("only one of --resume-if-there and --overwrite may be given; got both")
+    if not _keeps_cells(args):
+        raise ValueError(
+            f"--resume-if-there needs a table of samplers and --out X.json; got --out {args.out}"
+            + (" with --bits-per-dim" if args.bits_per_dim else "")
+            + ("" if strengths.axis(args) is None else f" with several strengths of {strengths.axis(args)}")
+        )
+
+
+def _keeps_cells(args: argparse.Namespace) -> bool:
+    """Returns whether the measurement is a table of samplers that --out keeps as JSON."""
+    is_json = args.out is not None and args.out.lower().endswith(".json")
+    return is_json and not args.bits_per_dim and strengths.axis(args) is None
+
+
 def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
     """Raises ``ValueError`` for steps that the model's schedule does not have, before the classifier is trained."""
     schedule = loaded.info.make_schedule()
@@ -121,7 +153,12 @@ def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
     for row in _rows(loaded, args):
         for steps in _steps(args):
             sampler_table(schedule, row, steps, spacing=args.spacing or "leading", **kind)
-    common.check_images(loaded, args.num_samples or SAMPLES)
+    common.check_images(loaded, max(_samples(args)))
+
+
+def _samples(args: argparse.Namespace) -> list[int]:
+    """Returns the number of samples of each column."""
+    return samples_of_columns(args.num_samples or SAMPLES, _steps(args))
 
 
 def _check_fits(loaded: LoadedModel, shape: tuple[int, ...], num_classes: int) -> None:
@@ -150,14 +187,14 @@ def _judge(loaded: LoadedModel, args: argparse.Namespace) -> Judge:
     return load_judge(kept)  # whose features are rounded, so that this run's figures are those of later ones
 
 
-def _measure(loaded: LoadedModel, judge: Judge, args: argparse.Namespace) -> Evaluation:
-    n = args.num_samples or SAMPLES
-    classes = None if loaded.num_classes is None else judge.labels(n).tolist()
+def _measure(loaded: LoadedModel, judge: Judge, args: argparse.Namespace, kept: KeptCells | None = None) -> Evaluation:
+    samples = _samples(args)
+    classes = None if loaded.num_classes is None else judge.labels(max(samples)).tolist()
     return evaluate(
         loaded.network,
         loaded.info.make_schedule(),
         judge,
-        n=n,
+        n=samples,
         steps=_steps(args),
         rows=_rows(loaded, args),
         prediction=loaded.info.prediction,
@@ -165,6 +202,7 @@ def _measure(loaded: LoadedModel, judge: Judge, args: argparse.Namespace) -> Eva
         spacing=args.spacing or "leading",
         seed=args.seed,
         progress=not args.no_progress,
+        kept=kept,
         batch_size=args.batch_size,
         **loaded.conditions(classes),
     )
@@ -174,14 +212,16 @@ def run(args: argparse.Namespace) -> int:
     """Measures samples or the bound, prints the tables and writes them."""
     bits_per_dim.check(args)
     strengths.check(args)
+    _check_resume(args)
     if args.plot is not None:
         if not args.bits_per_dim and strengths.axis(args) is None:
             wanted = "--bits-per-dim, --guidances or --classifier-scales"
             raise ValueError(f"--plot must be left out without {wanted}; got {args.plot}")
         plots.check_plot("--plot", args.plot, args.overwrite)
     loaded = LoadedModel.from_arguments(args)
-    with common.backend_of(args, loaded.device):
-        report = None if args.out is None else Report(args.out, args.overwrite)
+    alone = only_writer("--out", args.out) if _keeps_cells(args) else contextlib.nullcontext()
+    with common.backend_of(args, loaded.device), alone:
+        report = None if args.out is None else Report(args.out, args.overwrite or args.resume_if_there)
         start = time.perf_counter()
         contents, plot = _measured(loaded, args, start)
     print(contents[".md"], end="")
@@ -196,7 +236,7 @@ def _measured(loaded: LoadedModel, args: argparse.Namespace, start: float) -> tu
     """Returns the measurement's text for each suffix, and its plot, if it has one."""
     if args.bits_per_dim:
         bound = bits_per_dim.measure(loaded, args)
-        facts = _facts(loaded, args, start)
+        facts = _timed_facts(loaded, args, start)
         plot = None if args.plot is None else terms_png(bound)
         return {".md": likelihood_markdown(bound, facts), ".json": likelihood_json(bound, facts)}, plot
     _check_samplers(loaded, args)
@@ -204,24 +244,34 @@ def _measured(loaded: LoadedModel, args: argparse.Namespace, start: float) -> tu
     if axis is not None:
         every = {strength: _measure(model, judge, args) for strength, model in strengths.guided(loaded, args)}
         found = Strengths(axis, every)
-        facts = _facts(loaded, args, start)
+        facts = _timed_facts(loaded, args, start)
         plot = None if args.plot is None else strengths_png(found)
         return {".md": strengths_markdown(found, facts), ".json": strengths_json(found, facts)}, plot
-    evaluation = _measure(loaded, judge, args)
-    facts = _facts(loaded, args, start)
+    kept = KeptCells(args.out, _facts(loaded, args), args.resume_if_there) if _keeps_cells(args) else None
+    evaluation = _measure(loaded, judge, args, kept)
+    facts = _timed_facts(loaded, args, start, 0.0 if kept is None else kept.seconds_before)
     return {".md": markdown(evaluation, facts), ".json": as_json(evaluation, facts)}, None
 
 
-def _facts(loaded: LoadedModel, args: argparse.Namespace, start: float) -> dict[str, Any]:
-    """Returns what a measurement ran on, and for how long."""
+def _facts(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what a measurement runs on, and with what options."""
     return {
         **environment(loaded.device, loaded.backend_that_runs()),
-        "seconds": round(time.perf_counter() - start, 1),
         "model": args.model or DEFAULT,
+        "model_sha256": model_digest(model_path(args.model)),
+        "ema": args.ema,
+        "classes": list(loaded.classes) or list(map(str, range(loaded.num_classes or 0))),
         "dtype": args.dtype,
+        "accelerate": args.accelerate,
         **{name: getattr(args, name) for name in guidance.OPTIONS},
         "classifier": args.classifier,
+        "classifier_sha256": None if args.classifier is None else model_digest(args.classifier),
         "classifier_scale": loaded.classifier_scale,
         **strengths.of_each_row(args),
         "batch_size": args.batch_size,
     }
+
+
+def _timed_facts(loaded: LoadedModel, args: argparse.Namespace, start: float, before: float = 0.0) -> dict[str, Any]:
+    """Returns the same of a measurement that has run, with the seconds since ``start`` and those ``before``."""
+    return {**_facts(loaded, args), "seconds": round(before + time.perf_counter() - start, 1)}

@@ -9,7 +9,8 @@ from ...ops.reverse_step.table import DynamicThreshold, StepTable
 from ...samplers import ddim
 from ...samplers.named import FEW_STEP_SAMPLERS
 from ...samplers.noise_levels import SIGMA_SPACINGS
-from ..evaluate.table import LEARNED, ancestral_table
+from ..evaluate.results import LEARNED
+from ..evaluate.table import ancestral_table
 from . import common
 from .common import LoadedModel
 

@@ -51,7 +51,7 @@ def job_of(loaded: LoadedModel, table: StepTable, labels: list[int] | None, args
     options |= {"steps": len(table), "eta": args.eta, "variance": args.variance, "clip": repr(args.clip)}
     return Job(
         version=__version__,
-        model=model_digest(checkpoint.packaged_model() if args.model is None else args.model),
+        model=model_digest(checkpoint.model_path(args.model)),
         table=table_digest(table),
         options=options,
         labels=labels,

@@ -3,17 +3,21 @@
 from .frechet import frechet_distance, moments
 from .judge import Classifier, Judge, Measures, train_classifier
 from .judge_file import load_judge, packaged_judge, save_judge
+from .kept import KeptCells
 from .likelihood import BitsPerDim, bits_per_dim, likelihood_json, likelihood_markdown, terms_png
 from .report import as_json, environment, markdown
+from .results import Cell, Column, Evaluation
 from .strengths import Strengths, strengths_json, strengths_markdown, strengths_png
-from .table import Cell, Evaluation, evaluate, sampler_table
+from .table import evaluate, sampler_table
 
 __all__ = [
     "BitsPerDim",
     "Cell",
     "Classifier",
+    "Column",
     "Evaluation",
     "Judge",
+    "KeptCells",
     "Measures",
     "Strengths",
     "as_json",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +122,7 @@ class Measures:
         sure: share of the images that the classifier gives to one class with at least the probability ``SURE``.
         right: share of the images that the classifier gives to the class they are meant to have; None where they have
             none.
+        right_by_class: that share of the images of each class, None of a class that no image is meant to have.
     """
 
     images: int
@@ -127,6 +130,7 @@ class Measures:
     distance_error: float
     sure: float
     right: float | None
+    right_by_class: list[float | None] | None = None
 
 
 class Judge:
@@ -149,6 +153,7 @@ class Judge:
     ) -> None:
         self.classifier, self.shape, self.train, self.held_out, self.seed = classifier, shape, train, held_out, seed
         self._moments = moments(held_out.features)
+        self._floors: dict[int, Measures] = {}
 
     @classmethod
     def trained(cls, train: ImageData, held_out: ImageData, seed: int = 0, epochs: int = EPOCHS) -> Judge:
@@ -184,15 +189,35 @@ class Judge:
         picked = torch.cat([own.eq(c).nonzero()[:, 0][: int(labels.eq(c).sum())] for c in labels.unique()])
         return self._measure(self.train.features[picked], own[picked])
 
+    def floor(self, n: int) -> Measures:
+        """Returns what real images measure of the classes that n samples have, see :meth:`real`; measured once."""
+        if n not in self._floors:
+            self._floors[n] = self.real(self.labels(n))
+        return self._floors[n]
+
+    @cached_property
     def all_held_out(self) -> Measures:
-        """Returns what the held-out images themselves measure: a distance of 0, and the classifier's accuracy."""
+        """What the held-out images themselves measure: a distance of 0, and the classifier's accuracy."""
         return self._measure(*self.held_out)
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of the classifier's weights and of the real images' features and labels."""
+        content = hashlib.sha256()
+        for value in (*self.classifier.state_dict().values(), *self.train, *self.held_out):
+            content.update(value.contiguous().numpy())
+        return content.hexdigest()
 
     @torch.no_grad()
     def _measure(self, features: Tensor, labels: Tensor | None) -> Measures:
         best, classes = self.classifier.head(features).softmax(1).max(1)
-        right = None if labels is None else _share(classes.eq(labels.cpu()))
-        return Measures(len(features), self._distance(features), self._error(features), _share(best >= SURE), right)
+        right, by_class = None, None
+        if labels is not None:
+            labels = labels.cpu()
+            hits = classes.eq(labels)
+            of_class = [hits[labels == c] for c in range(self.num_classes)]
+            right, by_class = _share(hits), [_share(own) if len(own) else None for own in of_class]
+        sure = _share(best >= SURE)
+        return Measures(len(features), self._distance(features), self._error(features), sure, right, by_class)
 
     def _distance(self, features: Tensor) -> float:
         return frechet_distance(*moments(features), *self._moments)

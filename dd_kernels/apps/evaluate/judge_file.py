@@ -8,12 +8,11 @@ from typing import Any
 import torch
 
 from .. import tensors as tensor_files
-from ..checkpoint import KEY
+from ..checkpoint import FORMAT, KEY, open_model
 from ..files import PathLike, bundled
-from ..tensors import TensorFile
 from .judge import FEATURES, Classifier, Judge, RealImages
 
-KIND, FORMAT = "judge", 1
+KIND = "judge"
 # Training images of which features are kept, for the floor: as many as Fashion-MNIST keeps for tests.
 KEPT = 10_000
 _CLASSIFIER = "classifier."
@@ -35,10 +34,8 @@ def load_judge(path: PathLike) -> Judge:
     Raises:
         ValueError: the file is missing, truncated, changed, foreign, or does not hold what it describes.
     """
-    with TensorFile(path, KIND) as file:
-        description = file.described(KEY)
-        if description.get("kind") != KIND or description.get("format") != FORMAT or file.checksum(KEY) is None:
-            raise ValueError(f"{str(path)!r} is no {KIND} of format {FORMAT} that dd_kernels wrote")
+    file, description = open_model(path, KIND)
+    with file:
         found = {name: v if v.dtype == torch.int16 else v.float() for name, v in file.read(KEY).items()}
     try:
         return _judge(description, found)

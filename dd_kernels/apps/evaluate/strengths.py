@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import plots
 from .report import cell_text, number, run_notes
-from .table import Cell, Evaluation, row_name
+from .results import Cell, Column, Evaluation, row_name
 
 
 class Strengths(NamedTuple):
@@ -28,6 +28,11 @@ class Strengths(NamedTuple):
         return next(iter(self.evaluations.values()))
 
     @property
+    def column(self) -> Column:
+        """Returns the number of steps that all have in common."""
+        return self.first.columns[0]
+
+    @property
     def cells(self) -> dict[float, Cell]:
         """Returns the measures by strength."""
         return {strength: evaluation.cells[0] for strength, evaluation in self.evaluations.items()}
@@ -38,7 +43,7 @@ def strengths_markdown(found: Strengths, run: dict[str, Any]) -> str:
     common, cell = found.first, found.first.cells[0]
     lines = [
         f"**{row_name(cell.row)}, {cell.steps} steps, against the {found.axis}** (held-out images: accuracy "
-        f"{common.held_out.right:.1%}; floor of the distance {number(common.floor.distance)})",
+        f"{common.held_out.right:.1%}; floor of the distance {number(found.column.floor.distance)})",
         "",
         f"| {found.axis} | accuracy | Fréchet distance | sure | images/s |",
         "| ---: | ---: | ---: | ---: | ---: |",
@@ -66,7 +71,7 @@ def strengths_png(found: Strengths) -> bytes:
     """
     figure, common = plots.figure(9, 4), found.first
     cell = common.cells[0]
-    figure.suptitle(f"{row_name(cell.row)}, {cell.steps} steps, {common.samples} samples at each {found.axis}")
+    figure.suptitle(f"{row_name(cell.row)}, {cell.steps} steps, {found.column.samples} samples at each {found.axis}")
     left, right = figure.subplots(1, 2)
     measured = sorted((strength, cell.measures) for strength, cell in found.cells.items())
     x = [strength for strength, _ in measured]
@@ -76,7 +81,7 @@ def strengths_png(found: Strengths) -> bytes:
     left.set(xlabel=found.axis, ylabel="accuracy, %", title="Samples of the class asked for")
     errors = [measures.distance_error for _, measures in measured]
     right.errorbar(x, [m.distance for _, m in measured], errors, fmt="o-", capsize=3, label="samples ± standard error")
-    right.axhline(common.floor.distance, linestyle="--", color="grey", label="as many real images")
+    right.axhline(found.column.floor.distance, linestyle="--", color="grey", label="as many real images")
     right.set(xlabel=found.axis, ylabel="Fréchet distance", title="Distance to held-out images", ylim=(0, None))
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import time
 from collections.abc import Mapping, Sequence
@@ -19,60 +20,13 @@ from ...samplers.named import FEW_STEP_SAMPLERS
 from ...sampling.guidance import guided_steps
 from ...sampling.loop import sample
 from ...schedules import Schedule
-from .judge import FEATURES, SURE, Judge, Measures
+from .judge import FEATURES, SURE, Judge
+from .kept import KeptCells
+from .results import LARGE, LEARNED, Cell, Column, Evaluation, row_name
 
-LARGE, LEARNED = "fixed_large", "learned_range"
 STEPS = (10, 20, 50, 100, 1000)
 ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, LARGE, "dpm++")
 SAMPLES = 200
-
-
-def row_name(row: float | str) -> str:
-    """Returns the title of a row."""
-    if isinstance(row, str):
-        return {LARGE: "DDPM, larger variance", LEARNED: "DDPM, learned variance"}.get(row, row)
-    return f"eta {row:g}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One sampler at one number of steps.
-
-    Attributes:
-        row: eta, "fixed_large" for DDPM with its larger variance, "learned_range" for DDPM with the model's, or a name
-            of ``FEW_STEP_SAMPLERS``.
-        steps: model calls per sample.
-        measures: of the samples, beside the held-out images.
-        images_per_second: of sampling alone.
-    """
-
-    row: float | str
-    steps: int
-    measures: Measures
-    images_per_second: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """The measurements of :func:`evaluate`.
-
-    Attributes:
-        cells: row by row, steps in the order asked for.
-        samples: per cell.
-        floor: the measures of as many real training images, of the classes that the samples have.
-        held_out: those of the held-out images, whose ``right`` is the classifier's accuracy.
-        features: dimension of the classifier's features.
-        sure_probability: the least probability of a class at which the classifier counts as sure.
-        settings: the other options that decide the figures, as plain JSON values.
-    """
-
-    cells: list[Cell]
-    samples: int
-    floor: Measures
-    held_out: Measures
-    features: int
-    sure_probability: float
-    settings: dict[str, Any]
 
 
 def ancestral_table(
@@ -117,10 +71,69 @@ def sampler_table(
     return ddim(schedule, steps, eta=row, **kind)
 
 
-def _calls(table: StepTable, options: Mapping[str, Any]) -> int:
-    """Returns how often the model is called with a sample: twice where a step is guided."""
-    guided = options.get("uncond_kwargs") is not None
-    return len(table) + guided * sum(guided_steps(table, options.get("guidance_interval")))
+def samples_of_columns(n: int | Sequence[int], steps: Sequence[int]) -> list[int]:
+    """Returns the number of samples of each column, where ``n`` is one for all or one for each.
+
+    Raises:
+        ValueError: as many as neither, or fewer samples than a covariance needs.
+    """
+    numbers = [operator.index(n)] * len(steps) if not isinstance(n, Sequence) else list(map(operator.index, n))
+    numbers = numbers * len(steps) if len(numbers) == 1 else numbers
+    if len(numbers) != len(steps):
+        raise ValueError(f"n must be one number, or one for each of the {len(steps)} steps; got {len(numbers)}")
+    if min(numbers) < 2:
+        raise ValueError(f"n must be at least 2, for a covariance; got {min(numbers)}")
+    return numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+    """Measures cells: draws the samples of a row and a column, and has them judged.
+
+    Args:
+        options: of ``sample``, with the model's arguments for ``most`` samples.
+    """
+
+    model: nn.Module
+    judge: Judge
+    tables: dict[tuple[float | str, int], StepTable]
+    seed: int
+    most: int
+    options: dict[str, Any]
+
+    def draw(self, table: StepTable, n: int) -> Tensor:
+        """Returns the first n samples [n, C, H, W] on the CPU, for which it waits."""
+        first = {name: self._first(self.options.get(name), n) for name in ("model_kwargs", "uncond_kwargs")}
+        return sample(self.model, (n, *self.judge.shape), table, seed=self.seed, **{**self.options, **first}).cpu()
+
+    def _first(self, arguments: Mapping[str, Any] | None, n: int) -> dict[str, Any] | None:
+        """Returns the model's arguments for the first n samples."""
+        if arguments is None:
+            return None
+        cut = {k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim and len(v) == self.most}
+        return {k: v[:n] if k in cut else v for k, v in arguments.items()}
+
+    def calls(self, row: float | str, column: Column) -> int:
+        """Returns how many samples the model is called with for a cell: twice as many where a step is guided."""
+        table, guided = self.tables[row, column.steps], self.options.get("uncond_kwargs") is not None
+        return column.samples * (len(table) + guided * sum(guided_steps(table, self.options.get("guidance_interval"))))
+
+    def measure(self, row: float | str, column: Column) -> Cell:
+        """Returns a cell.
+
+        Raises:
+            ValueError: the samples are not finite.
+        """
+        asked = self.options.get("model_kwargs") or {}
+        labels = asked.get("label", asked.get("y"))
+        start = time.perf_counter()
+        images = self.draw(self.tables[row, column.steps], column.samples)
+        speed = column.samples / (time.perf_counter() - start)
+        if not torch.isfinite(images).all():
+            where = f"{row_name(row)}, {column.steps} steps"
+            raise ValueError(f"model must draw finite samples; got NaN or inf, {where}")
+        measures = self.judge.measure(images, None if labels is None else labels[: column.samples])
+        return Cell(row, column.steps, measures, speed)
 
 
 def evaluate(
@@ -128,7 +141,7 @@ def evaluate(
     schedule: Schedule,
     judge: Judge,
     *,
-    n: int = SAMPLES,
+    n: int | Sequence[int] = SAMPLES,
     steps: Sequence[int] = STEPS,
     rows: Sequence[float | str] = ROWS,
     prediction: str = "epsilon",
@@ -136,18 +149,20 @@ def evaluate(
     spacing: str = "leading",
     seed: int = 0,
     progress: bool = False,
+    kept: KeptCells | None = None,
     **options: Any,
 ) -> Evaluation:
     r"""Measures distance, accuracy, confidence and images/s in the layout of table 1 of DDIM (Song et al., 2021).
 
     The distance of n samples is biased upwards, more for smaller n. The floor is therefore the distance of
-    as many real images, of the classes that the samples have (:meth:`Judge.labels`).
+    as many real images, of the classes that the samples have (:meth:`Judge.floor`).
 
     Args:
         model: an epsilon, x_0 or v model (``prediction``) trained on ``schedule``.
         judge: holds the real images, and the classifier in whose features samples are compared with them.
-        n: samples per cell, at least 2.
-        steps: the columns: model calls per sample, in [1, T].
+        n: samples per cell, at least 2: a number, or one for each column. Of fewer samples than another column has,
+            the images are the first of that column.
+        steps: the columns, which differ: model calls per sample, in [1, T].
         rows: DDIM's eta in [0, 1]; "fixed_large": DDPM with the larger variance, \hat\sigma in the paper;
             "learned_range": DDPM with the model's variance; or a name of ``FEW_STEP_SAMPLERS``, such as "dpm++".
         learned_variance: the model's output is [N, 2 C, ...], its second half the variance of the row "learned_range".
@@ -155,42 +170,42 @@ def evaluate(
             floor(c i).
         seed: of the samples; all cells start from the same x_T.
         progress: show a tqdm bar.
-        options: batch_size, model_kwargs, backend and those of guidance, as in :func:`dd_kernels.sample`.
+        kept: keeps every cell once it is measured, and knows those that an earlier run has measured.
+        options: batch_size, model_kwargs (of the largest n), backend and those of guidance, as in
+            :func:`dd_kernels.sample`.
 
     Raises:
         ValueError, TypeError: an argument out of range; samples that are not finite.
     """
-    n, asked = operator.index(n), options.get("model_kwargs", {})
-    labels = asked.get("label", asked.get("y"))
-    if n < 2:
-        raise ValueError(f"n must be at least 2, for a covariance; got {n}")
+    numbers, steps = samples_of_columns(n, steps), list(map(operator.index, steps))
+    for name, values in (("steps", steps), ("rows", rows)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} must differ from one another; got {list(values)}")
 
     def table_of(row: float | str, steps: int) -> StepTable:
         kind = {"spacing": spacing, "prediction": prediction}
         return sampler_table(schedule, row, steps, learned_variance=learned_variance, **kind)
 
     # Builds all tables first, so that a sampler that does not fit the schedule raises before the first model call.
-    plan = [(row, count, table_of(row, count)) for row in rows for count in map(operator.index, steps)]
-
-    def draw(table: StepTable) -> Tensor:
-        return sample(model, (n, *judge.shape), table, seed=seed, **options).cpu()  # waits for the device
-
-    # Allocates memory and compiles kernels before the first cell is timed.
-    draw(table_of(0.0, 1))
-    calls = n * sum(_calls(table, options) for _, _, table in plan)
-    bar = tqdm(total=calls, desc="evaluating", unit="call", unit_scale=True, disable=not progress)
-    cells = []
-    with bar:
-        for row, count, table in plan:
-            bar.set_postfix_str(f"{row_name(row)}, {count} steps")
-            start = time.perf_counter()
-            images = draw(table)
-            speed = n / (time.perf_counter() - start)
-            bar.update(n * _calls(table, options))
-            if not torch.isfinite(images).all():
-                raise ValueError(f"model must draw finite samples; got NaN or inf, {row_name(row)}, {count} steps")
-            cells.append(Cell(row, count, judge.measure(images, labels), speed))
+    tables = {(row, count): table_of(row, count) for row in rows for count in steps}
+    columns = [Column(count, number, judge.floor(number)) for count, number in zip(steps, numbers, strict=True)]
     settings = {"seed": operator.index(seed), "timesteps": len(schedule), "spacing": spacing}
-    settings |= {"prediction": prediction, "learned_variance": learned_variance, "classifier_seed": judge.seed}
-    floor, held_out = judge.real(judge.labels(n)), judge.all_held_out()
-    return Evaluation(cells, n, floor, held_out, FEATURES, SURE, settings)
+    settings |= {"prediction": prediction, "learned_variance": learned_variance}
+    settings |= {"classifier_seed": judge.seed, "judge": judge.digest()}
+    result = Evaluation(list(rows), columns, [], judge.all_held_out, FEATURES, SURE, settings)
+    known = {(cell.row, cell.steps): cell for cell in (kept.begin(result) if kept is not None else ())}
+
+    cells = _Cells(model, judge, tables, seed, max(numbers), options)
+    if len(known) < len(tables):
+        # Allocates memory and compiles kernels before the first cell is timed.
+        cells.draw(table_of(0.0, 1), max(numbers))
+    calls = sum(cells.calls(row, column) for row in rows for column in columns)
+    with tqdm(total=calls, desc="evaluating", unit="call", unit_scale=True, disable=not progress) as bar:
+        for row, column in itertools.product(rows, columns):
+            bar.set_postfix_str(f"{row_name(row)}, {column.steps} steps")
+            found = known.get((row, column.steps))
+            result.cells.append(cells.measure(row, column) if found is None else found)
+            if kept is not None and found is None:
+                kept.keep(result)
+            bar.update(cells.calls(row, column))
+    return result

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...ops.reverse_step.table import StepTable
+from ..differences import differences
 from ..files import PathLike
 from .formats import FORMATS
 
@@ -75,9 +76,7 @@ class Job:
 
     def differences(self, other: Job) -> str:
         """Returns in words how this job, of a folder, differs from the other one, that is asked for."""
-        mine, others = ({**asdict(job), **job.options} for job in (self, other))
-        names = [name for name in mine if name != "options" and mine[name] != others.get(name)]
-        return ", ".join(f"{name} is {mine[name]!r} there and {others.get(name)!r} here" for name in names)
+        return differences(*({**asdict(job), **job.options, "options": None} for job in (self, other)))
 
     @staticmethod
     def from_json(values: Any) -> Job:

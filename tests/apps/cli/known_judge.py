@@ -23,5 +23,12 @@ class KnownJudge:
     def real(self, labels):
         return self.measure(labels)
 
+    def floor(self, n):
+        return self.real(self.labels(n))
+
+    @property
     def all_held_out(self):
         return self.measure(range(2))
+
+    def digest(self):
+        return "known"

@@ -12,6 +12,8 @@ from dd_kernels.apps.checkpoint import ModelInfo, save_model
 from dd_kernels.apps.cli import evaluate as command
 from dd_kernels.apps.cli import main
 from dd_kernels.apps.data import ImageData, sources
+from dd_kernels.apps.evaluate import Judge, Measures, save_judge
+from dd_kernels.apps.evaluate.report import distance, share
 from dd_kernels.nn import UNet
 
 
@@ -43,17 +45,21 @@ class TestCommand:
         assert printed == (report / "evaluation.md").read_text(encoding="utf-8")
         lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if "|" in line]
         rows = ["eta 0", "eta 0.2", "eta 0.5", "eta 1", "DDPM, larger variance", "dpm++"]
-        assert [line[0] for line in lines if line[0] and not line[0].startswith("-")] == rows * 4
-        assert [line[1:] for line in lines if not line[0]] == [["2 steps", "3 steps"]] * 4
+        grids = [*rows, "floor", *rows * 3, *rows, "held-out images"]
+        assert [line[0] for line in lines if line[0] and not line[0].startswith("-")] == grids
+        assert [line[1:] for line in lines if not line[0]] == [["2 steps", "3 steps"]] * 4 + [list("0123456789")]
 
         found = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
         etas = [0.0, 0.2, 0.5, 1.0, "fixed_large", "dpm++"]
         assert [(c["row"], c["steps"]) for c in found["cells"]] == [(row, s) for row in etas for s in (2, 3)]
-        assert found["samples"] == 12
+        assert [(c["steps"], c["samples"]) for c in found["columns"]] == [(2, 12), (3, 12)]
         assert found["settings"]["seed"] == 5
         assert found["run"]["backend"] in ("cpu", "reference")
         assert {"device", "threads", "torch", "numpy", "python", "model", "dtype", "guidance"} <= found["run"].keys()
-        assert f"the floor is {found['floor']['distance']:.1f}" in printed
+        floor = next(line for line in lines if line[0] == "floor")
+        assert floor[1] == distance(Measures(**found["columns"][0]["floor"]))
+        by_class = next(line for line in reversed(lines) if line[0] == "eta 1")
+        assert by_class[1:] == list(map(share, found["cells"][7]["measures"]["right_by_class"]))
         assert "dpm++: noise levels of their own spacing." in printed
         assert f"accuracy {found['held_out']['right']:.1%}" in printed
         assert sorted(p.name for p in report.iterdir()) == ["evaluation.json", "evaluation.md"]
@@ -96,6 +102,81 @@ class TestCommand:
         line[1] = tiny_model(tmp_path / "wide.safetensors", image_size=16)
         assert run(*line, "--judge", "judge.safetensors") == 2
         assert run(*line[2:], "--data", "nothing", "--judge", "m.safetensors") == 2
+
+    def test_a_run_that_was_stopped_goes_on(self, run, tmp_path, monkeypatch, capsys):
+        """It draws the cells that are missing alone, and has the figures of a run that was not stopped."""
+        model, drawn, whole = tiny_model(tmp_path / "model.safetensors"), [], Judge.measure
+        line = [
+            "evaluate",
+            "--no-progress",
+            "-n",
+            "12",
+            "10",
+            "--model",
+            model,
+            "--steps",
+            "2",
+            "3",
+            "--rows",
+            "0",
+            "1",
+        ]
+
+        def figures(path):
+            found = json.loads((tmp_path / path).read_text())
+            del found["run"]["seconds"]
+            return {**found, "cells": [{**cell, "images_per_second": 0} for cell in found["cells"]]}
+
+        def stopping(self, images, labels=None):
+            drawn.append(len(images))
+            if len(drawn) == 4:
+                raise KeyboardInterrupt
+            return whole(self, images, labels)
+
+        assert main([*line, "--out", "whole.json"]) == 0
+        printed = capsys.readouterr().out
+        monkeypatch.setattr(Judge, "measure", stopping)
+        line += ["--out", "t.json", "--resume-if-there"]
+        assert main(line) == 130
+        assert len(figures("t.json")["cells"]) == 3
+        assert main(line) == 0
+        assert drawn == [12, 10, 12, 10, 10]
+        assert figures("t.json") == figures("whole.json")
+        assert main(line) == 0  # draws nothing, and prints the tables
+        assert len(drawn) == 5
+        assert capsys.readouterr().out.splitlines()[:8] == printed.splitlines()[:8]
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            (["--seed", "1"], "--out: 't.json' holds another evaluation; seed is 0 there and 1 here"),
+            (["-n", "11"], "samples is [12] there and [11] here"),
+            (["--rows", "1"], "rows is [0.0] there and [1.0] here"),
+            (["--guidance", "2"], "guidance is 1.0 there and 2.0 here"),
+            (["--judge", "other.safetensors"], "judge is '"),
+            (
+                ["--model", "other_model.safetensors"],
+                "model is 'm.safetensors' there and 'other_model.safetensors' here",
+            ),
+            (["--overwrite"], "only one of --resume-if-there and --overwrite may be given; got both"),
+            (["--out", "t.md"], "--resume-if-there needs a table of samplers and --out X.json; got --out t.md"),
+            (["--guidances", "1"], "got --out t.json with several strengths of guidance"),
+            (["--out", "damaged.json"], "'damaged.json' holds no evaluation to go on with"),
+        ],
+    )
+    def test_another_run_is_not_gone_on_with(self, run, judge, tmp_path, capsys, changed, message):
+        tiny_model(tmp_path / "m.safetensors")
+        tiny_model(tmp_path / "other_model.safetensors", num_res_blocks=2)
+        save_judge("other.safetensors", judge)
+        (tmp_path / "damaged.json").write_text('{"cells": []}')
+        line = ["evaluate", "--no-progress", "--model", "m.safetensors", "-n", "12", "--steps", "2", "--rows", "0"]
+        line += ["--out", "t.json", "--resume-if-there"]
+        assert main(line) == 0
+        kept = (tmp_path / "t.json").read_bytes()
+        capsys.readouterr()
+        assert main([*line, *changed]) == 2
+        assert message in capsys.readouterr().err
+        assert (tmp_path / "t.json").read_bytes() == kept
 
     def test_same_seed_same_figures(self, run, tmp_path):
         model = tiny_model(tmp_path / "model.safetensors")

@@ -29,6 +29,12 @@ def drawn(folder="out"):
     return np.concatenate([pixels(file) for file in files])
 
 
+def test_a_bundled_model_by_its_name():
+    line = ("sample", "--model", "digits", "--no-progress", "-n", "2", "--steps", "1", "--shard-size", "1")
+    assert run(*line, "--out", "out") == 0
+    assert len(drawn()) == 2
+
+
 def test_shards_hold_what_is_drawn_in_one_piece(models, capsys):
     assert shards(models, "--out", "out") == 0
     assert "out: 10 images in 3 shards, 10 of them drawn now in" in capsys.readouterr().out

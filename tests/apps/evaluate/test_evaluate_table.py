@@ -100,11 +100,24 @@ class TestTable:
         )
         ddim, ddpm = result.cells
         assert (ddim.row, ddpm.row, ddim.steps) == (0.0, "fixed_large", 10)
-        assert ddim.measures.distance < 2 * result.floor.distance
+        assert ddim.measures.distance < 2 * result.columns[0].floor.distance
         assert ddpm.measures.distance > 2 * ddim.measures.distance
         assert ddim.measures.sure > 0.95 > ddpm.measures.sure
         assert min(ddim.images_per_second, ddpm.images_per_second) > 0
-        assert (result.samples, result.floor.images, result.held_out.images) == (n, n, 360)
+        column = result.columns[0]
+        assert (column.steps, column.samples, column.floor.images, result.held_out.images) == (10, n, n, 360)
+
+    def test_columns_of_their_own_numbers_of_samples(self, judge):
+        """A column of fewer samples has the first of them, and a floor of as many real images."""
+        model = IdealDenoiser(data.digits("train"), SCHEDULE)
+        options = {"steps": [2, 3], "rows": [0.0], "batch_size": 16}
+        both = evaluate(model, SCHEDULE, judge, n=[30, 20], model_kwargs={"y": judge.labels(30)}, **options)
+        few = evaluate(model, SCHEDULE, judge, n=20, model_kwargs={"y": judge.labels(20)}, **options)
+        assert [column.floor.images for column in both.columns] == [30, 20]
+        assert [cell.measures.images for cell in both.cells] == [30, 20]
+        assert both.columns[1] == few.columns[1]
+        assert both.cells[1].measures.distance == pytest.approx(few.cells[1].measures.distance, rel=1e-3)
+        assert both.cells[1].measures.right_by_class == few.cells[1].measures.right_by_class
 
     def test_samples_that_are_not_finite(self, judge):
         model = nn.Conv2d(1, 1, 1)
@@ -119,6 +132,10 @@ class TestTable:
             evaluate(model, SCHEDULE, judge, n=1)
         with pytest.raises(ValueError, match=r"steps must be an int in \[1, 1000\]; got 1001"):
             evaluate(model, SCHEDULE, judge, n=4, steps=[1, 1001])
+        with pytest.raises(ValueError, match="n must be one number, or one for each of the 3 steps; got 2"):
+            evaluate(model, SCHEDULE, judge, n=[4, 4], steps=[1, 2, 3])
+        with pytest.raises(ValueError, match=r"steps must differ from one another; got \[1, 1\]"):
+            evaluate(model, SCHEDULE, judge, n=4, steps=[1, 1])
 
     def test_progress_counts_the_calls(self, judge, capsys):
         model = Timeless(nn.Conv2d(1, 1, 1))
@@ -132,8 +149,9 @@ def test_markdown_without_the_larger_variance(judge):
     result = evaluate(Timeless(nn.Conv2d(1, 1, 1)), SCHEDULE, judge, n=4, steps=[1], rows=[0.0])
     facts = {"seconds": 1.0, "device": "cpu", "threads": 1, "backend": "cpu", "torch": "2", "model": "m"}
     unguided = {"guidance": 1.0, "guidance_rescale": 0.0, "guidance_interval": None, "classifier": None}
-    text = markdown(result, {**facts, "dtype": "fp32", "batch_size": 4, **unguided})
+    text = markdown(result, {**facts, "classes": [], "dtype": "fp32", "batch_size": 4, **unguided})
     assert "larger variance" not in text
+    assert "of each class" not in text
 
 
 def test_numpy_numbers_become_json(judge):

@@ -19,7 +19,7 @@ def held_out():
 
 class TestJudge:
     def test_accuracy(self, judge):
-        assert judge.all_held_out().right >= 0.975
+        assert judge.all_held_out.right >= 0.975
 
     def test_training_is_deterministic_and_leaves_torch_alone(self):
         images, labels = data.digits("train").batch(torch.arange(100))
@@ -51,9 +51,15 @@ class TestJudge:
         found = judge.measure(held_out, labels)
         assert found.sure == pytest.approx((probabilities.amax(1) >= 0.95).float().mean().item())
         assert found.right == pytest.approx((probabilities.argmax(1) == labels).float().mean().item())
-        assert found == judge.all_held_out()
+        assert found == judge.all_held_out
         assert judge.measure(held_out, (labels + 1) % 10).right < 0.02
-        assert judge.measure(held_out).right is None
+        own = probabilities.argmax(1).eq(3)[labels == 3].float().mean().item()
+        assert found.right_by_class[3] == pytest.approx(own)
+        assert judge.measure(held_out[labels == 3], labels[labels == 3]).right_by_class[2:4] == [
+            None,
+            pytest.approx(own),
+        ]
+        assert judge.measure(held_out).right is judge.measure(held_out).right_by_class is None
 
     def test_the_standard_error_is_that_of_other_draws(self, judge):
         """The distances of 16 parts of the training images scatter as the bootstrap of one says, within 2.5 times.

@@ -20,6 +20,7 @@ def test_a_file_holds_the_judge(judge, path):
     images = torch.rand(20, 1, 8, 8) * 2 - 1
     assert torch.equal(found.classifier(images), judge.classifier(images))
     assert (found.shape, found.seed, found.num_classes) == (judge.shape, judge.seed, 10)
+    assert load_judge(path).digest() == found.digest() != judge.digest()  # whose features are not rounded
     for ours, theirs in ((found.train, judge.train), (found.held_out, judge.held_out)):
         assert torch.equal(ours.labels, theirs.labels)
         assert torch.equal(ours.features, theirs.features.half().float())
@@ -32,7 +33,7 @@ def test_another_file_is_refused(path, tmp_path):
         with pytest.raises(ValueError, match=r"cannot read .*damaged"):
             load_judge(damaged)
     tensors.write(damaged, {"a": torch.zeros(1)}, {"format": 2, "kind": "model"}, KEY)
-    with pytest.raises(ValueError, match="is no judge of format 1 that dd_kernels wrote"):
+    with pytest.raises(ValueError, match="is a model; wanted is a judge"):
         load_judge(damaged)
 
 

@@ -7,7 +7,15 @@ import sys
 import pytest
 from PIL import Image
 
-from dd_kernels.apps.evaluate import Cell, Evaluation, Measures, strengths_json, strengths_markdown, strengths_png
+from dd_kernels.apps.evaluate import (
+    Cell,
+    Column,
+    Evaluation,
+    Measures,
+    strengths_json,
+    strengths_markdown,
+    strengths_png,
+)
 from dd_kernels.apps.evaluate.strengths import Strengths
 
 REAL = Measures(200, 8.8, 0.5, 0.99, 0.989)
@@ -19,7 +27,7 @@ RUN |= {"seconds": 1.0, "device": "cpu", "threads": 1, "backend": "cpu", "torch"
 def found(right=0.75):
     def evaluation(distance):
         cell = Cell(0.0, 25, Measures(200, distance, 1.25, 0.5, right), 123.4)
-        return Evaluation([cell], 200, REAL, REAL, 16, 0.95, SETTINGS)
+        return Evaluation([0.0], [Column(25, 200, REAL)], [cell], REAL, 16, 0.95, SETTINGS)
 
     return Strengths("guidance", {3.0: evaluation(20.0), 1.0: evaluation(10.0)})
 
