@@ -21,7 +21,8 @@ from dd_kernels.ops import checks, cuda_graph
 _FROM_HOST = {"aten::_local_scalar_dense", "aten::lift_fresh", "aten::equal", "aten::is_nonzero"}
 
 
-def _storages(value: Any) -> set[int]:
+def storages(value: Any) -> set[int]:
+    """Returns which memory the tensors in a value lie in."""
     return {x.untyped_storage()._cdata for x in tree_leaves(value) if isinstance(x, Tensor)}
 
 
@@ -43,7 +44,7 @@ class Recorder(TorchDispatchMode):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 self.before.append((value, value.detach().clone()))
         out = func(*args, **kwargs)
-        if not _storages(out) & _storages((args, kwargs)):
+        if not storages(out) & storages((args, kwargs)):
             self.made += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         self.calls.append((func, args, kwargs, out))
         return out
@@ -58,7 +59,7 @@ class Recorder(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
             new = func(*args, **kwargs)
-            if _storages(out) & _storages((args, kwargs)):
+            if storages(out) & storages((args, kwargs)):
                 continue  # the result is a view, or was written in place
             for old, value in zip(tree_leaves(out), tree_leaves(new), strict=True):
                 if isinstance(old, Tensor):

@@ -6,10 +6,12 @@ the device's memory. Their owner's are dropped with it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,6 +23,7 @@ DEVICE_TYPE = "cuda"
 _SHARE = 4  # of the device's memory, one part in so many
 _ring: OrderedDict[tuple[int, Hashable], Capture[Any]] = OrderedDict()
 _owners = itertools.count()
+_trials = threading.local()
 
 
 def serves(device: torch.device) -> bool:
@@ -32,7 +35,19 @@ def unavailable(device: torch.device) -> str | None:
     """Returns why nothing can be captured on a device now, or None."""
     if not serves(device):
         return f"there are no CUDA graphs on {device.type}"
-    return "another CUDA graph is being captured" if cuda.is_current_stream_capturing() else None
+    within = getattr(_trials, "are_running", False) or cuda.is_current_stream_capturing()
+    return "another CUDA graph is being captured" if within else None
+
+
+@contextlib.contextmanager
+def _trial() -> Iterator[None]:
+    """Lets what runs before a capture capture nothing itself, which the capture around it would never replay."""
+    before = getattr(_trials, "are_running", False)
+    _trials.are_running = True
+    try:
+        yield
+    finally:
+        _trials.are_running = before
 
 
 def first_line(error: Exception) -> str:
@@ -51,7 +66,7 @@ class Capture(Generic[T]):
         stream = cuda.Stream(device)
         stream.wait_stream(cuda.current_stream(device))
         devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), cuda.stream(stream):
+        with torch.random.fork_rng(devices), cuda.stream(stream), _trial():
             run()
             run()
         cuda.current_stream(device).wait_stream(stream)

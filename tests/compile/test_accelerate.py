@@ -37,9 +37,9 @@ def latent_pipeline():
     return diffusers.LDMSuperResolutionPipeline(vae, unet(), diffusers.DDIMScheduler(num_train_timesteps=100))
 
 
-def draw(pipe):
-    generator = torch.Generator().manual_seed(3)
-    return pipe(batch_size=2, generator=generator, num_inference_steps=3, output_type="np").images
+def draw(pipe, seed=3, steps=3, **options):
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(batch_size=2, generator=generator, num_inference_steps=steps, output_type="np", **options).images
 
 
 def pipeline(scheduler=None):
@@ -99,14 +99,17 @@ def test_an_accelerated_model_is_freed():
     assert gone() is None
 
 
-def test_a_pipeline():
+def test_a_pipeline(graphs_on_cpu):
+    """Its network is captured once; other seeds, numbers of steps and noise replay it."""
     pipe = pipeline()
-    scheduler, wanted = pipe.scheduler, draw(pipe)
+    scheduler, wanted, another = pipe.scheduler, draw(pipe), draw(pipe, seed=4, steps=5, eta=1.0)
     same, report = dd.accelerate(pipe)
     assert same is pipe
     assert type(pipe.scheduler) is ours.DDIMScheduler
     assert dict(pipe.scheduler.config).items() >= dict(scheduler.config).items()
     assert abs(draw(pipe) - wanted).max() < 1e-5
+    assert abs(draw(pipe, seed=4, steps=5, eta=1.0) - another).max() < 1e-5
+    assert (graphs_on_cpu.captures, graphs_on_cpu.replays) == (1, 3 + 5)
     assert [network.name for network in report.networks] == ["unet"]
     assert len(report.networks[0].graphs) == 1
     lines = str(report).splitlines()

@@ -12,6 +12,7 @@ from torch import nn
 
 import dd_kernels as dd
 from dd_kernels.compile import Report
+from dd_kernels.compile import cuda_graph as compile_cuda_graph
 from dd_kernels.ops import cuda_graph
 
 
@@ -120,6 +121,39 @@ class WritesToItsInput(nn.Module):
         return x * 2
 
 
+def scaled(x, t):
+    return x * t.to(x.device).reshape(-1, 1)
+
+
+def test_an_expanded_input(graphs_on_cpu):
+    """A pipeline's ``t.expand(batch)`` is one number for all samples: it is written once. Windows overlap too."""
+    fast, report = compiled(scaled)
+    for t in (2.0, 3.0):
+        assert_right(fast, scaled, torch.rand(3, 4), torch.tensor(t).expand(3))
+        assert_right(fast, scaled, torch.rand(5).as_strided((3, 3), (1, 1)), torch.tensor(t).expand(3))
+    assert (graphs_on_cpu.captures, graphs_on_cpu.replays) == (2, 4)
+    assert report.notes == []
+
+
+def test_a_number_on_the_host(graphs_on_cpu, monkeypatch):
+    """A timestep that a pipeline keeps on the CPU beside images on a device, for which meta stands."""
+    monkeypatch.setattr(cuda_graph, "DEVICE_TYPE", "meta")
+    monkeypatch.setattr(compile_cuda_graph, "_storage", lambda x: x.untyped_storage()._cdata)  # meta has no addresses
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("read back"))
+    fast, report = compiled(scaled)
+    with torch.no_grad():
+        for t in (2.0, 3.0):
+            assert fast(torch.empty(3, 4, device="meta"), torch.tensor(t)).device.type == "meta"
+    assert (graphs_on_cpu.captures, graphs_on_cpu.replays) == (1, 2)
+    assert report.notes == []
+
+    fast, report = compiled(lambda x, t: (x * t, t + 1))
+    with torch.no_grad():
+        assert fast(torch.empty(3, 4, device="meta"), torch.tensor(2.0))[1] == 3
+    assert graphs_on_cpu.captures == 1
+    assert report.notes == ["no CUDA graph: a result is on the CPU"]
+
+
 REFUSED = {
     CannotBeCaptured: "operation not permitted when stream is capturing",
     ReturnsAView: "a result is a view of an input",
@@ -196,6 +230,14 @@ def test_handed_on_to_inductor(graphs_on_cpu, monkeypatch):
     assert_right(fast, model, x, emb)
     assert_right(fast, model, x + 1, emb)
     assert (len(seen), graphs_on_cpu.captures, graphs_on_cpu.replays) == (1, 1, 2)
+
+
+@NEEDS_CUDA
+def test_a_number_on_the_host_of_a_gpu():
+    fast, report = compiled(scaled)
+    for t in (2.0, 3.0):
+        assert_right(fast, scaled, torch.rand(3, 4).cuda(), torch.tensor(t))
+    assert report.notes == []
 
 
 @NEEDS_CUDA

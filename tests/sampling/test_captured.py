@@ -319,6 +319,15 @@ def test_inference_mode_and_back(graphs_on_cpu):
     assert torch.equal(dd.sample(model, SHAPE, TABLES["ddpm"], seed=0), inside)
 
 
+def test_an_accelerated_model_is_captured_with_its_step_alone(graphs_on_cpu):
+    """Its own graph, which the sampler's would never replay, is not captured beside it."""
+    model = Model()
+    wanted = dd.sample(model, SHAPE, TABLES["ddim"], seed=0, cuda_graph=False)
+    dd.accelerate(model)
+    torch.testing.assert_close(dd.sample(model, SHAPE, TABLES["ddim"], seed=0), wanted)
+    assert (graphs_on_cpu.captures, graphs_on_cpu.replays) == (1, 6)
+
+
 class Drops(Model):
     def forward(self, x, t):
         return nn.functional.dropout(super().forward(x, t))

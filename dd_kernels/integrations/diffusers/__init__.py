@@ -8,6 +8,12 @@ generator; the same images to rounding. Where versions of diffusers differ, ours
 
 - ``step`` reads its coefficients on the device, with a tensor timestep too. Nothing is synchronised, so it can be
   captured in a CUDA graph and by ``torch.compile(fullgraph=True)``.
+- A step is one launch where diffusers' is 2 to 25. torch's noise is one more, and so are Euler's scaling of the input,
+  its churn, and x_0 of a clipped LCM; a threshold sorts. In an accelerated pipeline on CUDA the step stands beside the
+  network's graph, not in it: the pipeline's Python runs between them, and a graph of one launch would need its inputs
+  copied.
+- A generator on the CPU draws there, as in diffusers, and each step uploads its noise; one on the GPU, or philox, does
+  not.
 - Euler's ``scale_model_input`` is a pass of its own, as diffusers': pipelines hand x itself to the next step.
 - What no row fits runs diffusers' own step: flow matching with ``per_token_timesteps``, and a threshold in "dpmsolver"
   and "sde-dpmsolver", which combine epsilon. Euler's ``s_churn`` is a pass before the step.

@@ -130,10 +130,14 @@ def denoise(
     generator: torch.Generator | None = None,
     learned: bool = False,
     copies: bool = False,
+    timesteps: Any = None,
     **options: Any,
 ) -> Tensor:
-    """The loop with a model that is 0.5 sin(2 x); ``copies``: of timesteps that are no views of the scheduler's."""
-    timesteps = one.timesteps
+    """The loop with a model that is 0.5 sin(2 x); ``copies``: of timesteps that are no views of the scheduler's.
+
+    ``timesteps`` are those of the scheduler, as numbers; its own tensor if None.
+    """
+    timesteps = one.timesteps if timesteps is None else timesteps
     restart(one)
     for place, t in enumerate(timesteps):
         if "UnCLIP" in type(one).__name__:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 theirs = pytest.importorskip("diffusers")
 
+from cuda_graph_stand_in import storages  # noqa: E402
 from cuda_graphs import NEEDS_CUDA, capture  # noqa: E402
 from scheduler_cases import NAMES, denoise  # noqa: E402
 
 from dd_kernels import backend as backends  # noqa: E402
 from dd_kernels.integrations import diffusers as ours  # noqa: E402
+from dd_kernels.ops.cuda_graph import Capture  # noqa: E402
 
 # (class, its options, those of step)
 OPTIONS = (
@@ -132,6 +135,54 @@ def test_a_timestep_per_sample_is_not_read() -> None:
         assert one.step(x, torch.empty(2, dtype=torch.int64, device="meta"), x).prev_sample.shape == x.shape
         assert one.add_noise(x, x, one.timesteps[:2]).shape == x.shape
         assert one.alphas_cumprod.device.type == "meta", "where theirs leaves it"
+
+
+def _launches(capture: Capture[Tensor]) -> Counter[str]:
+    """Counts what a capture launches: the operators that make or write a tensor of samples."""
+    counts: Counter[str] = Counter()
+    for func, args, kwargs, out in capture._graph.recorder.calls:
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+        is_view = not writes and bool(storages(out) & storages((args, kwargs)))
+        big = any(isinstance(x, Tensor) and x.ndim > 1 for x in tree_leaves((args, kwargs, out)))
+        if big and not is_view and "empty" not in func._schema.name:
+            counts[func._schema.name] += 1
+    return counts
+
+
+@EVERY_OPTION
+@pytest.mark.parametrize("noise", ["generator", "philox"])
+def test_a_step_is_one_launch_that_a_graph_replays(
+    name: str, config: dict, options: dict, noise: str, graphs_on_cpu: Any
+) -> None:
+    """A captured loop is replayed from another x; each step of it is the kernel, and the noise that torch draws.
+
+    Beside them Euler scales the model's input and adds its churn, LCM mixes its clipped x_0, and a threshold sorts.
+    """
+    one = getattr(ours, name)(**config, noise=noise)
+    one.set_timesteps(5)
+    x = torch.randn(2, 3, 4, 4)
+    options = {key: torch.randn_like(x) if value is ... else value for key, value in options.items()}
+    learned = config.get("variance_type", "").startswith("learned")
+
+    def loop() -> Tensor:
+        return denoise(one, x, learned=learned, timesteps=one.timesteps.tolist(), **options)
+
+    capture = Capture(loop, x.device, x)
+    x.copy_(torch.randn_like(x))
+    torch.manual_seed(0)
+    replayed = capture.replay().clone()
+    torch.manual_seed(0)
+    assert torch.equal(replayed, loop())
+
+    found = _launches(capture)
+    churns, scales = options.get("s_churn", 0) > 0, "Euler" in name and "Flow" not in name
+    assert found.pop("dd_kernels::reverse_step") == 5 * (1 + churns)
+    without = {"LCMScheduler": 1}.get(name, sum(t <= 0 for t in one.timesteps.tolist()) if name in ANCESTRAL else 0)
+    assert found.pop("aten::randn", 0) == (5 - without if noise == "generator" and _draws(name, config, options) else 0)
+    assert found.pop("dd_kernels::q_sample", 0) == 5 * (name == "LCMScheduler" and config.get("clip_sample", False))
+    if "thresholding" not in config:
+        model = {"aten::mul": 10, "aten::sin": 5} | dict.fromkeys(("aten::abs", "aten::add", "aten::cat"), 5 * learned)
+        assert found == Counter(model | {"aten::div": 5 * scales})
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small_log", "learned_range"])
