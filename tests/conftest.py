@@ -1,5 +1,6 @@
 """Sets threads, Hypothesis profiles and Triton's interpreter before anything imports torch."""
 
+import gc
 import os
 import signal
 
@@ -21,6 +22,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors
+
+
+def pytest_collection_finish() -> None:
+    """Lets later garbage collections skip what imports made, which lives to the end: they take a tenth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

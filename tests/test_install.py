@@ -96,6 +96,7 @@ def source_distribution(tmp_path_factory):
     return next(path for path in folder.iterdir() if (path / "PKG-INFO").exists())
 
 
+@pytest.mark.slow
 def test_source_distribution_has_every_source(source_distribution):
     folders = ("csrc", "tests", "tools", "benchmarks", "dd_kernels")
     built = {".so", ".pyc", ".pyo", ".pyd"}

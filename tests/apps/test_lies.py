@@ -155,6 +155,7 @@ def lies(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems tell no peak of one program alone")
 def test_lying_files_cost_little_memory(lies):
     """Of the peak, PyTorch's own import is the most: 220 MB of 280 with its CPU build."""

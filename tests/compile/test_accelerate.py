@@ -207,6 +207,7 @@ def test_what_is_neither():
         dd.accelerate(diffusers.DDIMScheduler())
 
 
+@pytest.mark.slow
 def test_handed_on_to_inductor():
     model, x, emb = make("latent-diffusion", blocks=1)
     with torch.no_grad():

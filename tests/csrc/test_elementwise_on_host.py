@@ -6,6 +6,8 @@ import torch
 import dd_kernels as dd
 from dd_kernels.ops.randn import noise_key
 
+pytestmark = pytest.mark.slow  # Building the kernels for the host takes half a minute.
+
 SCHEDULE = dd.linear_schedule(50)
 TABLE, TABLE_SMALL = (dd.ddpm(SCHEDULE, 20, variance=variance) for variance in ("learned_range", "fixed_small"))
 SHAPE = (3, 3, 4, 8)

@@ -11,6 +11,8 @@ from group_norm_cases import op as norm
 
 import dd_kernels as dd
 
+pytestmark = pytest.mark.slow  # Building the kernels for the host takes half a minute.
+
 H200 = {"sm_count": 132, "major": 9, "l2_bytes": 60 << 20}
 A100 = {"sm_count": 108, "major": 8, "l2_bytes": 40 << 20}
 TINY = {"sm_count": 4, "major": 8, "l2_bytes": 1 << 17}  # a chip so small that most shapes are split, in several waves

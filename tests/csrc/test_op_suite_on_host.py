@@ -9,6 +9,8 @@ import torch
 
 import dd_kernels as dd
 
+pytestmark = pytest.mark.slow  # Building the kernels for the host takes half a minute.
+
 NORMS = ("test_group_norm_silu", "test_group_norm_silu_as_op", "test_group_norm_silu_of_two")
 STEPS = ("test_reverse_step", "test_reverse_step_as_op", "test_reverse_step_history")
 SUITE = ("test_randn", "test_q_sample", *STEPS, *NORMS)

@@ -93,6 +93,7 @@ def test_every_kernel_compiles_for_amd():
     assert compiling("tests/ops/triton_checks.py", "amd")["amd"] == dict.fromkeys(kernels, 0)
 
 
+@pytest.mark.slow
 def test_the_table_lists_the_kernels_that_are_compiled():
     lines = (ROOT / "benchmarks" / "results" / "triton_aot.md").read_text().splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
@@ -113,6 +114,7 @@ def test_processes_share_a_cache(tmp_path):
     assert json.loads(first) == json.loads(second)
 
 
+@pytest.mark.slow
 def test_values_and_batch_sizes_do_not_recompile():
     """Each call compiles one kernel; the split pass has three forward and four backward, the whole one two backward."""
     assert checks()["recompiles"] == {
@@ -127,10 +129,12 @@ def test_values_and_batch_sizes_do_not_recompile():
     }
 
 
+@pytest.mark.slow
 def test_the_alignment_of_small_tensors_does_not_recompile():
     assert checks()["alignments"] == 1
 
 
+@pytest.mark.slow
 def test_every_activation_compiles_without_local_memory():
     """Forward and backward, in one program and split: three kernels and five, less one that both share."""
     compiled = checks()["activations"]
@@ -140,10 +144,12 @@ def test_every_activation_compiles_without_local_memory():
         assert set(kernels_.values()) == {0}, name
 
 
+@pytest.mark.slow
 def test_more_than_2_to_the_31_elements_per_sample_compile():
     assert checks()["huge"] == ["_randn", "_randn", "_partial_moments", "_combine_moments", "_apply"]
 
 
+@pytest.mark.slow
 def test_a_clip_lets_nan_through():
     """The compiled clip returns NaN for a NaN (PTX's ".NaN"), as does the interpreter's.
 
@@ -167,11 +173,13 @@ def test_options_of_any_strides(name):
     assert all(torch.equal(actual[key], wanted[key]) for key in wanted)
 
 
+@pytest.mark.slow
 def test_one_graph_on_cuda_tensors():
     """Dynamo traces every op into one graph with its Triton kernel in it."""
     assert checks()["graph"].count("triton_kernel_wrapper_mutation") == 4
 
 
+@pytest.mark.slow
 def test_one_graph_forward_and_one_backward_in_training():
     """A residual block has two norms: one kernel each forward, and one more for the parameters backward."""
     assert checks()["training_graphs"] == {"forward": 2, "backward": 4}

@@ -66,6 +66,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_change_is_noticed_or_survives_and_is_undone(folder, capsys):
     file = folder / "dd_kernels" / "adding.py"
     source = file.read_text()

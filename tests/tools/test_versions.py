@@ -87,6 +87,7 @@ def test_an_environment_sees_the_running_one_behind_its_own(tmp_path, monkeypatc
     assert not list((tmp_path / "torch").rglob("running.pth"))
 
 
+@pytest.mark.slow
 def test_a_check_is_run_and_one_that_fails_is_the_outcome(tmp_path, monkeypatch, capsys):
     (tmp_path / "test_one.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
     checks = {"good": (f"{tmp_path}/test_one.py::test_a",), "bad": (str(tmp_path / "test_one.py"),)}

@@ -249,6 +249,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(monkeypatch, capsys):
     assert "m.safetensors: step 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_saved():
     command = [sys.executable, "-m", "dd_kernels", "train", "--data", "digits", "--out", "m.safetensors"]
     flags = ["--num-timesteps", "4", "--batch-size", "1", "--steps", "1000000", "--save-every", "5", *TINY]

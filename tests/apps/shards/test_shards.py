@@ -170,6 +170,7 @@ def test_no_manifest(tmp_path):
         Manifest.read(tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_that_add_at_the_same_time_lose_nothing(tmp_path):
     job = Job("1", "m", {}, "t", None, 0, 0, 60, [1, 2, 2], 1, "npz")
     Manifest(tmp_path, job).start()
