@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from bounds import UNIT
+from group_norm_bounds import LARGEST_CURVATURE, LARGEST_SLOPE, activation_errors
 from torch import Tensor
 
+from dd_kernels.ops.activation import Activation, activate
+from dd_kernels.ops.conv2d import reference
 from dd_kernels.ops.conv2d.op import Method
 
 CHUNK = 64  # input channels, taps or tiles that are summed in one chain
@@ -124,6 +128,89 @@ def gradient_bound(
     tiles = output_tiles(dy, m)[:, 0, :, :, 0, 0].numel()
     roundings = 3 * TRANSFORM + min(tiles, CHUNK) + 2 * (tiles // CHUNK + 1)
     return unit(roundings, isa) * gradient_magnitude(x, dy, m, padding)
+
+
+class Training:
+    """How far y and every gradient may be from float64, by whichever method, after a prologue by PyTorch.
+
+    All tensors are float64. Where PyTorch convolves, each product and each sum is a rounding, in any order.
+    """
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        dy: Tensor,
+        stride: int,
+        padding: tuple[int, int, int, int],
+        activation: Activation,
+        isa: str | None,
+    ) -> None:
+        """Takes the tensors x, weight, bias, scale, shift and residual."""
+        self.x, self.weight, self.bias, scale, shift, self.residual = tensors
+        self.dy, self.stride, self.padding, self.isa = dy, stride, padding, isa
+        self.scale, shift = scale[:, :, None, None], shift[:, :, None, None]
+        self.by_winograd = stride == 1 and self.weight.shape[2:] == (3, 3)
+        z = (self.x * self.scale + shift).requires_grad_()
+        e_z = 2 * UNIT * ((self.x * self.scale).abs() + shift.abs())
+        value = activate(z, activation)
+        (self.slope,) = torch.autograd.grad(value.sum(), z)
+        e_value, e_slope = activation_errors(z.detach(), activation, False)
+        self.value, self.e_value = value.detach(), LARGEST_SLOPE * e_z + e_value
+        self.e_slope = LARGEST_CURVATURE * e_z + e_slope
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Returns the bounds of y and the gradients of the tensors."""
+        count = self.dy.numel() // self.dy.shape[1]
+        dz, e_dz = self._of_prologue()
+
+        def summed(factor: Tensor) -> Tensor:
+            term, error = (dz * factor).abs(), e_dz * factor.abs()
+            return (unit(term[0, 0].numel() + 1, None) * (term + error) + error).sum((2, 3))
+
+        return {
+            "y": self._of_result(),
+            "x": self.scale.abs() * (e_dz + 2 * UNIT * (dz.abs() + e_dz)),
+            "weight": self._of_filters(),
+            "bias": unit(count, None) * self.dy.abs().sum((0, 2, 3)),
+            "scale": summed(self.x),
+            "shift": summed(torch.ones_like(self.x)),
+            "residual": torch.zeros_like(self.dy),
+        }
+
+    def _of_result(self) -> Tensor:
+        added = self.bias.abs()[:, None, None] + self.residual.abs()
+        sizes, methods = self.value.abs() + self.e_value, list(TILE) if self.by_winograd else []
+        of = [Method.DIRECT, *methods]
+        limits = [bound(sizes, self.weight, m, self.isa, self.padding, self.stride, added) for m in of]
+        carried = reference.conv2d(self.e_value, self.weight.abs(), None, self.stride, self.padding, None)
+        return torch.stack(limits).amax(0) + carried
+
+    def _of_filters(self) -> Tensor:
+        sizes, rest = self.value.abs() + self.e_value, (self.weight, self.stride, self.padding)
+        if self.by_winograd:
+            limits = [gradient_bound(sizes, self.dy, m, self.isa, self.padding) for m in TILE]
+            limit = torch.stack(limits).amax(0)
+        else:
+            products = self.dy[:, 0].numel()
+            limit = unit(2 * products, None) * reference.weight_gradient(self.dy.abs(), sizes, *rest)
+        return limit + reference.weight_gradient(self.dy.abs(), self.e_value, *rest)
+
+    def _of_prologue(self) -> tuple[Tensor, Tensor]:
+        """Returns the exact gradient of the activation's argument, and its error."""
+        rest = (self.stride, self.padding)
+        exact = reference.input_gradient(self.dy, self.x, self.weight, *rest)
+        if self.stride == 1:
+            turned = self.weight.flip(2, 3).transpose(0, 1)
+            height, width = self.weight.shape[2:]
+            left, right, top, bottom = self.padding
+            back = (width - 1 - left, width - 1 - right, height - 1 - top, height - 1 - bottom)
+            of = [Method.DIRECT, *(TILE if self.by_winograd else [])]
+            error = torch.stack([bound(self.dy, turned, m, self.isa, back) for m in of]).amax(0)
+        else:
+            products = self.weight[:, 0].numel()
+            error = unit(2 * products, None) * reference.input_gradient(self.dy.abs(), self.x, self.weight.abs(), *rest)
+        dz = exact * self.slope
+        return dz, (exact.abs() + error) * self.e_slope + self.slope.abs() * error + 2 * UNIT * (dz.abs() + error)
 
 
 def assert_within(actual: Tensor, exact: Tensor, limit: Tensor) -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import sentinels_survive, within_sentinels
-from conv2d_cases import SAME, bound, unit
+from conv2d_cases import SAME, Training, assert_within, bound, unit
 from guard_page import guard_page
 
 import dd_kernels as dd
+from dd_kernels.ops.activation import Activation
 from dd_kernels.ops.conv2d import conv2d, op
 from dd_kernels.ops.conv2d.op import Method
 
@@ -110,22 +111,24 @@ def leaves(*tensors):
 @pytest.mark.parametrize(
     ("size", "stride", "padding"), [(3, 1, SAME), (3, 2, (0, 1, 0, 1)), (1, 1, (0, 0, 0, 0)), (5, 1, (1, 0, 3, 2))]
 )
-def test_gradients(size, stride, padding):
-    """Gradients through the public function, with prologue and residual, are near those of float64."""
+def test_gradients(size, stride, padding, kernel):
+    """The result and its gradients through the public function, with prologue and residual."""
     x, weight, bias = torch.randn(2, 20, 9, 8), torch.randn(18, 20, size, size), torch.randn(18)
     scale, shift = torch.randn(2, 20), torch.randn(2, 20)
     residual = torch.randn(2, 18, *op.out_size(x, weight, stride, padding))
+    tensors, dy = (x, weight, bias, scale, shift, residual), torch.linspace(-1, 1, residual.numel()).view_as(residual)
     found = []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
-        given = leaves(*(v.to(dtype) for v in (x, weight, bias, scale, shift, residual)))
+        given = leaves(*(v.to(dtype) for v in tensors))
         x_, weight_, bias_, scale_, shift_, residual_ = given
         options = {"input_scale": scale_, "input_shift": shift_, "input_activation": "mish"}
         y = conv2d(x_, weight_, bias_, stride, padding, residual=residual_, backend=backend, **options)
-        dy = torch.linspace(-1, 1, y.numel(), dtype=dtype).reshape(y.shape)
-        found.append([y.detach(), *torch.autograd.grad(y, given, dy)])
-    for exact, actual in zip(*found, strict=True):
+        found.append([y.detach(), *torch.autograd.grad(y, given, dy.to(dtype))])
+    wide = tuple(v.double() for v in tensors)
+    limits = Training(wide, dy.double(), stride, padding, Activation.MISH, kernel.isa).by_name()
+    for exact, actual, limit in zip(*found, limits.values(), strict=True):
         assert actual.dtype == torch.float32
-        assert (actual.double() - exact).abs().max() < 1e-5 * exact.abs().max()
+        assert_within(actual, exact, limit)
 
 
 def second_derivative(one, other, first, backend):
