@@ -51,10 +51,13 @@ def reverse_step_error(
     noise_error: float = 0.0,
     threshold: Tensor | None = None,
     earlier: tuple[Tensor, ...] = (),
+    e_x: Tensor | float = 0.0,
+    more: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Returns the errors of x_prev and x_0 before they are rounded; steps [N], threshold [N, 1, ...] is the exact one.
 
-    ``earlier`` is x_0 of the last step, and of the one before.
+    ``earlier`` is x_0 of the last step, and of the one before; ``e_x`` is the error of x, and ``more`` counts roundings
+    of the coefficients on top of their one.
     """
     columns = table.rows[steps].reshape(len(steps), len(COLUMNS), *[1] * (x.ndim - 1))
     row = {name: columns[:, i] for i, name in enumerate(COLUMNS)}
@@ -64,17 +67,21 @@ def reverse_step_error(
         e_out = gamma(4) * (uncond.abs() + abs(scale) * (out.abs() + uncond.abs()))
     size = guided.abs() + e_out
 
+    numerator, denominator = row["x0_num_x"] * x + row["x0_num_out"] * guided, row["x0_den"].abs()
     terms = (row["x0_num_x"] * x).abs() + row["x0_num_out"].abs() * size
-    e0 = (gamma(8) * terms + (1 + gamma(8)) * row["x0_num_out"].abs() * e_out) / row["x0_den"].abs()
-    x0 = (row["x0_num_x"] * x + row["x0_num_out"] * guided) / row["x0_den"]
+    passed_on = row["x0_num_out"].abs() * e_out + row["x0_num_x"].abs() * e_x
+    e_numerator = gamma(8 + more) * terms + (1 + gamma(8 + more)) * passed_on
+    x0, e0 = numerator / row["x0_den"], e_numerator / denominator
     if threshold is None:
         limit = row["x0_clip"].expand_as(x0)
         x0 = x0.clamp(-limit, limit)
+        is_clipped = numerator.abs() - e_numerator >= limit * denominator  # by the kernel too
+        e0 = torch.where(is_clipped, 0.0, e0).minimum(2 * limit)
         e0 = e0 + torch.where(limit.isfinite(), UNIT * limit, 0.0)
     else:
         e_limit = _threshold_error(e0, threshold)
         x0 = x0.clamp(-threshold, threshold) / threshold
-        e0 = (e0 + 2 * e_limit) / (threshold - e_limit).clamp(min=1.0) + gamma(4)
+        e0 = (e0 + 2 * e_limit) / (threshold - e_limit).clamp(min=min(1.0, table.threshold.max_value)) + gamma(4)
 
     sigma, e_sigma = row["sigma"], torch.zeros_like(x)
     if variance is not None:
@@ -90,7 +97,8 @@ def reverse_step_error(
         + (sigma + e_sigma) * noise.abs()
         + sum((row[name] * x0).abs() for name, x0 in zip(("prev_from_last", "prev_from_older"), earlier, strict=False))
     )
-    error = gamma(8) * sum_of_terms + row["prev_from_x0"].abs() * e0 + row["prev_from_out"].abs() * e_out
+    error = gamma(8 + more) * sum_of_terms + row["prev_from_x0"].abs() * e0 + row["prev_from_out"].abs() * e_out
+    error = error + row["prev_from_x"].abs() * e_x
     return error + e_sigma * noise.abs() + (sigma + e_sigma) * noise_error, e0
 
 

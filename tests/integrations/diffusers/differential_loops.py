@@ -243,10 +243,6 @@ class Loop:
         """The number of steps, if one is given."""
         return self.setting.get("num_inference_steps")
 
-    def inputs(self) -> tuple[Tensor, ...]:
-        """The tensors of the calls."""
-        return tuple(x for pair in self.per_step for x in pair)
-
     def degenerate(self, module: Any) -> bool:
         """Whether no result is defined: a step of higher order between equal noise levels."""
         sigmas = getattr(self._scheduler(module, exact=False), "sigmas", torch.arange(1)).tolist()

@@ -13,27 +13,9 @@ theirs = pytest.importorskip("diffusers")
 
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_unclip  # noqa: E402
 from scheduler_cases import NAMES, Case, denoise  # noqa: E402
+from step_bounds import recorded  # noqa: E402
 
 from dd_kernels.integrations import diffusers as ours  # noqa: E402
-
-
-def _check(value: Tensor, their: Tensor, truth: Tensor, size: float, what: str) -> None:
-    """As near to float64 as theirs: twice their error, and a rounding of the largest term."""
-    assert (value.shape, value.dtype) == (their.shape, their.dtype), what
-    error, their_error = ((x.double() - truth).abs().max().item() for x in (value, their))
-    assert torch.isfinite(truth).all(), what
-    budget = 2 * their_error + 2 * max(torch.finfo(value.dtype).eps, 1.2e-7) * max(size, truth.abs().max().item())
-    assert error <= budget, f"{what}: {error}; theirs {their_error}, budget {budget}"
-
-
-def _check_x0(value: Tensor, truth: Tensor, terms: Tensor) -> None:
-    """Compares x_0 with float64's: a term passes seven roundings at most, and the result is rounded to its dtype.
-
-    They are those of the two coefficients on its way, a product, a sum and a quotient, and two of a dynamic threshold.
-    """
-    limit = 7 * 2.0**-24 * terms + torch.finfo(value.dtype).eps / 2 * truth.abs()
-    in_range = truth.abs() < torch.finfo(value.dtype).max
-    assert ((value.double() - truth).abs() <= limit)[in_range].all()
 
 
 @pytest.mark.parametrize("seed", range(48))
@@ -42,8 +24,12 @@ def test_a_step_equals_theirs(name: str, seed: int, monkeypatch: pytest.MonkeyPa
     case = Case(name, seed)
     a, b = case.scheduler(theirs), case.scheduler(ours)
     assert torch.equal(a.timesteps, b.timesteps)
-    their, value = case.step(a), case.step(b)
+    with recorded() as calls:
+        their, value = case.step(a), case.step(b)
     assert torch.equal(their[2], value[2]), "the generator must be left where theirs leaves it"
+    wide = torch.promote_types(case.sample.dtype, case.out.dtype)
+    assert (value[0].shape, value[0].dtype) == (their[0].shape, their[0].dtype)
+    assert (value[1].shape, value[1].dtype) == (their[1].shape, wide)
 
     # In float64, of the noise that was drawn in the output's dtype.
     for module in (scheduling_ddpm, scheduling_ddim, scheduling_unclip):
@@ -52,19 +38,15 @@ def test_a_step_equals_theirs(name: str, seed: int, monkeypatch: pytest.MonkeyPa
             module, "randn_tensor", lambda *x, dtype, d=draw, **y: d(*x, dtype=case.out.dtype, **y).double()
         )
     truth = case.step(a, exact=True)
-    if case.sample.numel() == 0:
-        assert value[0].shape == their[0].shape
-        return
-    size = max(case.sample.abs().max().item(), case.out.abs().max().item())
-    wide = torch.promote_types(case.sample.dtype, case.out.dtype)
-    _check(value[0], their[0], truth[0], size, "prev_sample")
-    assert (value[1].shape, value[1].dtype) == (their[1].shape, wide)
-    _check_x0(value[1], truth[1], case.x0_terms(a))
+    if name == "DDIMInverseScheduler" and case.config["prediction_type"] == "sample" and not truth[0].isfinite().all():
+        truth = case.step(b, exact=True)  # theirs divides by 0 at alpha_bar = 1: ours in float64, by the reference
+    assert all(exact.isfinite().all() for exact in truth)
+    assert [calls.beyond(x, exact) for x, exact in zip(value[:2], truth, strict=False)] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
-def test_add_noise_and_velocity_are_nearer_than_theirs(name: str, dtype: torch.dtype) -> None:
+def test_add_noise_and_velocity(name: str, dtype: torch.dtype) -> None:
     a, b = (getattr(module, name)() for module in (theirs, ours))
     if not hasattr(a, "add_noise"):
         return
@@ -72,8 +54,10 @@ def test_add_noise_and_velocity_are_nearer_than_theirs(name: str, dtype: torch.d
     x, z, t = x.to(dtype), z.to(dtype), torch.tensor([0, 4, 9, 500, 700, 999])
     for method in ("add_noise", "get_velocity"):
         if hasattr(a, method):
-            truth = getattr(a, method)(x.double(), z.double(), t)
-            _check(getattr(b, method)(x, z, t), getattr(a, method)(x, z, t), truth, 1.0, method)
+            with recorded() as calls:
+                value = getattr(b, method)(x, z, t)
+            assert value.dtype == dtype
+            assert calls.beyond(value, getattr(a, method)(x.double(), z.double(), t)) is None
     assert not torch.equal(b.add_noise(x, z, t[:1].expand(6)), x), "a little noise must not vanish in 16 bits"
 
 
@@ -97,6 +81,7 @@ def test_loops_equal_theirs(name: str, steps: int) -> None:
         one.set_timesteps(steps)
         torch.manual_seed(0)
         results.append(denoise(one, torch.randn(2, 3, 8, 8)))
+    # At each of 61 steps either side rounds numbers of the size of 1, and no step magnifies what came before.
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     if options:
         assert (-1 in one.timesteps) == (steps == 61)
