@@ -74,7 +74,8 @@ class Process(NamedTuple):
     """A model as the distributions p(x_{t-1} | x_t) that it stands for.
 
     Attributes:
-        model: model(x, t, **kwargs) -> output, [N, C, ...], or [N, 2 C, ...] where it learns its variance.
+        model: model(x, t, **kwargs) -> output, [N, C, ...], or [N, 2 C, ...] where it learns its variance. With
+            self-conditioning it reads no estimate of x_0, since p(x_{t-1} | x_t) depends on x_t alone.
         schedule: the forward process.
         prediction: "epsilon", "x_start" or "v".
         variance: "fixed_small", "fixed_large", "learned_range" or "learned", see :func:`dd_kernels.ddpm`.

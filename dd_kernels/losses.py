@@ -171,6 +171,20 @@ def _mean_table(schedule: Schedule, prediction: str, clip: float | None) -> Step
     return from_columns(np.arange(len(schedule)), **columns)
 
 
+def predicted_x_start(
+    out: Tensor, x_t: Tensor, t: Tensor, schedule: Schedule, *, prediction: str = "epsilon", clip: float | None = None
+) -> Tensor:
+    """Returns x_0 as a model predicts it at timesteps t [N], of x_t's shape, clipped to [-clip, clip].
+
+    Args:
+        out: the model's output, [N, C, ...], or [N, 2 C, ...] where it learns its variance.
+        x_t, t, schedule, prediction, clip: see :func:`model_gaussian`.
+    """
+    rows.check_choice("prediction", prediction, rows.PREDICTIONS)
+    table = _mean_table(schedule, prediction, clip)
+    return reverse_step(x_t, out[:, : x_t.shape[1]], table, t, return_x0=True)[1]
+
+
 def model_gaussian(
     out: Tensor,
     x_t: Tensor,

@@ -30,6 +30,8 @@ class NoisyClassifier(Encoder):
         config = UNetConfig(**options)
         if config.num_classes is None:
             raise ValueError("num_classes must be given for a classifier; got None")
+        if config.self_conditioning:
+            raise ValueError("self_conditioning must be false for a classifier, which reads x alone; got True")
         super().__init__(config)
         self.norm_out = GroupNormSiLU(config.num_groups, config.channels[-1], config.eps)
         self.head = nn.Linear(config.channels[-1], config.num_classes)

@@ -51,6 +51,8 @@ class UNetConfig:
             guidance (Ho & Salimans 2022) puts it in place of dropped labels.
         learn_variance: doubles the output channels: the second half is the model's variance
             (Nichol & Dhariwal 2021, eq. 15).
+        self_conditioning: the model reads an estimate of x_0 behind x's channels (Chen et al. 2022, "Analog Bits",
+            section 3.2): in a sampler that of the step before.
 
     Raises:
         ValueError: an option is out of range, or two do not fit together.
@@ -77,6 +79,7 @@ class UNetConfig:
     num_classes: int | None = None
     null_class: bool = False
     learn_variance: bool = False
+    self_conditioning: bool = False
 
     def __post_init__(self) -> None:
         self._make_plain()
@@ -98,7 +101,7 @@ class UNetConfig:
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise ValueError(f"{name} must be a number; got {value!r}")
             object.__setattr__(self, name, float(value))
-        for name in ("middle_attention", "scale_shift", "null_class", "learn_variance"):
+        for name in ("middle_attention", "scale_shift", "null_class", "learn_variance", "self_conditioning"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false; got {getattr(self, name)!r}")
 
@@ -163,6 +166,11 @@ class UNetConfig:
     def embedding_width(self) -> int:
         """Returns the width of the time (and class) embedding that the residual blocks read."""
         return 4 * self.sinusoid_channels if self.time_channels is None else self.time_channels
+
+    @property
+    def model_channels_in(self) -> int:
+        """Returns the channels of what the first convolution reads, those of an estimate of x_0 included."""
+        return self.in_channels * (2 if self.self_conditioning else 1)
 
     @property
     def model_channels_out(self) -> int:

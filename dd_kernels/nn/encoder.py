@@ -68,7 +68,7 @@ class Encoder(nn.Module):
             nn.Linear(config.sinusoid_channels, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.class_embedding = nn.Embedding(labels, width) if labels else None
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.model_channels_in, channels[0], 3, padding=1)
         self.down = _down_stages(config)
         self.middle = MiddleStage(
             [ResBlock(channels[-1], channels[-1], config) for _ in range(2)],

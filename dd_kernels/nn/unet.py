@@ -63,7 +63,12 @@ class UNet(Encoder):
         """The label that means "no class", or None where the model has none."""
         return self._config.num_classes if self._config.null_class else None
 
-    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None) -> Tensor:
+    @property
+    def self_conditioning(self) -> bool:
+        """Whether the model reads an estimate of x_0, which :func:`dd_kernels.sample` then hands to it."""
+        return self._config.self_conditioning
+
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor | None = None, x_self: Tensor | None = None) -> Tensor:
         """Returns the prediction for images x at timesteps t, of classes y.
 
         Args:
@@ -72,6 +77,7 @@ class UNet(Encoder):
             t: [N], or one for all samples; int or float, on the scale that the model was trained with.
             y: [N] int64 labels in [0, num_classes), or ``null_label``. None stands for ``null_label`` in
                 a model that has one, and is the only value for a model without classes.
+            x_self: of a model with ``self_conditioning`` an estimate of x_0, of x's shape; None stands for zeros.
 
         Returns:
             [N, out_channels, H, W] (2 out_channels with ``learn_variance``), channels_last, in the
@@ -87,10 +93,22 @@ class UNet(Encoder):
         if y is not None and self.class_embedding is not None:
             embedding = embedding + self.class_embedding(y)
         embedding = F.silu(embedding)
-        h, skips = self._encoded(x, embedding)
+        h, skips = self._encoded(self._with_estimate(x, x_self), embedding)
         for stage in self.up:
             h = stage(h, embedding, skips)
         return self.conv_out(self.norm_out(h))
+
+    def _with_estimate(self, x: Tensor, x_self: Tensor | None) -> Tensor:
+        """Returns x, and behind its channels the estimate of x_0 where the model reads one."""
+        if not self.self_conditioning:
+            if x_self is not None:
+                raise ValueError("x_self must be None: the model has no self-conditioning")
+            return x
+        if x_self is None:
+            x_self = torch.zeros_like(x)
+        if x_self.shape != x.shape:
+            raise ValueError(f"x_self must have the shape of x, {list(x.shape)}; got {list(x_self.shape)}")
+        return torch.cat((x, x_self.to(x)), dim=1)
 
     def _labels(self, x: Tensor, y: Tensor | None) -> Tensor | None:
         """Returns the checked labels [N], or None for a model without classes."""

@@ -12,7 +12,7 @@ import copy
 import logging
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class _Run:
     @staticmethod
     def of(request: Request, x: Tensor, batch: slice, return_x0: bool) -> _Run:
         """Returns the batch with its arguments of the model as a flat list."""
-        leaves, spec = tree_flatten(request.arguments(batch))
+        leaves, spec = tree_flatten(request.arguments(x, batch))
         noisy, source, dtypes = request.table.stochastic, request.source, set()
         if noisy and source.generator is not None:
             dtypes = {x.dtype}
@@ -121,7 +121,7 @@ class _Run:
     def capture(self) -> Capture[Tensor | None]:
         """Captures one step."""
         request, places = self.request, self._places()
-        arguments: tuple[Mapping[str, Any], Mapping[str, Any] | None] = tree_unflatten(places.arguments, self.spec)
+        arguments, estimates = self._arguments(places), self._estimates(places)
         batch = self.x.shape[0]
         options: dict[str, Any] = {"noise": places.noise} if places.noise is not None else {"seed": places.key}
         options |= {"guidance_scale": request.guidance_scale, "backend": request.backend, "x_prev": places.x}
@@ -131,11 +131,26 @@ class _Run:
             x, table, row = places.x, places.table, places.row
             t = table.on(x.device).times.index_select(0, row).expand(batch)
             out, uncond = request.predict(x, t, *arguments)
-            result = reverse_step(x, out, table, row, uncond=uncond, return_x0=self.return_x0, **options)
+            keeps_x0 = self.return_x0 or request.keeps_x0
+            result = reverse_step(x, out, table, row, uncond=uncond, return_x0=keeps_x0, **options)
             row.add_(1)
-            return result[1] if isinstance(result, tuple) else None
+            if not isinstance(result, tuple):
+                return None
+            for estimate in estimates:
+                estimate.copy_(result[1])
+            return result[1] if self.return_x0 else None
 
         return Capture(step, self.x.device, places)
+
+    def _arguments(self, places: _Places) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Returns the model's arguments on the device, with the condition and without."""
+        arguments: tuple[dict[str, Any], dict[str, Any] | None] = tree_unflatten(places.arguments, self.spec)
+        return arguments
+
+    def _estimates(self, places: _Places) -> list[Tensor]:
+        """Returns those of the arguments that are x_0 of the step before."""
+        arguments = self._arguments(places) if self.request.keeps_x0 else ()
+        return [own["x_self"] for own in arguments if own is not None]
 
     def _places(self) -> _Places:
         with torch.inference_mode(False):  # a tensor of inference mode cannot be written to outside of it
@@ -167,7 +182,8 @@ class _Run:
         for index, timestep in enumerate(timesteps):
             if self.return_x0 and index > 0 and fingerprint(request.model) != now:
                 history = [kept.clone() for kept in places.history]
-                yield from request.steps(places.x.clone(), self.batch, self.return_x0, index, history)
+                x_self = next((estimate.clone() for estimate in self._estimates(places)), None)
+                yield from request.steps(places.x.clone(), self.batch, self.return_x0, index, history, x_self)
                 return
             if places.noise is not None and sigmas[index] != 0:
                 noise = request.source.of_step(index, places.x, self.batch)

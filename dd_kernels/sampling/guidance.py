@@ -36,6 +36,11 @@ def as_model_takes(model: Model, x: Tensor) -> Tensor:
     return x if parameter is None else x.to(parameter.dtype)
 
 
+def is_self_conditioned(model: Model) -> bool:
+    """Returns whether the model takes ``x_self``, x_0 of the step before (Chen et al., 2022): its attribute says so."""
+    return getattr(model, "self_conditioning", False) is True
+
+
 def model_output(result: Any) -> Tensor:
     """Returns the tensor in what a model returns: itself, diffusers' ``output.sample``, or the first of a tuple."""
     if isinstance(result, Tensor):
@@ -158,15 +163,19 @@ def classifier_guided(
         prediction: what the model predicts, "epsilon", "x_start" or "v".
 
     Returns:
-        A model to be passed to :func:`dd_kernels.sample`; called with the same ``kwargs``.
+        A model to be passed to :func:`dd_kernels.sample`; called with the same ``kwargs``, of which ``x_self`` is for
+        a model with self-conditioning alone.
 
     Raises:
         ValueError: an unknown ``prediction``.
     """
     check_choice("prediction", prediction, PREDICTIONS)
+    reads_estimate = is_self_conditioned(model)
 
     def guided(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         out = model_output(model(x, t, **kwargs))
+        if reads_estimate:
+            kwargs.pop("x_self", None)
         with torch.enable_grad():
             x_in = x.detach().requires_grad_()
             gradient = torch.autograd.grad(log_probability(x_in, t, **kwargs).sum(), x_in)[0]
@@ -176,4 +185,5 @@ def classifier_guided(
         predicted = out[:, :channels] + change.to(out.dtype)
         return predicted if out.shape[1] == channels else torch.cat((predicted, out[:, channels:]), dim=1)
 
+    guided.self_conditioning = reads_estimate  # type: ignore[attr-defined]
     return guided

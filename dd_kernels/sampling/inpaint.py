@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from ..ops import q_sample, randn
 from ..ops.randn import Stream
 from ..ops.reverse_step.table import StepTable
 from ..schedules import Schedule
-from .guidance import Model
+from .guidance import Model, is_self_conditioned
 from .images import check_downward, check_images
 from .loop import progress_bar, sample
-from .requests import drawn_seed
+from .requests import Step, drawn_seed
 
 
 def _path(steps: int, resample: int, jump: int) -> Iterator[int]:
@@ -88,6 +88,8 @@ def inpaint(
     at: dict[str, Any] = {"seed": seed, "first_sample": first_sample}
     timesteps, rows = table.timesteps.tolist(), [table[i : i + 1] for i in range(len(table))]
 
+    estimate = _Estimate(model, options)
+
     def noise(move: int, stream: Stream = Stream.RESAMPLE) -> Tensor:
         return randn(images.shape, draw=move, stream=stream, device=images.device, dtype=images.dtype, **at)
 
@@ -100,13 +102,41 @@ def inpaint(
                 x = ratio**0.5 * x + (1 - ratio) ** 0.5 * noise(move)
             else:
                 again = None if after > furthest else (noise(move),)
-                x = sample(model, x, rows[before], noise=again, **at, **options)
+                x = sample(model, x, rows[before], noise=again, **at, **estimate.options())
                 last = after == len(table)
                 known = images if last else q_sample(images, timesteps[after], schedule, draw=move, **at)
                 x = torch.where(mask, x, known)
             before, furthest = after, max(after, furthest)
             bar.update()
     return x
+
+
+class _Estimate:
+    """Hands x_0 of each call of ``sample`` to the next one, for a model with self-conditioning.
+
+    Args:
+        model, options: of ``sample``.
+    """
+
+    def __init__(self, model: Model, options: Mapping[str, Any]) -> None:
+        self._options, self._keeps_x0 = dict(options), is_self_conditioned(model)
+        self._of_batches: list[Tensor] = []
+
+    def options(self) -> dict[str, Any]:
+        """Returns the options of the next call."""
+        if not self._keeps_x0:
+            return self._options
+        kwargs = dict(self._options.get("model_kwargs") or {})
+        if self._of_batches:
+            kwargs["x_self"] = torch.cat(self._of_batches)
+        self._of_batches = []
+        return {**self._options, "model_kwargs": kwargs, "callback": self._keep}
+
+    def _keep(self, step: Step) -> None:
+        assert step.x0 is not None
+        self._of_batches.append(step.x0)
+        if "callback" in self._options:
+            self._options["callback"](step)
 
 
 def _checked(images: Tensor, mask: Tensor, table: StepTable, resample: int, jump: int) -> Tensor:

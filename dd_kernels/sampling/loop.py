@@ -51,6 +51,8 @@ def sample(
         model: model(x, t, **model_kwargs) -> output; x [N, C, H, W] in the model's dtype, t [N] int64,
             or float32 where a sampler visits noise levels between timesteps.
             A tensor, a tuple that starts with one, or an object with ``.sample`` (diffusers) may come back.
+            Where ``model.self_conditioning`` is True it is also called with ``x_self``, x_0 of the step before as the
+            step took it: guided and clipped; at first that of ``model_kwargs``, or zeros.
         shape_or_x: the shape [N, C, H, W] of what to draw, or x_T (or x_0, for an inversion) itself.
         table: what a sampler gives, such as :func:`dd_kernels.ddpm` or :func:`dd_kernels.dpm_solver`.
         seed: images depend on (seed, first_sample + n) alone, not on the batch, device or backend's

@@ -15,7 +15,17 @@ from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import StepTable
 from .buffers import Buffers
 from .guards import Guards
-from .guidance import Interval, Model, as_model_takes, check_guidance, device_of, guided_steps, predict, rescaled
+from .guidance import (
+    Interval,
+    Model,
+    as_model_takes,
+    check_guidance,
+    device_of,
+    guided_steps,
+    is_self_conditioned,
+    predict,
+    rescaled,
+)
 
 Noise = Tensor | Sequence[Tensor] | Callable[[int], Tensor]
 
@@ -68,6 +78,13 @@ class _Source:
         if self.noise is None:
             return None
         return (self.noise(index) if callable(self.noise) else self.noise[index])[batch]
+
+
+def hand_on(x0: Tensor | None, kwargs: dict[str, Any], uncond_kwargs: dict[str, Any] | None) -> None:
+    """Makes x_0 of a step an argument of the model at the next one, with the condition and without."""
+    kwargs["x_self"] = x0
+    if uncond_kwargs is not None:
+        uncond_kwargs["x_self"] = x0
 
 
 def drawn_seed() -> int:
@@ -143,10 +160,21 @@ class Request:
         cut = {k for k, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and len(v) == self.total}
         return {k: v[batch] if k in cut else v for k, v in kwargs.items()}
 
-    def arguments(self, batch: slice) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Returns the model's arguments for a batch, and those without the condition."""
+    @property
+    def keeps_x0(self) -> bool:
+        """Returns whether x_0 of each step is an argument of the model at the next one."""
+        return is_self_conditioned(self.model)
+
+    def arguments(self, x: Tensor, batch: slice) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Returns the model's arguments for a batch that starts from ``x``, and those without the condition.
+
+        Both hold ``x_self`` for a model with self-conditioning: what ``model_kwargs`` say, or zeros.
+        """
+        kwargs = self._of_batch(self.model_kwargs or {}, batch)
         uncond_kwargs = None if self.uncond_kwargs is None else self._of_batch(self.uncond_kwargs, batch)
-        return self._of_batch(self.model_kwargs or {}, batch), uncond_kwargs
+        if self.keeps_x0:
+            hand_on(kwargs.get("x_self", torch.zeros_like(x)), kwargs, uncond_kwargs)
+        return kwargs, uncond_kwargs
 
     def predict(
         self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any], uncond_kwargs: Mapping[str, Any] | None
@@ -158,18 +186,28 @@ class Request:
         return out, uncond
 
     def steps(
-        self, x: Tensor, batch: slice, return_x0: bool, first: int = 0, history: Sequence[Tensor] | None = None
+        self,
+        x: Tensor,
+        batch: slice,
+        return_x0: bool,
+        first: int = 0,
+        history: Sequence[Tensor] | None = None,
+        x_self: Tensor | None = None,
     ) -> Iterator[Step]:
         """Runs the rows in order, from ``x`` at row ``first``, with that row's history; yields after every step.
 
+        A model with self-conditioning is given ``x_self``, x_0 of the step before row ``first``, where there was one.
+
         No x is written to while anybody holds it: the model, the callback and the caller may have kept the one before.
         """
-        kwargs, uncond_kwargs = self.arguments(batch)
+        kwargs, uncond_kwargs = self.arguments(x, batch)
+        if x_self is not None:
+            hand_on(x_self, kwargs, uncond_kwargs)
         times = self.table.on(x.device).times
         sigmas = self.table.column("sigma").tolist()
-        options: dict[str, Any] = {"return_x0": return_x0, "backend": self.backend}
+        options: dict[str, Any] = {"return_x0": return_x0 or self.keeps_x0, "backend": self.backend}
         options["history"] = self.table.history_like(x) if history is None else history
-        guided = guided_steps(self.table, self.guidance_interval)
+        guided, keeps_x0 = guided_steps(self.table, self.guidance_interval), self.keeps_x0
         buffers, is_seen = Buffers(), return_x0 or callable(self.source.noise)
         guards = Guards(self.model, len(self.table) - first, is_seen or not all(guided))
         for index, timestep in enumerate(self.table.timesteps[first:].tolist(), first):
@@ -192,4 +230,6 @@ class Request:
             )
             x, x0 = result if isinstance(result, tuple) else (result, None)
             buffers.keep(x)
-            yield Step(index, timestep, x, x0)
+            if keeps_x0:
+                hand_on(x0, kwargs, uncond_kwargs)
+            yield Step(index, timestep, x, x0 if return_x0 else None)

@@ -14,7 +14,17 @@ from torch import Tensor
 from ..ops.randn import Stream, randn
 from ..ops.reverse_step import reverse_step
 from ..ops.reverse_step.table import COLUMNS, StepTable
-from .guidance import Interval, Model, as_model_takes, check_guidance, guided_steps, predict, rescaled
+from .guidance import (
+    Interval,
+    Model,
+    as_model_takes,
+    check_guidance,
+    guided_steps,
+    is_self_conditioned,
+    predict,
+    rescaled,
+)
+from .requests import hand_on
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -77,10 +87,12 @@ class Slot:
     index: int = 0
     error: BaseException | None = None
     history: list[Tensor] = field(init=False)
+    x_self: Tensor = field(init=False)  # what a model with self-conditioning reads, x_0 of the step before
     guided: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
         self.history = [self.x, self.x]  # a solver's first steps read none
+        self.x_self = self.request.model_kwargs.get("x_self", torch.zeros_like(self.x))
         self.guided = guided_steps(self.request.table, self.request.guidance_interval)
 
     @property
@@ -166,9 +178,12 @@ def _step(model: Model, slots: Sequence[Slot], backend: str) -> None:
     out = _predicted(model, slots, x, table.on(x.device).times[rows])
     history = [torch.cat(kept) for kept in zip(*(slot.kept(table.history) for slot in slots), strict=True)]
     noise = _noise(slots, x, backend) if table.stochastic else None
-    x = reverse_step(x, out, table, rows, noise=noise, history=history, backend=backend)
+    keeps_x0 = is_self_conditioned(model)
+    result = reverse_step(x, out, table, rows, noise=noise, history=history, return_x0=keeps_x0, backend=backend)
+    x, x0 = result if isinstance(result, tuple) else (result, None)
     for i, slot in enumerate(slots):
         slot.x = x[i : i + 1]
+        slot.x_self = slot.x_self if x0 is None else x0[i : i + 1]
         slot.keep([kept[i : i + 1] for kept in history])
         slot.index += 1
 
@@ -204,12 +219,14 @@ def _predicted(model: Model, slots: Sequence[Slot], x: Tensor, t: Tensor) -> Ten
     """Returns the model's output, guided where the requests are."""
     requests = [slot.request for slot in slots]
     given = as_model_takes(model, x)
-    kwargs = _batched([request.model_kwargs for request in requests])
-    if slots[0].uncond_kwargs is None:
-        return predict(model, given, t, kwargs, None)[0]
-    uncond_kwargs = _batched([request.uncond_kwargs or {} for request in requests])
+    kwargs, uncond_kwargs = _batched([request.model_kwargs for request in requests]), None
+    if slots[0].uncond_kwargs is not None:
+        uncond_kwargs = _batched([request.uncond_kwargs or {} for request in requests])
+    if is_self_conditioned(model):
+        hand_on(torch.cat([slot.x_self for slot in slots]), kwargs, uncond_kwargs)
     out, uncond = predict(model, given, t, kwargs, uncond_kwargs)
-    assert uncond is not None
+    if uncond is None:
+        return out
     per_sample = torch.tensor([(r.guidance_scale, r.guidance_rescale) for r in requests], device=x.device)
     scale, amount = per_sample.view(len(slots), 2, *[1] * (x.ndim - 1)).unbind(1)
     return rescaled(out, uncond, scale, amount, x.shape[1])

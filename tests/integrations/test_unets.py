@@ -178,6 +178,7 @@ def test_what_diffusers_does_not_have_is_named() -> None:
     small = {"image_size": 8, "in_channels": 3, "channels": (32, 64), "num_res_blocks": 1}
     for options, message in (
         ({"resample": "plain"}, "resample must be"),
+        ({"self_conditioning": True}, "self_conditioning must be false"),
         ({"embedding_channels": 16}, "embedding_channels must be"),
         ({"num_heads": 2, "attention_resolutions": (8, 4)}, "channels of a head must be the same"),
     ):

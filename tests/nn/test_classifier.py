@@ -60,6 +60,7 @@ def test_the_gradient_of_the_kernels_is_that_of_float64(options):
     ("change", "error", "message"),
     [
         ({"num_classes": None}, ValueError, "num_classes must be given for a classifier; got None"),
+        ({"self_conditioning": True}, ValueError, "self_conditioning must be false for a classifier"),
         ({"flavour": 1}, TypeError, "flavour"),
         ({"channels": (8, 9)}, ValueError, "channels must be positive multiples of num_groups=4"),
     ],

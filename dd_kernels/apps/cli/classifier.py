@@ -47,9 +47,17 @@ class ClassifierGuided(nn.Module):
         other.scale = scale
         return other
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor, y: Tensor | None = None) -> Tensor:
+    @property
+    def self_conditioning(self) -> bool:
+        """Whether the U-Net reads an estimate of x_0."""
+        return self.model.self_conditioning
+
+    def forward(
+        self, x: Tensor, t: Tensor, label: Tensor, y: Tensor | None = None, x_self: Tensor | None = None
+    ) -> Tensor:
         """Returns the prediction for x_t of the model's class y, guided towards the classifier's class label [N]."""
-        model, log_probability = partial(self.model, y=y), partial(self.classifier.log_probability, label=label)
+        model = partial(self.model, y=y, x_self=x_self)
+        log_probability = partial(self.classifier.log_probability, label=label)
         return classifier_guided(model, log_probability, self.schedule, self.scale, self.prediction)(x, t)
 
 

@@ -49,7 +49,8 @@ class TrainOptions:
         strict: refuse a folder with images that cannot be read, instead of skipping them.
         flip: mirror half of the images (not for digits, whose mirror images mean nothing).
         config: a name in ``dd_kernels.nn.CONFIGS``; None: a U-Net that fits the images' size, CIFAR-10's at 32.
-        model: U-Net options that replace the configuration's; a model with ``learn_variance`` is trained by L_hybrid.
+        model: U-Net options that replace the configuration's; a model with ``learn_variance`` is trained by L_hybrid,
+            one with ``self_conditioning`` reads its own x_0 of half of the images.
         schedule, num_timesteps, prediction: the forward process, and what the model predicts.
         label_drop: share of the labels replaced by "no class", for classifier-free guidance.
         unconditional: ignore the labels altogether.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...losses import predicted_x_start
 from ...ops import q_sample, randn
 from ...ops.randn import Stream
 from ...schedules import named_schedule
@@ -186,11 +187,31 @@ class Trainer:
         x_start, t = batch.x_start.to(self.device), batch.t.to(self.device)
         labels = None if batch.labels is None else batch.labels.to(self.device)
         x_t, noise = self._diffused(x_start, t, batch.first)
-        dtype = PRECISIONS[self.options.precision]
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            out = self.connected(x_t, t, labels)
+        x_self = self._estimate(x_t, t, labels, batch.first) if self.model.self_conditioning else None
+        with self._autocast():
+            out = self.connected(x_t, t, labels, x_self)
         asked, levels = Diffused(x_start, x_t, noise, t), self.dataset.maximum + 1
         return losses_of(out.to(x_start.dtype), asked, self.schedule, self.options, levels)
+
+    def _autocast(self) -> torch.autocast:
+        """Returns the context of one forward pass, which ends with it what autocast keeps of the weights."""
+        dtype = PRECISIONS[self.options.precision]
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    @torch.no_grad()
+    def _estimate(self, x_t: Tensor, t: Tensor, labels: Tensor | None, first: int) -> Tensor:
+        """Returns what self-conditioning reads (Chen et al., 2022, section 3.2): the model's x_0 of every second image.
+
+        Of the others it reads zeros, as at the first step of a sampler. Images are counted through all steps.
+        """
+        turn = slice((self.step * self.options.batch_size + first) % 2, None, 2)
+        with self._autocast():
+            out = self.model(x_t[turn], t[turn], None if labels is None else labels[turn])
+        found = torch.zeros_like(x_t)
+        found[turn] = predicted_x_start(
+            out.to(x_t.dtype), x_t[turn], t[turn], self.schedule, prediction=self.options.prediction, clip=1.0
+        )
+        return found
 
     def _share(self, batch: Batch, losses: Tensor) -> Tensor:
         """Returns what some images' losses add to the mean over the whole batch."""

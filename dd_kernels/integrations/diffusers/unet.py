@@ -142,6 +142,8 @@ def _their_options(model: UNet) -> dict[str, Any]:
     options = model.config
     if options["resample"] == "plain":
         raise ValueError("resample must be 'conv' or 'resblock' for a UNet2DModel; got 'plain'")
+    if options["self_conditioning"]:
+        raise ValueError("self_conditioning must be false for a UNet2DModel, which reads x alone; got True")
     if options["embedding_channels"] not in (None, options["channels"][0]):
         raise ValueError(
             f"embedding_channels must be channels[0] for a UNet2DModel; got {options['embedding_channels']}"

@@ -11,6 +11,7 @@ CHANGES = [
     {"precision": "fp16", "flip": True},
     {"precision": "bf16", "prediction": "v"},
     {"model": {**TINY, "learn_variance": True}, "prediction": "x_start"},
+    {"model": {**TINY, "self_conditioning": True}, "precision": "bf16", "batch_size": 5},
     {"loss_weight": "min-snr", "snr_gamma": 2.0},
     {"timesteps": "loss-second-moment", "num_timesteps": 1},
     {"timesteps": "loss-second-moment", "num_timesteps": 2, "batch_size": 40},

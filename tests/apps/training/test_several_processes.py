@@ -92,6 +92,8 @@ BY_LOSS = {"timesteps": "loss-second-moment", "num_timesteps": 2, "steps": 12}
         (3, Parallel, 2, BY_LOSS),
         (2, Sharded, 2, {"steps": 8}),
         (3, Sharded, 1, {"steps": 8}),
+        (3, Parallel, 2, {"model": {**MODEL, "self_conditioning": True}, "steps": 8}),
+        (3, Sharded, 2, {"model": {**MODEL, "self_conditioning": True}, "steps": 8}),
     ],
 )
 def test_processes_equal_one_on_the_same_batch(count, how, accumulate, changes, alone, images, tmp_path):

@@ -200,6 +200,37 @@ def test_input_perturbation_adds_noise_that_is_not_asked_for(images):
     torch.testing.assert_close(x_t, sigma * (first + 0.5 * second), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("step", "of_estimates"), [(0, [0, 2, 4]), (1, [1, 3])])
+def test_self_conditioning_reads_x_0_of_every_second_image(images, step, of_estimates):
+    """Counted through all steps, of five images each; x_0 is the model's own, clipped, and zeros for the others."""
+    model = {**TINY, "self_conditioning": True, "dropout": 0.0}
+    run, read = Trainer(options(model=model, batch_size=5, label_drop=0.0, lr=1e-12), images, CPU), []
+    run.step = step
+    torch.nn.init.normal_(run.model.conv_out.weight, std=0.1)
+    hook = run.model.register_forward_pre_hook(lambda module, arguments: read.append(arguments))
+    run.train_step()
+    hook.remove()
+    (x_half, *_), (x_t, t, labels, x_self) = read
+    assert torch.equal(x_half, x_t[of_estimates])
+    with torch.no_grad():
+        out = run.model(x_half, t[of_estimates], labels[of_estimates])
+    expected = torch.zeros_like(x_t)
+    expected[of_estimates] = losses.predicted_x_start(out, x_half, t[of_estimates], run.schedule, clip=1.0)
+    assert torch.equal(x_self, expected)
+    assert not x_self.requires_grad
+    assert x_self.abs().max() == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_self_conditioning_leaves_every_weight_its_gradient(images, precision):
+    """Autocast keeps weights that it has cast: those of the pass without gradient must not serve the other."""
+    run = Trainer(options(model={**TINY, "self_conditioning": True}, precision=precision), images, CPU)
+    torch.nn.init.normal_(run.model.conv_out.weight, std=0.1)
+    run.train_step()
+    for name, parameter in run.model.named_parameters():
+        assert parameter.grad is not None, name
+
+
 def test_several_averages_each_with_its_decay(images):
     run, alone = (Trainer(options(ema=ema), images, CPU) for ema in ([0.5, 0.2], 0.2))
     for _ in range(3):
