@@ -173,7 +173,8 @@ class Request:
         kwargs = self._of_batch(self.model_kwargs or {}, batch)
         uncond_kwargs = None if self.uncond_kwargs is None else self._of_batch(self.uncond_kwargs, batch)
         if self.keeps_x0:
-            hand_on(kwargs.get("x_self", torch.zeros_like(x)), kwargs, uncond_kwargs)
+            given = kwargs.get("x_self")
+            hand_on(torch.zeros_like(x) if given is None else given, kwargs, uncond_kwargs)
         return kwargs, uncond_kwargs
 
     def predict(

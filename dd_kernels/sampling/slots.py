@@ -92,7 +92,8 @@ class Slot:
 
     def __post_init__(self) -> None:
         self.history = [self.x, self.x]  # a solver's first steps read none
-        self.x_self = self.request.model_kwargs.get("x_self", torch.zeros_like(self.x))
+        given = self.request.model_kwargs.get("x_self")
+        self.x_self = torch.zeros_like(self.x) if given is None else given
         self.guided = guided_steps(self.request.table, self.request.guidance_interval)
 
     @property

@@ -111,6 +111,16 @@ def test_a_running_batch_hands_it_on_to_each_image(guided):
         torch.testing.assert_close(image.result(), expected, rtol=0, atol=1e-5)
 
 
+def test_a_loop_may_begin_with_an_estimate():
+    """The first of two loops that share the steps gives the second one its last x_0."""
+    table, at = TABLES["ddim"], {"seed": 3}
+    (*_, last) = dd.sample_progressive(Reader(), SHAPE, table[:2], model_kwargs={"y": Y}, **at)
+    rest = {"y": Y, "x_self": last.x0}
+    assert torch.equal(dd.sample(Reader(), last.x, table[2:], model_kwargs=rest, batch_size=2, **at), draw())
+    nothing = {"y": Y, "x_self": None}
+    assert torch.equal(dd.sample(Reader(), SHAPE, table, model_kwargs=nothing, **at), draw())
+
+
 def test_inpainting_hands_it_on_between_its_moves():
     """With nothing known it is a sample; with resampling an image does not depend on its batch."""
     everything, images, seen = torch.ones(4, 4, dtype=torch.bool), torch.zeros(SHAPE), []

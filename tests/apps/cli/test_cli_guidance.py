@@ -12,7 +12,10 @@ from PIL import Image
 
 import dd_kernels as dd
 from dd_kernels.apps import checkpoint, cli, images
+from dd_kernels.apps.checkpoint import ModelInfo
+from dd_kernels.apps.cli.classifier import ClassifierGuided
 from dd_kernels.apps.evaluate.report import guidance_text
+from dd_kernels.nn import NoisyClassifier, UNet
 
 SHARED = {"uncond_kwargs": {"y": torch.full((3,), 10)}, "model_kwargs": {"y": torch.arange(3)}, "seed": 0}
 
@@ -149,3 +152,16 @@ def test_strengths_that_do_not_go_together(models, capsys, flags, message):
 def test_strengths_of_a_model_without_dropped_labels(models, capsys):
     line = fails(capsys, "evaluate", "--model", models["undropped"], "--guidances", 1, 2)
     assert "--guidance needs a model trained with dropped labels; got 2.0 for one without" in line
+
+
+def test_a_classifier_that_pushes_nowhere_leaves_a_model_its_self_conditioning():
+    torch.manual_seed(0)
+    size = {"image_size": 8, "in_channels": 1, "channels": (8,), "num_groups": 4, "middle_attention": False}
+    model, judge = UNet(**size, self_conditioning=True).eval(), NoisyClassifier(**size, num_classes=3).eval()
+    torch.nn.init.normal_(model.conv_out.weight, std=0.1)
+    info = ModelInfo(model.config, "linear", 20, "epsilon", (), {})
+    guided = ClassifierGuided(model, info, judge, (), scale=0.0)
+    draw = {"shape_or_x": (3, 1, 8, 8), "table": dd.ddim(info.make_schedule(), 4), "seed": 0}
+    x = dd.sample(guided, model_kwargs={"label": torch.arange(3)}, **draw)
+    assert torch.equal(x, dd.sample(model, **draw))
+    assert not torch.equal(x, dd.sample(lambda x, t: model(x, t), **draw))  # which reads zeros at every step
