@@ -14,6 +14,7 @@ from dd_kernels.apps.cli import main
 from dd_kernels.apps.data import ImageData, sources
 from dd_kernels.apps.evaluate import Judge, Measures, save_judge
 from dd_kernels.apps.evaluate.report import distance, share
+from dd_kernels.apps.files import only_writer
 from dd_kernels.nn import UNet
 
 
@@ -142,6 +143,10 @@ class TestCommand:
         assert main(line) == 0
         assert drawn == [12, 10, 12, 10, 10]
         assert figures("t.json") == figures("whole.json")
+        capsys.readouterr()
+        with only_writer("--out", "t.json"):
+            assert main(line) == 2
+        assert "--out: another process is writing 't.json'" in capsys.readouterr().err
         assert main(line) == 0  # draws nothing, and prints the tables
         assert len(drawn) == 5
         assert capsys.readouterr().out.splitlines()[:8] == printed.splitlines()[:8]
