@@ -27,7 +27,6 @@ from ..evaluate import (
     Evaluation,
     Judge,
     KeptCells,
-    Strengths,
     as_json,
     environment,
     evaluate,
@@ -38,7 +37,6 @@ from ..evaluate import (
     packaged_judge,
     sampler_table,
     save_judge,
-    strengths_json,
     strengths_markdown,
     strengths_png,
     terms_png,
@@ -134,16 +132,14 @@ def _check_resume(args: argparse.Namespace) -> None:
         raise ValueError("only one of --resume-if-there and --overwrite may be given; got both")
     if not _keeps_cells(args):
         raise ValueError(
-            f"--resume-if-there needs a table of samplers and --out X.json; got --out {args.out}"
-            + (" with --bits-per-dim" if args.bits_per_dim else "")
-            + ("" if strengths.axis(args) is None else f" with several strengths of {strengths.axis(args)}")
+            f"--resume-if-there needs --out X.json, without --bits-per-dim; got --out {args.out}"
+            + (" with it" if args.bits_per_dim else "")
         )
 
 
 def _keeps_cells(args: argparse.Namespace) -> bool:
-    """Returns whether the measurement is a table of samplers that --out keeps as JSON."""
-    is_json = args.out is not None and args.out.lower().endswith(".json")
-    return is_json and not args.bits_per_dim and strengths.axis(args) is None
+    """Returns whether the measurement has cells that --out keeps as JSON."""
+    return args.out is not None and args.out.lower().endswith(".json") and not args.bits_per_dim
 
 
 def _check_samplers(loaded: LoadedModel, args: argparse.Namespace) -> None:
@@ -187,9 +183,10 @@ def _judge(loaded: LoadedModel, args: argparse.Namespace) -> Judge:
     return load_judge(kept)  # whose features are rounded, so that this run's figures are those of later ones
 
 
-def _measure(loaded: LoadedModel, judge: Judge, args: argparse.Namespace, kept: KeptCells | None = None) -> Evaluation:
+def _measure(loaded: LoadedModel, judge: Judge, args: argparse.Namespace, kept: KeptCells | None) -> Evaluation:
     samples = _samples(args)
     classes = None if loaded.num_classes is None else judge.labels(max(samples)).tolist()
+    rows = strengths.of_arguments(loaded, args, classes)
     return evaluate(
         loaded.network,
         loaded.info.make_schedule(),
@@ -203,8 +200,9 @@ def _measure(loaded: LoadedModel, judge: Judge, args: argparse.Namespace, kept: 
         seed=args.seed,
         progress=not args.no_progress,
         kept=kept,
+        strengths=rows,
         batch_size=args.batch_size,
-        **loaded.conditions(classes),
+        **({} if rows is not None else loaded.conditions(classes)),
     )
 
 
@@ -240,17 +238,14 @@ def _measured(loaded: LoadedModel, args: argparse.Namespace, start: float) -> tu
         plot = None if args.plot is None else terms_png(bound)
         return {".md": likelihood_markdown(bound, facts), ".json": likelihood_json(bound, facts)}, plot
     _check_samplers(loaded, args)
-    judge, axis = _judge(loaded, args), strengths.axis(args)
-    if axis is not None:
-        every = {strength: _measure(model, judge, args) for strength, model in strengths.guided(loaded, args)}
-        found = Strengths(axis, every)
-        facts = _timed_facts(loaded, args, start)
-        plot = None if args.plot is None else strengths_png(found)
-        return {".md": strengths_markdown(found, facts), ".json": strengths_json(found, facts)}, plot
+    judge = _judge(loaded, args)
     kept = KeptCells(args.out, _facts(loaded, args), args.resume_if_there) if _keeps_cells(args) else None
     evaluation = _measure(loaded, judge, args, kept)
     facts = _timed_facts(loaded, args, start, 0.0 if kept is None else kept.seconds_before)
-    return {".md": markdown(evaluation, facts), ".json": as_json(evaluation, facts)}, None
+    if strengths.axis(args) is None:
+        return {".md": markdown(evaluation, facts), ".json": as_json(evaluation, facts)}, None
+    plot = None if args.plot is None else strengths_png(evaluation)
+    return {".md": strengths_markdown(evaluation, facts), ".json": as_json(evaluation, facts)}, plot
 
 
 def _facts(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ..evaluate import Strengths
 from .argument_types import number
 from .classifier import ClassifierGuided
 from .common import LoadedModel
@@ -58,7 +59,15 @@ def of_each_row(args: argparse.Namespace) -> dict[str, None]:
     return {} if axis(args) is None else {"guidance" if args.guidances is not None else "classifier_scale": None}
 
 
-def guided(loaded: LoadedModel, args: argparse.Namespace) -> Iterator[tuple[float, LoadedModel]]:
+def of_arguments(loaded: LoadedModel, args: argparse.Namespace, classes: Sequence[int] | None) -> Strengths | None:
+    """Returns the strengths asked for, with the model and its conditions at each; None without any."""
+    name = axis(args)
+    if name is None:
+        return None
+    return Strengths(name, {s: {"model": m.network, **m.conditions(classes)} for s, m in _guided(loaded, args)})
+
+
+def _guided(loaded: LoadedModel, args: argparse.Namespace) -> Iterator[tuple[float, LoadedModel]]:
     """Yields each strength and the model guided so."""
     for scale in args.guidances or ():
         yield scale, replace(loaded, guidance=loaded.guidance._replace(scale=scale))

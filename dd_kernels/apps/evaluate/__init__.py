@@ -7,8 +7,8 @@ from .kept import KeptCells
 from .likelihood import BitsPerDim, bits_per_dim, likelihood_json, likelihood_markdown, terms_png
 from .report import as_json, environment, markdown
 from .results import Cell, Column, Evaluation
-from .strengths import Strengths, strengths_json, strengths_markdown, strengths_png
-from .table import evaluate, sampler_table
+from .strengths import strengths_markdown, strengths_png
+from .table import Strengths, evaluate, sampler_table
 
 __all__ = [
     "BitsPerDim",
@@ -33,7 +33,6 @@ __all__ = [
     "packaged_judge",
     "sampler_table",
     "save_judge",
-    "strengths_json",
     "strengths_markdown",
     "strengths_png",
     "terms_png",

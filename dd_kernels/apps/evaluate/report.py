@@ -110,13 +110,13 @@ def _of_columns(texts: Sequence[str]) -> str:
 def run_notes(evaluation: Evaluation, run: dict[str, Any]) -> list[str]:
     """Returns how figures were measured, a sentence or two for each matter."""
     columns, settings = evaluation.columns, evaluation.settings
-    solvers = [row for row in evaluation.rows if row in FEW_STEP_SAMPLERS]
+    solvers = [row for row in evaluation.samplers if row in FEW_STEP_SAMPLERS]
     choose = f" {', '.join(map(str, solvers))}: noise levels of their own spacing." if solvers else ""
     return [
         f"{_of_columns([str(column.samples) for column in columns])} samples per cell, seed {settings['seed']}, "
         f"timesteps {settings['spacing']}, of {settings['timesteps']}. "
         "eta 0 is DDIM, eta 1 is DDPM with the posterior variance"
-        + ("; DDPM's larger variance is beta of the steps taken." if LARGE in evaluation.rows else ".")
+        + ("; DDPM's larger variance is beta of the steps taken." if LARGE in evaluation.samplers else ".")
         + choose,
         f"Features: the {evaluation.features} inputs of the last layer of a classifier trained on real training "
         f"images, accuracy {evaluation.held_out.right:.1%} on {evaluation.held_out.images} held-out ones; "

@@ -1,4 +1,7 @@
-"""What an evaluation measures: cells of a table, whose rows are samplers and whose columns are numbers of steps."""
+"""What an evaluation measures: cells of a table, whose columns are numbers of steps.
+
+Its rows are samplers, or strengths of guidance of one sampler.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ def row_name(row: float | str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One sampler at one number of steps.
+    """One sampler at one number of steps, or at one strength.
 
     Attributes:
         row: eta, "fixed_large" for DDPM with its larger variance, "learned_range" for DDPM with the model's, or a name
-            of ``FEW_STEP_SAMPLERS``.
+            of ``FEW_STEP_SAMPLERS``; or the strength.
         steps: model calls per sample.
         measures: of the samples, beside the held-out images.
         images_per_second: of sampling alone.
@@ -65,7 +68,8 @@ class Evaluation:
         held_out: the measures of the held-out images, whose ``right`` is the classifier's accuracy.
         features: dimension of the classifier's features.
         sure_probability: the least probability of a class at which the classifier counts as sure.
-        settings: the other options that decide the figures, as plain JSON values.
+        settings: the other options that decide the figures, as plain JSON values: where rows are strengths, "axis" says
+            of what, and "sampler" is that of all rows.
     """
 
     rows: list[float | str]
@@ -75,3 +79,13 @@ class Evaluation:
     features: int
     sure_probability: float
     settings: dict[str, Any]
+
+    @property
+    def samplers(self) -> list[float | str]:
+        """Returns the samplers of the rows, named as rows are."""
+        return [self.settings["sampler"]] if "sampler" in self.settings else self.rows
+
+    def place(self, row: float | str, steps: int) -> str:
+        """Returns the title of a cell."""
+        name = f"{self.settings['axis']} {row:g}" if "axis" in self.settings else row_name(row)
+        return f"{name}, {steps} steps"

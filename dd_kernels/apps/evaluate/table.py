@@ -7,7 +7,7 @@ import itertools
 import operator
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ...sampling.loop import sample
 from ...schedules import Schedule
 from .judge import FEATURES, SURE, Judge
 from .kept import KeptCells
-from .results import LARGE, LEARNED, Cell, Column, Evaluation, row_name
+from .results import LARGE, LEARNED, Cell, Column, Evaluation
 
 STEPS = (10, 20, 50, 100, 1000)
 ROWS: tuple[float | str, ...] = (0.0, 0.2, 0.5, 1.0, LARGE, "dpm++")
@@ -86,54 +86,74 @@ def samples_of_columns(n: int | Sequence[int], steps: Sequence[int]) -> list[int
     return numbers
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cells:
-    """Measures cells: draws the samples of a row and a column, and has them judged.
+class Strengths(NamedTuple):
+    """Strengths of guidance, which are the rows of a table.
 
-    Args:
-        options: of ``sample``, with the model's arguments for ``most`` samples.
+    Attributes:
+        axis: what they are, "guidance" or "classifier scale".
+        variants: options of ``sample`` by strength, ``model`` and ``model_kwargs`` among them.
     """
 
-    model: nn.Module
+    axis: str
+    variants: Mapping[float, Mapping[str, Any]]
+
+
+class _Row(NamedTuple):
+    """What draws the samples of a row: a sampler for each number of steps, and options of ``sample``, ``model`` too."""
+
+    tables: Mapping[int, StepTable]
+    options: Mapping[str, Any]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Returns the classes that the samples are meant to have."""
+        asked = self.options.get("model_kwargs") or {}
+        found: Tensor | None = asked.get("label", asked.get("y"))
+        return found
+
+    def calls(self, steps: int) -> int:
+        """Returns how often the model is called with a sample: twice where a step is guided."""
+        table, guided = self.tables[steps], self.options.get("uncond_kwargs") is not None
+        return len(table) + guided * sum(guided_steps(table, self.options.get("guidance_interval")))
+
+    def first(self, n: int, most: int) -> dict[str, Any]:
+        """Returns the options for the first ``n`` of ``most`` samples."""
+        found = dict(self.options)
+        for name in ("model_kwargs", "uncond_kwargs"):
+            if arguments := found.get(name):
+                cut = {k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim and len(v) == most}
+                found[name] = {k: v[:n] if k in cut else v for k, v in arguments.items()}
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+    """Measures cells: draws the samples of a row and a column, and has them judged."""
+
+    rows: dict[float | str, _Row]
     judge: Judge
-    tables: dict[tuple[float | str, int], StepTable]
     seed: int
     most: int
-    options: dict[str, Any]
 
-    def draw(self, table: StepTable, n: int) -> Tensor:
+    def draw(self, row: _Row, table: StepTable, n: int) -> Tensor:
         """Returns the first n samples [n, C, H, W] on the CPU, for which it waits."""
-        first = {name: self._first(self.options.get(name), n) for name in ("model_kwargs", "uncond_kwargs")}
-        return sample(self.model, (n, *self.judge.shape), table, seed=self.seed, **{**self.options, **first}).cpu()
+        shape = (n, *self.judge.shape)
+        return sample(shape_or_x=shape, table=table, seed=self.seed, **row.first(n, self.most)).cpu()
 
-    def _first(self, arguments: Mapping[str, Any] | None, n: int) -> dict[str, Any] | None:
-        """Returns the model's arguments for the first n samples."""
-        if arguments is None:
-            return None
-        cut = {k for k, v in arguments.items() if isinstance(v, Tensor) and v.ndim and len(v) == self.most}
-        return {k: v[:n] if k in cut else v for k, v in arguments.items()}
+    def warm_up(self, table: StepTable) -> None:
+        """Allocates memory and compiles kernels, once for options that several rows share."""
+        for row in {id(row.options): row for row in self.rows.values()}.values():
+            self.draw(row, table, self.most)
 
-    def calls(self, row: float | str, column: Column) -> int:
-        """Returns how many samples the model is called with for a cell: twice as many where a step is guided."""
-        table, guided = self.tables[row, column.steps], self.options.get("uncond_kwargs") is not None
-        return column.samples * (len(table) + guided * sum(guided_steps(table, self.options.get("guidance_interval"))))
-
-    def measure(self, row: float | str, column: Column) -> Cell:
-        """Returns a cell.
-
-        Raises:
-            ValueError: the samples are not finite.
-        """
-        asked = self.options.get("model_kwargs") or {}
-        labels = asked.get("label", asked.get("y"))
-        start = time.perf_counter()
-        images = self.draw(self.tables[row, column.steps], column.samples)
+    def measure(self, row: float | str, column: Column) -> Cell | None:
+        """Returns a cell, or None where the samples are not finite."""
+        drawn, start = self.rows[row], time.perf_counter()
+        images = self.draw(drawn, drawn.tables[column.steps], column.samples)
         speed = column.samples / (time.perf_counter() - start)
         if not torch.isfinite(images).all():
-            where = f"{row_name(row)}, {column.steps} steps"
-            raise ValueError(f"model must draw finite samples; got NaN or inf, {where}")
-        measures = self.judge.measure(images, None if labels is None else labels[: column.samples])
-        return Cell(row, column.steps, measures, speed)
+            return None
+        labels = None if drawn.labels is None else drawn.labels[: column.samples]
+        return Cell(row, column.steps, self.judge.measure(images, labels), speed)
 
 
 def evaluate(
@@ -150,6 +170,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = False,
     kept: KeptCells | None = None,
+    strengths: Strengths | None = None,
     **options: Any,
 ) -> Evaluation:
     r"""Measures distance, accuracy, confidence and images/s in the layout of table 1 of DDIM (Song et al., 2021).
@@ -171,6 +192,7 @@ def evaluate(
         seed: of the samples; all cells start from the same x_T.
         progress: show a tqdm bar.
         kept: keeps every cell once it is measured, and knows those that an earlier run has measured.
+        strengths: of guidance, which are the rows in place of ``rows``, of which there is one, the sampler of all.
         options: batch_size, model_kwargs (of the largest n), backend and those of guidance, as in
             :func:`dd_kernels.sample`.
 
@@ -187,25 +209,36 @@ def evaluate(
         return sampler_table(schedule, row, steps, learned_variance=learned_variance, **kind)
 
     # Builds all tables first, so that a sampler that does not fit the schedule raises before the first model call.
-    tables = {(row, count): table_of(row, count) for row in rows for count in steps}
+    tables = {row: {count: table_of(row, count) for count in steps} for row in rows}
     columns = [Column(count, number, judge.floor(number)) for count, number in zip(steps, numbers, strict=True)]
     settings = {"seed": operator.index(seed), "timesteps": len(schedule), "spacing": spacing}
     settings |= {"prediction": prediction, "learned_variance": learned_variance}
     settings |= {"classifier_seed": judge.seed, "judge": judge.digest()}
-    result = Evaluation(list(rows), columns, [], judge.all_held_out, FEATURES, SURE, settings)
-    known = {(cell.row, cell.steps): cell for cell in (kept.begin(result) if kept is not None else ())}
-
-    cells = _Cells(model, judge, tables, seed, max(numbers), options)
-    if len(known) < len(tables):
-        # Allocates memory and compiles kernels before the first cell is timed.
-        cells.draw(table_of(0.0, 1), max(numbers))
-    calls = sum(cells.calls(row, column) for row in rows for column in columns)
-    with tqdm(total=calls, desc="evaluating", unit="call", unit_scale=True, disable=not progress) as bar:
-        for row, column in itertools.product(rows, columns):
-            bar.set_postfix_str(f"{row_name(row)}, {column.steps} steps")
-            found = known.get((row, column.steps))
-            result.cells.append(cells.measure(row, column) if found is None else found)
-            if kept is not None and found is None:
-                kept.keep(result)
-            bar.update(cells.calls(row, column))
+    own = {"model": model, **options}
+    drawn: dict[float | str, _Row] = {row: _Row(tables[row], own) for row in rows}
+    if strengths is not None:
+        (sampler,) = rows
+        settings |= {"axis": strengths.axis, "sampler": sampler}
+        drawn = {s: _Row(tables[sampler], {**own, **variant}) for s, variant in strengths.variants.items()}
+    result = Evaluation(list(drawn), columns, [], judge.all_held_out, FEATURES, SURE, settings)
+    _fill(result, _Cells(drawn, judge, seed, max(numbers)), table_of(0.0, 1), kept, progress)
     return result
+
+
+def _fill(result: Evaluation, cells: _Cells, quick: StepTable, kept: KeptCells | None, progress: bool) -> None:
+    """Measures all cells of an evaluation that are not known, after a warm-up by a ``quick`` sampler."""
+    known = {(cell.row, cell.steps): cell for cell in (kept.begin(result) if kept is not None else ())}
+    if len(known) < len(result.rows) * len(result.columns):
+        cells.warm_up(quick)
+    calls = {(row, c.steps): c.samples * cells.rows[row].calls(c.steps) for row in result.rows for c in result.columns}
+    with tqdm(total=sum(calls.values()), desc="evaluating", unit="call", unit_scale=True, disable=not progress) as bar:
+        for row, column in itertools.product(result.rows, result.columns):
+            place = result.place(row, column.steps)
+            bar.set_postfix_str(place)
+            cell = known.get((row, column.steps)) or cells.measure(row, column)
+            if cell is None:
+                raise ValueError(f"model must draw finite samples; got NaN or inf, {place}")
+            result.cells.append(cell)
+            if kept is not None and (row, column.steps) not in known:
+                kept.keep(result)
+            bar.update(calls[row, column.steps])

@@ -92,7 +92,8 @@ def test_each_guidance_is_that_of_sample(models, monkeypatch, capsys):
     monkeypatch.setattr(cli.evaluate, "Judge", Recording)
     Recording.seen.clear()
     found = strengths(models, "--guidances", 1, 3, "--guidance-interval", 5, 12, "--plot", "g.png", "--data", "digits")
-    assert [row["strength"] for row in found["strengths"]] == [1.0, 3.0]
+    assert [cell["row"] for cell in found["cells"]] == found["rows"] == [1.0, 3.0]
+    assert (found["settings"]["axis"], found["settings"]["sampler"]) == ("guidance", 0.0)
     assert (found["run"]["guidance"], found["run"]["guidance_interval"]) == (None, [5.0, 12.0])
     assert "guidance of the row, at timesteps 5 to 12" in capsys.readouterr().out
     assert [labels for _, labels in Recording.seen] == [[0, 1, 2]] * 2
@@ -119,7 +120,7 @@ def test_each_scale_of_a_classifier(models, monkeypatch, capsys):
     ]
     assert run(*train, *tiny, "--no-progress") == 0
     found = strengths(models, "--classifier", "c.safetensors", "--classifier-scales", 0, 100, "--data", "digits")
-    assert found["axis"] == "classifier scale"
+    assert found["settings"]["axis"] == "classifier scale"
     assert (found["run"]["guidance"], found["run"]["classifier_scale"]) == (1.0, None)
     (plain, _), (guided, _) = Recording.seen
     assert sample(models, "-n", 3, "--steps", 4, "--out", "a.npz") == 0

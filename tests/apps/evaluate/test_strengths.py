@@ -1,35 +1,23 @@
 """Accuracy and distance against the strength of guidance: the table, the figures and the plot."""
 
 import io
-import json
 import sys
 
 import pytest
 from PIL import Image
 
-from dd_kernels.apps.evaluate import (
-    Cell,
-    Column,
-    Evaluation,
-    Measures,
-    strengths_json,
-    strengths_markdown,
-    strengths_png,
-)
-from dd_kernels.apps.evaluate.strengths import Strengths
+from dd_kernels.apps.evaluate import Cell, Column, Evaluation, Measures, strengths_markdown, strengths_png
 
 REAL = Measures(200, 8.8, 0.5, 0.99, 0.989)
-SETTINGS = {"seed": 0, "spacing": "leading", "timesteps": 1000}
+SETTINGS = {"seed": 0, "spacing": "leading", "timesteps": 1000, "axis": "guidance", "sampler": 0.0}
 RUN = {"guidance": None, "guidance_rescale": 0.0, "guidance_interval": None, "classifier": None, "batch_size": 256}
 RUN |= {"seconds": 1.0, "device": "cpu", "threads": 1, "backend": "cpu", "torch": "2", "model": "m", "dtype": "fp32"}
 
 
 def found(right=0.75):
-    def evaluation(distance):
-        cell = Cell(0.0, 25, Measures(200, distance, 1.25, 0.5, right), 123.4)
-        return Evaluation([0.0], [Column(25, 200, REAL)], [cell], REAL, 16, 0.95, SETTINGS)
-
-    return Strengths("guidance", {3.0: evaluation(20.0), 1.0: evaluation(10.0)})
+    distances = {3.0: 20.0, 1.0: 10.0}
+    cells = [Cell(s, 25, Measures(200, d, 1.25, 0.5, right), 123.4) for s, d in distances.items()]
+    return Evaluation(list(distances), [Column(25, 200, REAL)], cells, REAL, 16, 0.95, SETTINGS)
 
 
 def test_the_table_has_a_row_for_each_strength_in_the_order_asked_for():
@@ -45,14 +33,6 @@ def test_the_table_has_a_row_for_each_strength_in_the_order_asked_for():
     assert "| 3 | - |" in strengths_markdown(found(None), RUN)
     by = {**RUN, "guidance": 0.0, "classifier": "c.safetensors", "classifier_scale": None}
     assert "guidance 0, by c.safetensors with the scale of the row" in strengths_markdown(found(), by)
-
-
-def test_the_figures_are_all_there():
-    figures = json.loads(strengths_json(found(), RUN))
-    assert figures["axis"] == "guidance"
-    assert [row["strength"] for row in figures["strengths"]] == [3.0, 1.0]
-    assert figures["strengths"][0]["cells"][0]["measures"]["distance"] == 20.0
-    assert figures["run"] == RUN
 
 
 def test_the_plot(monkeypatch):
