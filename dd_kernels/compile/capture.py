@@ -17,6 +17,8 @@ from typing import Any
 from torch import fx
 
 from ..ops import cuda_graph
+from . import workspace
+from .concatenation import replace_concatenations
 from .convolution import find_convolutions, replace_convolutions
 from .convolution3d import find_convolutions3d, replace_convolutions3d
 from .cuda_graph import CudaGraphs, devices_of
@@ -47,6 +49,7 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
             convolutions += len(found) + len(found3d)
             linears += replace_linears(part.graph, numbers)
             copies += lay_out(part.graph)
+            replace_concatenations(part.graph)
             relax_views(part.graph)
             part.graph.lint()
             part.recompile()
@@ -112,4 +115,6 @@ def dd_kernels(
         from torch._inductor.compile_fx import compile_fx
 
         call = compile_fx(module, list(example_inputs))
+    elif graphs is None:
+        call = workspace.of(call)
     return _counted(call if graphs is None else graphs.of(call), report)

@@ -25,6 +25,7 @@ from ..ops.checks import transform_reason
 from ..ops.conv2d import ACCURACIES, method_of, op
 from ..ops.conv2d.reference import Padding
 from ..ops.group_norm_silu.op import AFFINE
+from . import workspace
 from .fused_norm import checked_norm
 from .kept_filters import keep
 
@@ -76,8 +77,12 @@ def _run(
     method = method_of(*numbers)
     bfloat16 = numbers.products == "bfloat16"
     call = (*x.shape, stride, padding, method, bfloat16, torch.get_num_threads())
-    memory = None if is_compiling() else partial(keep, weight if parameter is None else parameter, call, bfloat16)
-    return op.forward(x, weight, bias, *before, residual, stride, padding, method, bfloat16, memory)
+    filters = (x, weight, bias, *before, residual, stride, padding, method, bfloat16)
+    if is_compiling():
+        return op.forward(*filters)
+    memory = partial(keep, weight if parameter is None else parameter, call, bfloat16)
+    y = workspace.empty_image(x.shape[0], weight.shape[0], *op.out_size(x, weight, stride, padding), x.dtype)
+    return op.forward(*filters, memory, y)
 
 
 def channels_last_conv2d(
@@ -90,7 +95,7 @@ def channels_last_conv2d(
     numbers: Numbers,
 ) -> Tensor:
     """Convolves x in channels_last, and leaves the result so; the padding is of left, right, top and bottom."""
-    x, numbers = x.contiguous(memory_format=torch.channels_last), Numbers(*numbers)
+    x, numbers = workspace.in_channels_last(x), Numbers(*numbers)
     if not _records():
         return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers)
     if not backend.is_free() or transform_reason() is not None:
@@ -104,7 +109,7 @@ def channels_last_conv2d(
 def norm_conv2d(norm: tuple[Any, ...], options: dict[str, Any], *convolution: Any) -> Tensor:
     """Does what :func:`channels_last_conv2d` does with the result of ``checked_norm(*norm, **options)`` as its x."""
     x, num_groups, weight, bias, eps, activation = norm
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = workspace.in_channels_last(x)
     if _records():
         return channels_last_conv2d(checked_norm(x, *norm[1:], **options), *convolution)
     small = [None if (v := options.get(name)) is None else v.contiguous() for name in ("pre_shift", "scale", "shift")]

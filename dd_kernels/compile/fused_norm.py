@@ -15,6 +15,7 @@ from ..ops import group_norm_silu
 from ..ops.activation import name_of
 from ..ops.checks import KERNEL_DTYPES, is_dense, transform_reason
 from ..ops.group_norm_silu.op import FORWARD
+from . import workspace
 
 
 def per_sample(x: Tensor, *values: Tensor | None) -> Tensor:
@@ -63,6 +64,6 @@ def checked_norm(
         pre_shift = pre_shift.contiguous()
     if scale is not None and shift is not None:
         scale, shift = scale.contiguous(), shift.contiguous()
-    y = torch.empty_like(x)
+    y = workspace.empty_like(x)
     FORWARD(x, num_groups, weight, bias, eps, pre_shift, scale, shift, activation, y)
     return y

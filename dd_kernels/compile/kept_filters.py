@@ -75,7 +75,7 @@ def keep(weight: Tensor, call: tuple[Any, ...], bfloat16: bool, size: Callable[[
         bfloat16: whether they are packed in bfloat16.
         size: returns how many floats they take, 0 where that does not pay.
     """
-    if type(weight) is not Parameter:
+    if type(weight) is not Parameter or weight.is_inference():  # which counts no versions
         return None
     now = weight._version, weight.data_ptr()
     kept = _kept.get(number := id(weight))

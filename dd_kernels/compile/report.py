@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .kept_filters import LIMIT, held
+from . import kept_filters, workspace
 
 
 @dataclass(frozen=True)
@@ -89,5 +89,10 @@ class AccelerateReport:
         return sum(norm.kept is None for norm in norms) / len(norms) if norms else 1.0
 
     def __str__(self) -> str:
-        kept = [f"{held() >> 20} MiB of packed filters kept, of {LIMIT >> 20} at most"] if held() > 0 else []
+        places = {"packed filters": kept_filters, "results within graphs": workspace}
+        kept = [
+            f"{place.held() >> 20} MiB of {what} kept, of {place.LIMIT >> 20} at most"
+            for what, place in places.items()
+            if place.held() > 0
+        ]
         return "\n".join([*map(str, self.networks), *kept, *self.notes])

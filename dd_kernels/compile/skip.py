@@ -8,17 +8,15 @@ made, on backends whose kernel reads two tensors.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
-from .graph import Calls, argument, only_user, tensor
-
-_CAT = Calls(torch.cat, torch.concat, torch.concatenate)
+from .concatenation import CAT
+from .graph import argument, only_user, tensor
 
 
 def skip_of(x: fx.Node, norm: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Returns (h, skip) of the concatenation ``x`` that only ``norm`` reads, or None."""
-    if x not in _CAT or only_user(x) is not norm or "out" in x.kwargs:
+    if x not in CAT or only_user(x) is not norm or "out" in x.kwargs:
         return None
     parts, value = argument(x, 0, "tensors"), tensor(x)
     if not isinstance(parts, list | tuple) or len(parts) != 2 or argument(x, 1, "dim", 0) != 1 or value is None:

@@ -78,13 +78,15 @@ def forward(
     method: int,
     bfloat16: bool = False,
     keep: Keep | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
-    """Runs the kernel, on request with products of bfloat16; the result is channels_last.
+    """Runs the kernel, on request with products of bfloat16; the result is channels_last, in ``y`` if that is given.
 
     ``keep`` returns the memory in which packed filters stay for the next call, given their size.
     """
-    size = (x.shape[0], weight.shape[0], *out_size(x, weight, stride, padding))
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if y is None:
+        size = (x.shape[0], weight.shape[0], *out_size(x, weight, stride, padding))
+        y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     residual = None if residual is None else channels_last(residual)
     small = (_float32(scale), _float32(shift), activation, residual, stride, padding[2], padding[0])
     x, filters = channels_last(x), _weight_for_kernels(weight)

@@ -1,0 +1,134 @@
+"""Memory for the results within a rewritten graph, which the next call of the graph writes to again.
+
+The steps of a sampler need the same tensors. The C library gives large ones back to the system when they are freed,
+and the system clears each page when it is next written to: up to a fifth of a U-Net's time. So in inference a graph
+keeps the memory of large results on a CPU, at most LIMIT bytes of the process. It takes memory again once no tensor
+refers to it. What a call returns is the caller's: the graph keeps none of it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._pytree import tree_leaves
+
+LIMIT = 1 << 30
+LEAST = 1 << 17
+"""Bytes below which the C library keeps what is freed."""
+
+_users = torch._C._storage_Use_Count  # counts the tensors and storages of Python that refer to the memory
+_all: weakref.WeakSet[Workspace] = weakref.WeakSet()
+_all_lock = threading.Lock()
+_local = threading.local()  # .active is the workspace of the graph that this thread runs
+
+
+def held() -> int:
+    """Returns the bytes that workspaces keep."""
+    with _all_lock:
+        return sum(workspace.held for workspace in _all)
+
+
+def is_running() -> bool:
+    """Returns whether this thread runs a graph that has a workspace."""
+    return getattr(_local, "active", None) is not None
+
+
+def _empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    active: Workspace | None = getattr(_local, "active", None)
+    y = None if active is None else active.empty(size, stride, dtype)
+    return torch.empty_strided(size, stride, dtype=dtype) if y is None else y
+
+
+def empty_image(n: int, c: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Returns a tensor [N, C, H, W] in channels_last on the CPU, for a result of the graph that runs, if one does."""
+    row = width * c
+    return _empty((n, c, height, width), (height * row, 1, row, c), dtype)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Returns a tensor of the form of x, which is dense and on the CPU, for a result of the graph that runs."""
+    return _empty(x.shape, x.stride(), x.dtype)
+
+
+def in_channels_last(x: Tensor) -> Tensor:
+    """Returns images [N, C, H, W] in channels_last, x itself where it is."""
+    if x.is_contiguous(memory_format=torch.channels_last) or not is_running():
+        return x.contiguous(memory_format=torch.channels_last)
+    n, c, height, width = x.shape
+    return empty_image(n, c, height, width, x.dtype).copy_(x)
+
+
+class Workspace:
+    """The memory that one graph keeps, while the first parameter that it was called with lives."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._memory: dict[int, list[torch.UntypedStorage]] = {}  # by its bytes
+        self._taken: set[int] = set()  # the addresses of what this call has taken
+        self._lock = threading.Lock()
+        self._owner: weakref.ref[Tensor] | None = None
+        with _all_lock:
+            _all.add(self)
+
+    def clear(self, _: Any = None) -> None:
+        """Drops all memory."""
+        self._memory, self.held = {}, 0
+
+    def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """Returns a dense tensor in memory that nothing refers to; None where it is small, or there is no room."""
+        number = math.prod(size) * dtype.itemsize
+        if number < LEAST:
+            return None
+        same = self._memory.setdefault(number, [])
+        memory = next((one for one in same if _users(one._cdata) == 1), None)
+        if memory is None:
+            if held() + number > LIMIT:
+                return None
+            memory = torch.UntypedStorage(number)
+            same.append(memory)
+            self.held += number
+        self._taken.add(memory._cdata)
+        return torch.empty(0, dtype=dtype).set_(memory, 0, size, stride)
+
+    def _keep(self, returned: Any) -> None:
+        """Keeps what this call has taken and does not return."""
+        gone = {leaf.untyped_storage()._cdata for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)}
+        kept = self._taken - gone
+        memory = {size: [one for one in same if one._cdata in kept] for size, same in self._memory.items()}
+        self._memory = {size: same for size, same in memory.items() if same}
+        self.held = sum(size * len(same) for size, same in self._memory.items())
+        self._taken = set()
+
+    def _own(self, args: Sequence[Any]) -> None:
+        """Lets the memory go with a parameter of this call, so with the model."""
+        if self._owner is None or self._owner() is None:
+            parameter = next((arg for arg in args if isinstance(arg, torch.nn.Parameter)), None)
+            self._owner = None if parameter is None else weakref.ref(parameter, self.clear)
+
+    def run(self, call: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """Calls the graph; what another thread runs at this time, or records a gradient, has its own memory."""
+        recorded = torch.is_grad_enabled() or _get_current_dispatch_mode() is not None
+        if recorded or not self._lock.acquire(blocking=False):
+            return call(*args)
+        before, _local.active, returned = getattr(_local, "active", None), self, ()
+        try:
+            self._own(args)
+            returned = call(*args)
+        finally:
+            _local.active = before
+            self._keep(returned)
+            self._lock.release()
+        return returned
+
+
+def of(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what calls a graph with a workspace of its own."""
+    workspace = Workspace()
+    return lambda *args: workspace.run(call, args)
