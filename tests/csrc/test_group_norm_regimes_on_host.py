@@ -159,7 +159,9 @@ def test_every_tensor_may_start_anywhere(host, which):
 
     aligned = run()
     for i in (i for i, v in enumerate(arguments) if isinstance(v, torch.Tensor) and v.ndim == 4):
-        torch.testing.assert_close(run(i), aligned, rtol=1e-4, atol=1e-5)
+        for name, v in run(i).items():
+            # At most 96 terms, the largest of a result's size, are summed in another order: a rounding of each at most.
+            assert (v - aligned[name]).abs().max() <= 96 * 2**-24 * aligned[name].abs().max(), name
 
 
 def test_one_channel_is_read_in_vectors(host):

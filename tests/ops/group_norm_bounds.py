@@ -51,7 +51,8 @@ def activation_errors(z: Tensor, activation: Activation, fast: bool) -> tuple[Te
     value, derivative = relative * (z * gate).abs(), relative * (gate.abs() + (slope - gate).abs())
     if activation in (Activation.GELU, Activation.GELU_TANH):  # 1 + erf and 1 + tanh cancel
         value, derivative = value + 4 * UNIT * z.abs(), derivative + 4 * UNIT * (1 + z.abs())
-    return value + 2.0**-126, derivative + 2.0**-126
+    underflow = gate.abs().clamp(max=2.0**-126)  # a gate that is no normal number of float32 may be 0
+    return value + z.abs() * underflow + 2.0**-126, derivative + (1 + z.abs()) * underflow + 2.0**-126
 
 
 class Errors:
@@ -89,7 +90,7 @@ class Errors:
         self.deviation = (variance + eps).sqrt()
         self.n = d / self.deviation
         of_sum = sum_error(self.count)
-        e_mean = (of_sum + 4 * UNIT) * self._mean(h.abs())
+        self.e_mean = e_mean = (of_sum + 4 * UNIT) * self._mean(h.abs())
         e_variance = (of_sum + 8 * UNIT) * variance + 4 * UNIT * self._mean(d.abs() * h.abs()) + e_mean.square()
         self.e_rstd = 0.5 * e_variance / (variance + eps) + 6 * UNIT  # relative
         e_centre = e_mean + UNIT * (mean - pre_shift).abs()

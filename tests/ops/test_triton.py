@@ -288,7 +288,8 @@ def test_a_large_mean_costs_nothing_in_one_program(mean):
     x = torch.randn(2, 8, 16, 16) + mean
     exact = dd.group_norm_silu(x.double(), 2, backend="reference")
     y, _, kept, _ = op.forward("triton", call(x, 2, {}))
-    assert (y - exact).abs().max() < 3e-6
+    # x and its centre are exact; eight roundings, and the sums' dozen, are of deviations that lie within 5.
+    assert (y - exact).abs().max() < 5 * (8 + 2) * 2.0**-24
     true = x.double().view(2, 2, -1).mean(2)
     # The mean that is kept is the float next to the exact one.
     assert ((kept - true).abs() <= 0.51 * 2.0**-23 * 2.0 ** true.log2().floor()).all()
