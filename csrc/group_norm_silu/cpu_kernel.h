@@ -158,7 +158,8 @@ void group_norm_finish(const Forward& a, const Unit& unit, const Moments* moment
         for (int64_t i = 1; i < tiling.tiles; ++i) all.merge(moments[i * groups + g]);
         double variance = all.m2 / all.count;
         if (variance < 0) variance = 0;  // rounding can make it negative; NaN stays
-        double rstd = 1.0 / __builtin_sqrt(variance + a.options.eps);
+        // An infinite variance, of squares beyond float32, makes NaN: 1 / inf would make y the bias.
+        double rstd = 1.0 / __builtin_sqrt(variance + a.options.eps) + (variance - variance);
         int64_t at = unit.sample * tiling.groups + unit.first_group + g;
         if (a.mean != nullptr) {
             a.mean[at] = static_cast<float>(all.mean);

@@ -216,11 +216,12 @@ DD_DEVICE ChannelOptions<float> channel_options(const Options& o, const NormShap
 }
 
 // Returns 1 / sqrt(v) to half an ulp and a little: one step of Newton's method, with an exact residual, from the value
-// of two roundings, which stays where the step gives NaN (v is 0 or inf).
+// of two roundings, which stays where v is 0 and the step gives NaN. Returns NaN for inf, a variance of squares beyond
+// float32: 0 would make y the bias.
 DD_DEVICE float reciprocal_sqrt(float v) {
     const float r = 1.0f / sqrt(v), product = v * r;
     const float residual = fma(-product, r, 1.0f) - fma(v, r, -product) * r;
-    return residual == residual ? fma(0.5f * r, residual, r) : r;
+    return residual == residual ? fma(0.5f * r, residual, r) : r + (v - v);
 }
 
 // Adds the rounding error of the centre, by Knuth's exact sum of two floats, to the offset.

@@ -54,7 +54,7 @@ def lora_layers(model):
 
 
 def bound(model, inputs):
-    """Returns the exact result, and the error that eager has beside which another order of rounding is allowed."""
+    """Returns the exact result, and twice the error of eager, which another order of a model's roundings may have."""
     exact = copy.deepcopy(model).double()(*(v.double() if v.is_floating_point() else v for v in inputs)).sample
     error = (model(*inputs).sample - exact).abs().max()
     return exact, 2 * error + 16 * torch.finfo(torch.float32).eps * exact.abs().max()

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow  # Building the kernels for the host takes half a 
 
 NORMS = ("test_group_norm_silu", "test_group_norm_silu_as_op", "test_group_norm_silu_of_two")
 STEPS = ("test_reverse_step", "test_reverse_step_as_op", "test_reverse_step_history")
-SUITE = ("test_randn", "test_q_sample", *STEPS, *NORMS)
+SUITE = ("test_randn", "test_q_sample", "test_range", *STEPS, *NORMS)
 # These are about torch's tracing, which sees the host library's ops under another name.
 NOT_OF_KERNELS = ("opcheck", "compiles")
 

@@ -17,7 +17,10 @@ EPS = 2.0**-23
 
 
 def _assert_near(ours: UNet, theirs: torch.Tensor, *inputs: torch.Tensor) -> None:
-    """Ours is as near to float64 as theirs in float32: twice its error and a rounding; and the same to 2e-5."""
+    """Ours is as near to float64 as theirs in float32: twice its error and a rounding; and the same to 2e-5.
+
+    The bound of a whole model, a product over its layers, is larger than what it returns: theirs says what is usual.
+    """
     with torch.no_grad():
         value = ours.eval()(*inputs)
         exact = copy.deepcopy(ours).double()(inputs[0].double(), *inputs[1:])

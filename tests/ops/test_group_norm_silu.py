@@ -250,13 +250,6 @@ def test_constant_input(kernel, value):
     assert (y - bias[:, None, None]).abs().max() <= value * 2**-23 * 1e-5**-0.5
 
 
-def test_variance_beyond_float32(kernel):
-    """1 / sqrt(inf) is 0, which leaves the bias; where the variance is a double, x is normalised."""
-    x = torch.full((2, 8, 5, 6), 1e20, device=kernel.device)
-    x[..., ::2] *= -1
-    assert (dd.group_norm_silu(x, 4, activation="none", backend=kernel.name).abs() <= 1 + 1e-6).all()
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_activation(kernel, activation, dtype):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from bounds import assert_within
 from group_norm_cases import check as check_norm
-from group_norm_cases import make
+from group_norm_cases import errors, make, results
 
 import dd_kernels as dd
 
@@ -54,6 +55,25 @@ def test_reverse_step_with_a_clip(kernel, name, guided):
     exact = run("reference", "cpu", torch.float64)
     for backend in (kernel.name, "reference"):
         assert_finite_where_exact(run(backend, kernel.device, torch.float32), exact)
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30, 3e38])
+@pytest.mark.parametrize("channels_last", [0, 1])
+def test_norm_beyond_its_squares_is_nan(kernel, channels_last, size):
+    """A group whose squares float32 does not hold is NaN, with its gradients; the groups beside it are right."""
+    x, dy, options, activation = make((2, 8, 4, 6), torch.float32, (1, 1, 0, 0, 0, 1, channels_last))
+    allowed = errors(kernel, x, dy, 4, options, activation)
+    exact = results(x.double(), dy.double(), 4, {k: v.double() for k, v in options.items()}, activation, "reference")
+    x[0, 2:4] = size * torch.linspace(-1, 1, 48).reshape(2, 4, 6)
+    on = [v.to(kernel.device) for v in (x, dy)]
+    options = {k: v.to(kernel.device) for k, v in options.items()}
+    actual = results(*on, 4, options, activation, kernel.name)
+    for name in ("y", "dx"):
+        beyond = torch.zeros(x.shape, dtype=torch.bool)
+        beyond[0, 2:4] = True
+        v = actual[name].cpu()
+        assert v[beyond].isnan().all()
+        assert_within(v[~beyond], exact[name][~beyond], allowed[name][~beyond])
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 12, 9, 7)])

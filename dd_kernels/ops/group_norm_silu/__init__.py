@@ -96,8 +96,10 @@ def group_norm_silu(
     ``torch.func`` run the reference. (Where ``pre_shift`` takes means of many deviations away, the gradients of the
     CUDA and Triton kernels are off by 1e-8 of those deviations.) ``activation`` takes SiLU's place in the equation.
 
-    Squares are summed in float32: where a group's deviation times the root of its size exceeds 1e19, y is the bias or
-    NaN (``torch.group_norm`` gives NaN), and not the ordinary numbers that float64 would give.
+    Squares are summed in float32: where a group's deviation times the root of its size exceeds 1e19, the group's y and
+    gradients are NaN (by the reference, as by ``torch.group_norm``, the bias or NaN), not the ordinary numbers that
+    float64 would give. Those would take a scale of each group, from its largest number before the first square, and
+    again for the gradient, whose 1 / sigma_g^2 float32 does not hold either: passes over x, or products per element.
 
     ``residual`` is added first, ``sum = x + residual`` rounded to x's dtype, and ``sum`` takes x's place
     above. It is the second result: what a residual stream carries on, without ``pre_shift``, which is

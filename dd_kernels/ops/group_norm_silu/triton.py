@@ -33,7 +33,8 @@ _PER_CHANNEL = ["weight", "bias", "pre_shift", "scale", "shift", "mean", "rstd"]
 
 @triton.jit
 def _reciprocal_deviation(variance, eps):
-    return tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    """1 / sqrt(variance + eps), or NaN for a variance of squares beyond float32, where 0 would make y the bias."""
+    return tl.div_rn(1.0, tl.sqrt_rn(variance + eps)) + (variance - variance)
 
 
 @triton.jit(do_not_specialize_on_alignment=_PER_CHANNEL)
