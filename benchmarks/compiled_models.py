@@ -7,8 +7,8 @@
 
 Of each model: its norms, how many are computed with their activation, which PyTorch computes and why, the graphs that
 Dynamo captured and the seconds that it took, the largest difference to float64 beside eager's, and the speed as the
-median of the ratios of paired calls. The models are diffusers' by their public configurations, and blocks in the styles
-of other codebases (``tests/compile/models.py``), all with random weights.
+median of the ratios of paired calls, or why a model or a compiler fails. The models are diffusers' by their public
+configurations, and blocks in the styles of other codebases (``tests/compile/models.py``), all with random weights.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dd_kernels as dd
 from dd_kernels.compile import Report
+from dd_kernels.ops.cuda_graph import first_line
 
 from .models import randomized
 from .public_models import LARGE, MODELS
 
 ACTIVATIONS = {"silu", "mish", "gelu", "gelu_tanh"}
+LONG = 60.0  # seconds of timing after which three rounds are enough, in place of five
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -42,13 +44,15 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def speedups(calls: Sequence[Callable[[], object]], at_least: float) -> list[float]:
-    """Returns how much faster each call is than the first: medians of the ratios of calls made one after another."""
-    for call in calls:
-        call()
+    """Returns how much faster each call is than the first: medians of the ratios of calls made one after another.
+
+    All were called before: what the first call alone does takes no part.
+    """
     rounds: list[list[float]] = []
-    started = time.perf_counter()
-    while len(rounds) < 5 or time.perf_counter() - started < at_least:
+    started, passed = time.perf_counter(), 0.0
+    while passed < at_least or len(rounds) < (5 if passed < LONG else 3):
         rounds.append([seconds(call) for call in calls])
+        passed = time.perf_counter() - started
     return [statistics.median(row[0] / row[i] for row in rounds) for i in range(1, len(calls))]
 
 
@@ -64,6 +68,30 @@ def why_not(report: Report) -> str:
     return "; ".join(f"{count}: {reason}" for reason, count in reasons.items()) or "-"
 
 
+def failed(error: Exception) -> str:
+    """Returns an error as a cell of the table."""
+    return f"fails: {type(error).__name__}: {first_line(error)}".replace("|", "/")
+
+
+def failure(function: Callable[..., Any], inputs: Sequence[Any]) -> str | None:
+    """Returns why a call fails, or None."""
+    try:
+        function(*inputs)
+    except Exception as error:
+        return failed(error)
+    return None
+
+
+def speeds(model: nn.Module, others: Sequence[Callable[..., Any]], inputs: Sequence[Any], at_least: float) -> str:
+    """Returns how much faster than the model each other is, or why it fails."""
+    model(*inputs)
+    failures = [failure(other, inputs) for other in others]
+    sound = [other for other, reason in zip(others, failures, strict=True) if reason is None]
+    functions: list[Callable[..., Any]] = [model, *sound]
+    ratios = iter(speedups([partial(f, *inputs) for f in functions], at_least))
+    return " / ".join(reason or f"{next(ratios):.2f}" for reason in failures)
+
+
 def row(name: str, batches: Iterable[int], full: bool, inductor: bool, at_least: float) -> list[str]:
     """Returns the table's cells of one model."""
     torch.manual_seed(0)
@@ -71,22 +99,20 @@ def row(name: str, batches: Iterable[int], full: bool, inductor: bool, at_least:
     randomized(model).eval()
     fast, found = dd.accelerate(copy.deepcopy(model))
     report = found.networks[0]
+    others: list[Callable[..., Any]] = [fast]
     if inductor:
         torch._dynamo.reset()  # or torch.compile's models of earlier rows count towards its limit of recompilations
-    compiled = [torch.compile(model, dynamic=False)] if inductor else []
+        others.append(torch.compile(model, dynamic=False))
     cells, errors, capture = [], "", 0.0
     with torch.no_grad():
         for batch in batches:
             inputs = inputs_of(batch)
-            first = seconds(partial(fast, *inputs))
             if not errors:
-                capture = first
+                capture = seconds(partial(fast, *inputs))
                 exact = copy.deepcopy(model).double()(*map(to_float64, inputs))
                 largest = [(f(*inputs) - exact).abs().max().item() for f in (fast, model)]
                 errors = " / ".join(f"{error:.1e}" for error in largest)
-            functions: list[Callable[..., Any]] = [model, fast, *compiled]
-            calls = [partial(f, *inputs) for f in functions]
-            cells.append(" / ".join(f"{ratio:.2f}" for ratio in speedups(calls, at_least)))
+            cells.append(speeds(model, others, inputs, at_least))
     graphs = len(report.graphs) // len(cells)
     norms = report.norms
     active = sum(bool(ACTIVATIONS & set(norm.fused)) for norm in norms)
@@ -112,7 +138,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no model {', '.join(unknown)}; there are {', '.join([*MODELS, *LARGE])}")
     torch.set_num_threads(arguments.threads)
-    speeds = [f"x eager at batch {n}" + " / of torch.compile" * arguments.inductor for n in arguments.batch]
+    titles = [f"x eager at batch {n}" + " / of torch.compile" * arguments.inductor for n in arguments.batch]
     head = [
         "model",
         "norms / with activation",
@@ -120,12 +146,15 @@ def main() -> None:
         "graphs",
         "capture s",
         "error ours / eager",
-        *speeds,
+        *titles,
     ]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for name in arguments.models or MODELS:
         batches = [1] if name in LARGE else arguments.batch
-        cells = row(name, batches, arguments.full, arguments.inductor, arguments.seconds)
+        try:
+            cells = row(name, batches, arguments.full, arguments.inductor, arguments.seconds)
+        except Exception as error:
+            cells = [name, failed(error), *["-"] * (len(head) - 2)]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 

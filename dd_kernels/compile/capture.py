@@ -84,7 +84,11 @@ def _counted(call: Callable[..., Any], report: Report) -> Callable[..., Any]:
 
 
 def dd_kernels(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compiles a captured graph; what Dynamo calls for ``torch.compile(model, backend="dd_kernels", options=...)``.
 
@@ -96,10 +100,13 @@ def dd_kernels(
             an entry per graph: see :class:`dd_kernels.compile.Report`; ``{"accuracy": "high"}`` makes convolutions on
             a CPU at least as exact as eager's, see :func:`dd_kernels.ops.conv2d`; ``{"dtype": "bfloat16"}`` lets them
             multiply in bfloat16, see :func:`dd_kernels.accelerate`.
+        mode: of Inductor alone; there is none here.
 
     Raises:
-        ValueError: an option of another name, or another accuracy or dtype.
+        ValueError: an option of another name, another accuracy or dtype, or a mode.
     """
+    if mode is not None:
+        raise ValueError(f"mode must be left out: CUDA graphs are used by default, see options; got {mode!r}")
     options = options or {}
     numbers = numbers_of(options.get("accuracy", "default"), options.get("dtype"))
     unknown = [name for name in options if name not in _OPTIONS]

@@ -3,6 +3,8 @@
 Dynamo keeps what it compiled by code object, at most ``torch._dynamo.config.recompile_limit`` graphs of each (8). The
 models of a class share the code of ``forward``, so that after eight a further one would run eagerly. Each network is
 called through a code object of its own, with a limit of its own where PyTorch takes one.
+
+Dynamo does not look for hooks that come or go after a call was captured: that is done here.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.compiler import is_compiling
+from torch.utils.hooks import RemovableHandle
 
 from .capture import dd_kernels
 from .report import Report
@@ -28,7 +31,7 @@ _GAVE_UP = (
     f"PyTorch ran a call eagerly: the graphs of other calls have reached their limit ({GRAPHS}, before torch 2.13"
     " torch._dynamo.config.recompile_limit), or compiling is turned off"
 )
-
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _numbers = itertools.count()
 _reports: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
@@ -54,6 +57,28 @@ def _own_call(module: nn.Module) -> Callable[..., Any]:
     return types.MethodType(types.FunctionType(code, globals()), module)
 
 
+class _Hooks:
+    """Looks for hooks that were put into a network or taken out of it.
+
+    PyTorch numbers the hooks of a process in one sequence: where none was there and none was made since, there is
+    nothing to look for.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._next = module, RemovableHandle.next_id
+        self._found = self._find()
+
+    def _find(self) -> frozenset[int]:
+        return frozenset(key for m in self._module.modules() for name in _HOOKS for key in getattr(m, name))
+
+    def have_changed(self) -> bool:
+        """Returns whether there are others than at the last call."""
+        if not self._found and RemovableHandle.next_id == self._next:
+            return False
+        before, self._found, self._next = self._found, self._find(), RemovableHandle.next_id
+        return self._found != before
+
+
 def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any]) -> Callable[[], None]:
     """Compiles the calls of ``module``, whose graphs ``report`` takes; returns what undoes it.
 
@@ -64,10 +89,14 @@ def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any])
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         settings |= {"isolate_recompiles": True, "recompile_limit": GRAPHS}
     compiled: Any = torch.compile(_own_call(module), **settings)
+    hooks = _Hooks(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal compiled
         if is_compiling():  # within another model that is compiled
             return compiled(*args, **kwargs)
+        if hooks.have_changed():
+            compiled = torch.compile(_own_call(module), **settings)
         runs = report.runs
         report.calls += 1
         result = compiled(*args, **kwargs)

@@ -65,7 +65,40 @@ def test_an_unknown_model(capsys, monkeypatch):
 
 
 def test_speedups_are_medians_of_pairs(monkeypatch):
-    """A slow round counts once: the ratios are 4, 4, 4, 100 and 2."""
-    times = iter([4, 1, 8, 2, 4, 1, 100, 1, 4, 2])
-    monkeypatch.setattr(compiled_models, "seconds", lambda call: next(times))
-    assert compiled_models.speedups([lambda: None, lambda: None], at_least=0.0) == [4]
+    """A slow round counts once: the ratios are 4, 4, 4, 100 and 2. Of long calls there are three rounds."""
+    for long, left in ((compiled_models.LONG, 0), (0.0, 4)):
+        times = iter([4, 1, 8, 2, 4, 1, 100, 1, 4, 2])
+        monkeypatch.setattr(compiled_models, "seconds", lambda call: next(times))  # noqa: B023
+        monkeypatch.setattr(compiled_models, "LONG", long)
+        assert compiled_models.speedups([lambda: None, lambda: None], at_least=0.0) == [4]
+        assert len(list(times)) == left
+
+
+def test_what_fails_is_a_cell(monkeypatch, capsys):
+    """Beside torch.compile's failure ours is measured; a model that fails is a row, and the table goes on."""
+    real = torch.compile
+
+    def broken(*inputs):
+        raise RuntimeError("no such | thing\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **options) if "backend" in options else broken)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setitem(compiled_models.MODELS, "none", lambda full: 1 / 0)
+    arguments = ["--inductor", "--batch", "1", "--seconds", "0"]
+    monkeypatch.setattr("sys.argv", ["compiled_models", "none", "lucidrains", *arguments])
+    compiled_models.main()
+    none, lucidrains = capsys.readouterr().out.splitlines()[2:]
+    assert none == "| none | fails: ZeroDivisionError: division by zero | - | - | - | - | - |"
+    speed, reason = lucidrains.split(" | ")[-1].removesuffix(" |").split(" / ", 1)
+    assert float(speed) > 0
+    assert reason == "fails: RuntimeError: no such / thing"
+
+
+def test_a_controlnet_leaves_nothing_out():
+    """A compiler leaves out of a model what its result is not made of."""
+    with torch.device("meta"):
+        model, inputs_of = public_models.MODELS["controlnet"](False)
+        result = model(*inputs_of(1))
+        result.square().sum().backward()
+    assert result.shape[0] == 1
+    assert all(p.grad is not None for name, p in model.named_parameters() if "controlnet_" in name)

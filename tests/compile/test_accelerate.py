@@ -123,6 +123,13 @@ def test_a_pipeline(graphs_on_cpu):
     assert (draw(pipe) == wanted).all()
 
 
+def test_a_scheduler_that_the_user_puts_in_afterwards_stays():
+    pipe = pipeline()
+    dd.accelerate(pipe)
+    pipe.scheduler = diffusers.DDPMScheduler()
+    assert type(dd.restore(pipe).scheduler) is diffusers.DDPMScheduler
+
+
 def test_a_constructor_that_puts_their_scheduler_back():
     """What the report says to write after it is what keeps ours."""
     config = {"num_train_timesteps": 100}

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -219,6 +221,18 @@ def test_an_export_is_the_models_own():
         assert torch.equal(exported.module()(x, emb), model(x, emb))
 
 
+@pytest.mark.slow
+def test_the_name_needs_no_import_of_this_package():
+    code = (
+        "import sys, torch\n"
+        "net, x = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), torch.nn.SiLU()), torch.randn(2, 16, 4, 4)\n"
+        "assert not [name for name in sys.modules if name.startswith('dd_kernels')]\n"
+        "assert torch.allclose(torch.compile(net, backend='dd_kernels')(x), net(x), atol=1e-5)\n"
+        "assert 'dd_kernels.compile.capture' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_handed_on_to_inductor():
     model, x, emb = make("latent-diffusion", blocks=1)
     fast, report = compiled(model, inductor=True)
@@ -230,6 +244,8 @@ def test_unknown_option():
     model, x, emb = make("latent-diffusion", blocks=1)
     with pytest.raises(Exception, match=r"options must be among .*; got 'inducter'"):
         outputs(torch.compile(model, backend="dd_kernels", options={"inducter": True}), x, emb)
+    with pytest.raises(Exception, match=r"mode must be left out: .*; got 'reduce-overhead'"):
+        outputs(torch.compile(model, backend="dd_kernels", mode="reduce-overhead"), x, emb)
 
 
 def test_a_report_before_the_first_call_and_after():

@@ -80,6 +80,39 @@ def test_a_call_that_dynamo_gives_up_on_is_noted(caplog):
     assert "Scaled: PyTorch ran a call eagerly" in caplog.text
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_come_and_go_after_a_call(register):
+    """They are called as in eager use; a hook of another model captures nothing."""
+    model, x, emb = make("latent-diffusion", blocks=1)
+    _, report = dd.accelerate(model)
+    seen = []
+
+    def is_right(graphs):
+        seen.clear()
+        result = model(x, emb)
+        calls = len(seen)
+        torch.testing.assert_close(result, model._call_impl(x, emb))
+        assert len(seen) == 2 * calls
+        assert len(report.networks[0].graphs) == graphs
+        return calls
+
+    def hook(module, inputs, output=None):
+        seen.append(1)
+        return inputs[0] * 2 if output is None else output * 2
+
+    with torch.no_grad():
+        assert is_right(graphs=1) == 0
+        torch.nn.Linear(1, 1).register_forward_hook(hook)
+        assert is_right(graphs=1) == 0
+        first, second = (getattr(layer, register)(hook) for layer in (model.blocks[0].norm1, model.blocks[0].conv1))
+        assert is_right(graphs=2) == 2
+        assert is_right(graphs=2) == 2
+        first.remove()
+        assert is_right(graphs=3) == 1
+        second.remove()
+        assert is_right(graphs=4) == 0
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_within_a_model_that_is_compiled(order):
     model, x, emb = make("latent-diffusion", blocks=1)

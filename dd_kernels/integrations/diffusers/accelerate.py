@@ -28,9 +28,10 @@ def _networks(pipeline: Any) -> Iterator[tuple[str, Any]]:
             yield name, component
 
 
-def _put_back(pipeline: weakref.ref[Any], name: str, component: Any) -> None:
+def _put_back(pipeline: weakref.ref[Any], name: str, component: Any, ours: Any) -> None:
+    """Puts a component back where the pipeline still has ours, and not another that the user has put in."""
     owner = pipeline()
-    if owner is not None:
+    if owner is not None and getattr(owner, name) is ours:
         setattr(owner, name, component)
 
 
@@ -60,8 +61,9 @@ def _swap_schedulers(pipeline: Any) -> Iterator[tuple[Callable[[], None], str]]:
     for name, component in list(pipeline.components.items()):
         ours = _SCHEDULERS.get(type(component))
         if ours is not None:
-            setattr(pipeline, name, _ours_of(component, ours))
-            yield partial(_put_back, weakref.ref(pipeline), name, component), _note(name, ours.__name__)
+            replacement = _ours_of(component, ours)
+            setattr(pipeline, name, replacement)
+            yield partial(_put_back, weakref.ref(pipeline), name, component, replacement), _note(name, ours.__name__)
         elif isinstance(component, diffusers.SchedulerMixin) and not isinstance(component, tuple(_SCHEDULERS.values())):
             yield lambda: None, f"{name}: {type(component).__name__} stays, there is no kernel for it"
 
