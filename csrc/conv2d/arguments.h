@@ -20,11 +20,13 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Images lie in memory as [samples][height][width][channels]. Rows and columns beyond the image are zeros: `top` and
-// `left` of them come first, and as many follow as the output's size asks for.
+// `left` of them come first, and as many follow as the output's size asks for. Where the input is `doubled`, `height`
+// and `width` are those of the image that is convolved, of which each pixel in memory is 2 x 2.
 struct Shape {
     int64_t samples, channels, height, width;
     int64_t outputs, out_height, out_width;
     int64_t kernel_height, kernel_width, stride, top, left;
+    bool doubled;
 
     int64_t taps() const { return kernel_height * kernel_width; }
 };

@@ -56,13 +56,18 @@ void on_threads(int64_t count, const Target& target, Body body) {
 
 // The shape of a call. weight: [outputs, inputs, height, width], or, turned, [inputs, outputs, height, width].
 inline Shape shape_of(const TensorChecks& checks, const Tensor& x, const Tensor& weight, bool turned, const Tensor& y,
-                      int64_t stride, int64_t top, int64_t left) {
+                      int64_t stride, int64_t top, int64_t left, bool doubled = false) {
     checks.dimensions("x", x, 4);
     checks.dimensions("weight", weight, 4);
     checks.dimensions("y", y, 4);
     if (stride < 1) checks.fail("stride", "at least 1", std::to_string(stride));
     Shape shape{x.size(0), x.size(1),      x.size(2),      x.size(3), y.size(1), y.size(2),
                 y.size(3), weight.size(2), weight.size(3), stride,    top,       left};
+    if (doubled) {
+        shape.doubled = true;
+        shape.height *= 2;
+        shape.width *= 2;
+    }
     if (shape.channels == 0 || shape.taps() == 0) checks.fail("weight", "not empty", "an empty one");
     return shape;
 }

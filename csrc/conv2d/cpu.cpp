@@ -121,17 +121,17 @@ void run(Forward a, Method method, bool bfloat16, float* kept, int64_t kept_floa
 
 void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> scale,
             std::optional<Tensor> shift, int64_t activation, std::optional<Tensor> residual, int64_t stride,
-            int64_t top, int64_t left, bool turned, int64_t method, bool bfloat16, Tensor y,
-            std::optional<Tensor> kept) {
+            int64_t top, int64_t left, bool turned, int64_t method, bool bfloat16, Tensor y, std::optional<Tensor> kept,
+            bool doubled) {
     TensorChecks checks("conv2d", "x", x);
     Forward a{};
-    const Shape& shape = a.shape = shape_of(checks, x, weight, turned, y, stride, top, left);
+    const Shape& shape = a.shape = shape_of(checks, x, weight, turned, y, stride, top, left, doubled);
     constexpr int64_t count = baseline::Activations::kCount;
     if (activation < 0 || activation >= count) {
         checks.fail("activation", "in [0, " + std::to_string(count) + ")", std::to_string(activation));
     }
     if (scale.has_value() != shift.has_value()) checks.fail("scale", "given with shift", "one of both");
-    a.x = checks.image("x", x, {shape.samples, shape.channels, shape.height, shape.width});
+    a.x = checks.image("x", x, {shape.samples, shape.channels, x.size(2), x.size(3)});
     const int64_t first = turned ? shape.channels : shape.outputs, second = turned ? shape.outputs : shape.channels;
     const float* filters = checks.filters("weight", weight, {first, second, shape.kernel_height, shape.kernel_width});
     a.filters = filters_of(filters, weight, turned);

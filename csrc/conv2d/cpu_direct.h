@@ -10,8 +10,8 @@ namespace dd::DD_ISA {
 // Whether an output pixel's packed row would be an input pixel: of 1 x 1 filters of stride 1 with nothing around.
 DD_INLINE bool rows_are_pixels(const conv2d::Forward& a) {
     const conv2d::Shape& shape = a.shape;
-    return a.plan.method == conv2d::Method::direct && shape.taps() == 1 && shape.stride == 1 && shape.top == 0 &&
-           shape.left == 0 && shape.out_height == shape.height && shape.out_width == shape.width;
+    return a.plan.method == conv2d::Method::direct && shape.taps() == 1 && shape.stride == 1 && !shape.doubled &&
+           shape.top == 0 && shape.left == 0 && shape.out_height == shape.height && shape.out_width == shape.width;
 }
 
 // Whether the micro-kernel reads the rows where they lie, so that none is packed.

@@ -78,6 +78,17 @@ DD_INLINE void read_channels(const Operand& x, int64_t offset, int64_t channels,
     if (count > 0) read_columns<Activation, 1>(x, offset, channels, columns, count, prologue, to, stride);
 }
 
+// Doubles a row: to [last - first][stride] are pixels [first, last), of which the last places hold those in memory.
+// A pixel is never written after the place that it is read from.
+DD_INLINE void double_columns(int64_t first, int64_t last, int64_t count, float* to, int64_t stride) {
+    const int64_t start = last - 1 - (last - 1) / 2 - first;  // where the pixel in memory of number 0 would be
+    for (int64_t i = first; i < last; ++i, to += stride) {
+        const float* from = to + (start + i / 2 - (i - first)) * stride;
+        for_vectors(count,
+                    [&](int64_t c, int64_t left) DD_INLINE_LAMBDA { store(to + c, left, load(from + c, left)); });
+    }
+}
+
 // to [columns][stride]: `count` channels from `channel` on of pixels [first, first + columns) of row y; zeros beyond
 // the image.
 static void read_row(const Operand& x, const conv2d::Shape& shape, int64_t sample, int64_t y, int64_t first,
@@ -89,14 +100,18 @@ static void read_row(const Operand& x, const conv2d::Shape& shape, int64_t sampl
     if (until < from) until = from;
     for (int64_t i = 0; i < from; ++i) set_zero(to + i * stride, padded);
     if (until > from) {
-        int64_t pixel = y * shape.width + first + from;
+        const int half = shape.doubled ? 1 : 0;
+        const int64_t start = (first + from) >> half, length = ((first + until - 1) >> half) + 1 - start;
+        int64_t pixel = (y >> half) * (shape.width >> half) + start;
         int64_t offset = sample * x.sample_stride + pixel * shape.channels + channel;
         Prologue here = prologue;
         if (here.scale != nullptr) here = {here.scale + channel, here.shift + channel, here.activation};
         Activations::visit(prologue.activation, [&](auto activation) DD_INLINE_LAMBDA {
-            read_channels<decltype(activation)>(x, offset, shape.channels, until - from, count, here,
-                                                to + from * stride, stride);
+            read_channels<decltype(activation)>(x, offset, shape.channels, length, count, here,
+                                                to + (until - length) * stride, stride);
         });
+        const int64_t stored = stride % kLanes == 0 ? padded : count;
+        if (shape.doubled) double_columns(first + from, first + until, stored, to + from * stride, stride);
     }
     for (int64_t i = until; i < columns; ++i) set_zero(to + i * stride, padded);
 }

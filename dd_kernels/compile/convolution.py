@@ -4,14 +4,17 @@
     conv2d(h, weight, bias, stride, padding) + x  ->  conv2d with residual=x
     conv2d(act(norm(x)), weight, ...)             ->  conv2d of x, which applies the norm as it reads x
     conv2d(pad(x, sides), weight, ...)            ->  conv2d of x with more zeros around it
+    conv2d(interpolate(x, scale_factor=2), ...)   ->  conv2d of x, which repeats each pixel 2 x 2 times as it reads x
 
 Equal without dilation or groups, where only the sum reads the convolution, only the convolution the norm, and x is not
-written to between.
+written to between. Nearest up-sampling may have other readers, which keep it; filters are 3 x 3 there, as for 1 x 1 the
+kernel reads pixels where they lie.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +31,9 @@ from .graph import (
     argument,
     between,
     elements,
+    equal,
     is_barrier,
+    known,
     mutates,
     only_user,
     operands,
@@ -38,6 +43,7 @@ from .graph import (
 
 _CONVOLUTIONS = Calls(torch.conv2d, F.conv2d)
 _PAD = Calls(F.pad, torch._C._nn.pad)
+_INTERPOLATE = Calls(F.interpolate)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,21 @@ def _zeros_before(x: fx.Node, last: fx.Node) -> Padding | None:
     return sides[0], sides[1], sides[2], sides[3]
 
 
+def _half_size(x: fx.Node, weight: fx.Node, last: fx.Node) -> fx.Node | None:
+    """Returns what the call ``x`` repeats 2 x 2 times for a 3 x 3 convolution, if it may be read at ``last``."""
+    if x not in _INTERPOLATE or argument(x, 3, "mode", "nearest") not in ("nearest", "nearest-exact"):
+        return None
+    small: fx.Node = argument(x, 0, "input")
+    # A factor between 2 and 2.5 may make an image twice as large too, but repeats others of its pixels.
+    if argument(x, 2, "scale_factor") not in (None, 2, (2, 2), [2, 2]):
+        return None
+    if not all(equal(size, 3) for size in known(weight).shape[2:]):
+        return None
+    if not all(equal(large, 2 * size) for large, size in zip(known(x).shape[2:], known(small).shape[2:], strict=True)):
+        return None
+    return None if any(is_barrier(other) for other in between(x, last)) else small
+
+
 def _replace(graph: fx.Graph, found: Convolution, numbers: Numbers) -> None:
     """Puts our convolution in the place of the node, or of its sum with the residual."""
     node, last = found.node, found.total or found.node
@@ -120,13 +141,17 @@ def _replace(graph: fx.Graph, found: Convolution, numbers: Numbers) -> None:
     stride, padding = _pair(argument(node, 3, "stride", 1)), _pair(argument(node, 4, "padding", 0))
     assert stride is not None
     assert padding is not None
-    sides, reader, covered = (padding[1], padding[1], padding[0], padding[0]), node, [last, node]
+    sides, covered = (padding[1], padding[1], padding[0], padding[0]), [last, node]
     if (zeros := _zeros_before(x, last)) is not None:
         covered.append(x)
         sides = (sides[0] + zeros[0], sides[1] + zeros[1], sides[2] + zeros[2], sides[3] + zeros[3])
-        reader, x = x, argument(x, 0, "input")
-    arguments = (*filters, stride[0], sides, found.residual, tuple(numbers))
-    norm = _norm_before(x, reader, last) if reader is node or only_user(reader) is node else None
+        x = argument(x, 0, "input")
+    if (small := _half_size(x, filters[0], last)) is not None:
+        covered.append(x)
+        x = small
+    arguments = (*filters, stride[0], sides, found.residual, tuple(numbers), small is not None)
+    alone = all(only_user(other) is reader for reader, other in pairwise(covered[1:]))
+    norm = _norm_before(x, covered[-1], last) if alone else None
     with graph.inserting_before(last):
         if norm is None:
             result = graph.call_function(channels_last_conv2d, (x, *arguments))

@@ -6,7 +6,8 @@ A norm and its activation are applied as the convolution reads its input,
 
 with factor and term [N, C] from the moments of x: the normalised tensor is neither written nor read. Factor and term
 are rounded once each, which is off by an ulp of term, the mean of x in standard deviations: what x's own rounding is
-worth. Where a gradient is asked for, the norm is a pass of its own, because the backward pass reads its result.
+worth. Where a gradient is asked for, the norm is a pass of its own, because the backward pass reads its result, and so
+is nearest up-sampling, which the kernel otherwise does as it reads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .. import backend
 from ..ops import conv2d
 from ..ops.checks import transform_reason
 from ..ops.conv2d import ACCURACIES, method_of, op
-from ..ops.conv2d.reference import Padding
+from ..ops.conv2d.reference import Padding, double
 from ..ops.group_norm_silu.op import AFFINE
 from . import workspace
 from .fused_norm import checked_norm
@@ -70,19 +71,21 @@ def _run(
     padding: Padding,
     residual: Tensor | None,
     numbers: Numbers,
+    doubled: bool = False,
     parameter: Tensor | None = None,
 ) -> Tensor:
     """Calls the kernel; ``before`` is what x passes first, ``parameter`` what the weight is a view of, if it is one."""
     numbers = Numbers(*numbers)
     method = method_of(*numbers)
     bfloat16 = numbers.products == "bfloat16"
-    call = (*x.shape, stride, padding, method, bfloat16, torch.get_num_threads())
+    call = (*x.shape, stride, padding, method, bfloat16, doubled, torch.get_num_threads())
     filters = (x, weight, bias, *before, residual, stride, padding, method, bfloat16)
     if is_compiling():
-        return op.forward(*filters)
+        return op.forward(*filters, doubled=doubled)
     memory = partial(keep, weight if parameter is None else parameter, call, bfloat16)
-    y = workspace.empty_image(x.shape[0], weight.shape[0], *op.out_size(x, weight, stride, padding), x.dtype)
-    return op.forward(*filters, memory, y)
+    size = op.out_size(x, weight, stride, padding, doubled)
+    y = workspace.empty_image(x.shape[0], weight.shape[0], *size, x.dtype)
+    return op.forward(*filters, memory, y, doubled)
 
 
 def channels_last_conv2d(
@@ -93,11 +96,16 @@ def channels_last_conv2d(
     padding: Padding,
     residual: Tensor | None,
     numbers: Numbers,
+    doubled: bool = False,
 ) -> Tensor:
-    """Convolves x in channels_last, and leaves the result so; the padding is of left, right, top and bottom."""
+    """Convolves x in channels_last, and leaves the result so; the padding is of left, right, top and bottom.
+
+    Each pixel of an x to be ``doubled`` is repeated 2 x 2 times first.
+    """
     x, numbers = workspace.in_channels_last(x), Numbers(*numbers)
     if not _records():
-        return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers)
+        return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers, doubled)
+    x = double(x) if doubled else x
     if not backend.is_free() or transform_reason() is not None:
         return conv2d(x, weight, bias, stride, padding, residual=residual, **numbers._asdict())
     # The public function would give the result of a single channel back in the other layout, which that has too.
@@ -134,5 +142,5 @@ def tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
         return y if residual is None else y + residual
     beside = None if residual is None else _as_image(residual)
     filters = weight[:, :, None, None]
-    y = _run(_as_image(x), (None, None, 0), filters, bias, 1, (0, 0, 0, 0), beside, numbers, weight)
+    y = _run(_as_image(x), (None, None, 0), filters, bias, 1, (0, 0, 0, 0), beside, numbers, parameter=weight)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])

@@ -286,6 +286,68 @@ def test_a_padding_that_is_more_or_something_else_needs_stays(function):
     check(model, x, count=1)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2.0), w, padding=1), 0),
+        (lambda x, w: F.conv2d(F.interpolate(x, size=(18, 16), mode="nearest-exact"), w), 0),
+        (lambda x, w: F.conv2d(F.pad(F.interpolate(F.silu(F.group_norm(x, 4)), None, (2, 2)), (0, 1, 2, 0)), w), 0),
+        (lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2), w, padding=1) + F.interpolate(2 * x, (18, 16)), 1),
+        (lambda x, w: F.conv2d(z := F.interpolate(x, scale_factor=2), w, padding=1) * z, 1),
+    ],
+)
+def test_the_convolution_doubles_its_input(function, left, layout):
+    model, x = Function(function), torch.randn(2, 16, 9, 8).contiguous(memory_format=layout)
+    calls = graph_of(model, x)
+    assert calls.count("interpolate") == left
+    assert "checked_norm" not in calls
+    torch._dynamo.reset()
+    check(model, x, count=1)
+
+
+def written_after_doubling(x, w):
+    x = x * 1.5
+    z = F.interpolate(x, scale_factor=2)
+    x.mul_(2)
+    return F.conv2d(z, w) * x.mean()
+
+
+def normalised_and_doubled_twice(x, w):
+    z = F.interpolate(F.silu(F.group_norm(x, 4)), scale_factor=2)
+    return F.conv2d(z, w, padding=1) * z
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2.1), w), ()),  # makes 18 x 16 pixels of 9 x 8 too
+        (lambda x, w: F.conv2d(F.interpolate(x, size=(18, 24)), w), ()),
+        (lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2, mode="bilinear"), w), ()),
+        (lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2), w), (16, 16, 1, 1)),
+        (written_after_doubling, ()),
+        (normalised_and_doubled_twice, ()),
+    ],
+)
+def test_what_else_makes_larger_images_stays(function, shape):
+    model, x = Function(function, *shape), torch.randn(2, 16, 9, 8)
+    calls = graph_of(model, x)
+    assert "interpolate" in calls
+    assert "norm_conv2d" not in calls
+    torch._dynamo.reset()
+    check(model, x, count=1)
+
+
+def test_doubling_in_training_and_under_another_backend():
+    """Where a gradient or another backend is asked for, the larger image is made."""
+    model, x = Function(lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2), w, padding=1)), torch.randn(2, 16, 5, 4)
+    run = compiled(model)[0]
+    for exact, actual in zip(*against_float64.gradients(model, run, x), strict=True):
+        assert (actual - exact).abs().max() <= 1e-5 * exact.abs().max()
+    with torch.no_grad(), backends.use_backend("reference"):
+        assert run(x).equal(model(x))
+
+
 def test_autocast_keeps_pytorchs():
     model, x = Block(), torch.randn(2, 32, 8, 8)
     run, report = compiled(model)

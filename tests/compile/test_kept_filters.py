@@ -55,6 +55,18 @@ def test_same_bits(size, side, accuracy, dtype):
     assert kept_filters.held() > 0
 
 
+def test_an_image_and_the_same_doubled_keep_filters_of_their_own():
+    """The larger one takes another method, whose packed filters are more."""
+    model, x = Layer(), torch.randn(1, 32, 3, 3)
+    model.forward = lambda x: (F.conv2d(x, model.weight), F.conv2d(F.interpolate(x, (6, 6)), model.weight))
+    run = compiled(model)
+    with torch.no_grad():
+        for _ in range(2):
+            small, large = run(x)
+            assert small.equal(conv2d(x, model.weight.detach()))
+            assert large.equal(conv2d(x, model.weight.detach(), input_doubled=True))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -79,7 +79,9 @@ def convolution_arguments(op: str) -> Arguments:
     plain = op == "conv2d_weight_gradient"
     stride, turned = (1, False) if plain else (random.choice([1, 2]), random.random() < 0.3)
     size, turned = (3, False) if plain else (size, turned)
-    out = [samples, outputs, (height + 2 * top - size) // stride + 1, (width + 2 * left - size) // stride + 1]
+    doubled = not plain and random.random() < 0.3
+    sides = ((1 + doubled) * height + 2 * top, (1 + doubled) * width + 2 * left)
+    out = [samples, outputs, *((side - size) // stride + 1 for side in sides)]
     x, y = tensor([samples, channels, height, width], True, dtype), tensor(out, True, dtype)
     weight = tensor([channels, outputs, size, size] if turned else [outputs, channels, size, size], True, torch.float32)
     if plain:
@@ -92,7 +94,8 @@ def convolution_arguments(op: str) -> Arguments:
     served = how["method"] < 3 or (size, stride) == (3, 1)
     kept_size = torch.ops.dd_kernels.conv2d_kept_size(x, weight, *how.values(), False, y) if served else 0
     kept = torch.zeros(kept_size) if kept_size > 0 and random.random() < 0.5 else None
-    return {"x": x, "weight": weight, "bias": bias, **before, **after, **how, "bfloat16": False, "y": y, "kept": kept}
+    written = {"y": y, "kept": kept, "doubled": doubled}
+    return {"x": x, "weight": weight, "bias": bias, **before, **after, **how, "bfloat16": False, **written}
 
 
 def right_arguments(op: str) -> Arguments:

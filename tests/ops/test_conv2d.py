@@ -159,6 +159,28 @@ def test_pixels_are_multiplied_where_they_lie(kernel, side, channels, affine, dt
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_doubled_input_has_the_bits_of_an_up_sampled_one(kernel, shape, method, dtype):
+    x_size, w_size, _ = sizes(*shape)
+    x, weight = torch.randn(x_size, dtype=dtype), torch.randn(w_size)
+    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    for padding in (SAME, (1, 2, 2, 1), (0, 1, 0, 3), (4, 3, 1, 0)):
+        for before in ((None, None, 0), (*torch.randn(2, *x_size[:2]), Activation.SILU)):
+            actual = op.forward(x, weight, None, *before, None, 1, padding, method, doubled=True)
+            assert actual.equal(op.forward(large, weight, None, *before, None, 1, padding, method))
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, 0), (2, 1, 0), (3, 2, (0, 1, 0, 1)), (5, 3, 4)])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_doubled_input_of_other_filters(kernel, backend, size, stride, padding):
+    x, weight = torch.randn(2, 70, 5, 4), torch.randn(21, 70, size, size)
+    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    actual = conv2d(x, weight, None, stride, padding, input_doubled=True, backend=backend)
+    assert actual.equal(conv2d(large, weight, None, stride, padding, backend=backend))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

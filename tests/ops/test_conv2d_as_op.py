@@ -131,6 +131,24 @@ def test_gradients(size, stride, padding, kernel):
         assert_within(actual, exact, limit)
 
 
+def test_gradients_of_a_doubled_input_are_those_of_an_up_sampled_one():
+    x, weight, scale, shift = (
+        torch.randn(2, 20, 5, 4),
+        torch.randn(18, 20, 3, 3),
+        torch.randn(2, 20),
+        torch.randn(2, 20),
+    )
+    found = []
+    for doubled in (True, False):
+        x_, weight_, scale_, shift_ = given = leaves(x, weight, scale, shift)
+        options = {"input_scale": scale_, "input_shift": shift_, "input_activation": "silu", "input_doubled": True}
+        if not doubled:
+            z = F.interpolate(F.silu(x_ * scale_[:, :, None, None] + shift_[:, :, None, None]), scale_factor=2.0)
+        y = conv2d(x_, weight_, padding=1, **options) if doubled else conv2d(z, weight_, padding=1)
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), given)])
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
 def second_derivative(one, other, first, backend):
     """Returns the derivative by ``other`` of the squared norm of the gradient by ``one``, the image or the filters."""
     y = conv2d(*((one, other) if first == "x" else (other, one)), padding=1, backend=backend)
@@ -194,15 +212,17 @@ def test_writes_all_of_its_outputs_and_nothing_else(method):
         assert not dweight.isnan().any()
 
 
+@pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("method", METHODS)
-def test_reads_nothing_beyond_its_inputs(method, layout, turned):
+def test_reads_nothing_beyond_its_inputs(method, layout, turned, doubled):
     x, weight = torch.randn(1, 5, 3, 4), torch.randn(7, 5, 3, 3)
+    size = (1, 7, 6, 8) if doubled else (1, 7, 3, 4)
     if turned:
         weight = weight.transpose(0, 1).contiguous()
     weight = weight.contiguous(memory_format=layout)
-    bias, scale, shift, residual = torch.randn(7), torch.randn(1, 5), torch.randn(1, 5), torch.randn(1, 7, 3, 4)
+    bias, scale, shift, residual = torch.randn(7), torch.randn(1, 5), torch.randn(1, 5), torch.randn(size)
     with guard_page() as at_the_end:
 
         def placed(v):
@@ -211,11 +231,11 @@ def test_reads_nothing_beyond_its_inputs(method, layout, turned):
 
         w = placed(weight) if layout == torch.channels_last else at_the_end(weight)
         small = (at_the_end(bias), at_the_end(scale), at_the_end(shift))
-        y = placed(torch.zeros(1, 7, 3, 4))
-        FORWARD(placed(x), w, *small, 1, placed(residual), 1, 1, 1, turned, method, False, y)
+        y = placed(torch.zeros(size))
+        FORWARD(placed(x), w, *small, 1, placed(residual), 1, 1, 1, turned, method, False, y, None, doubled)
         plain = torch.empty_like(y)
         given = (op.channels_last(x), weight, bias, scale, shift, 1, op.channels_last(residual))
-        FORWARD(*given, 1, 1, 1, turned, method, False, plain)
+        FORWARD(*given, 1, 1, 1, turned, method, False, plain, None, doubled)
         assert y.equal(plain)
         del w, small, y
 
@@ -225,6 +245,8 @@ def test_opcheck():
     y, dweight = op.channels_last(torch.empty(1, 6, 6, 7)), torch.empty_like(weight)
     arguments = (x, weight, torch.randn(6), None, None, 0, None, 1, 1, 1, False, 0, False, y)
     torch.library.opcheck(FORWARD.default, arguments)
+    large = op.channels_last(torch.empty(1, 6, 12, 14))
+    torch.library.opcheck(FORWARD.default, (*arguments[:-1], large, None, True))
     torch.library.opcheck(GRADIENT.default, (op.channels_last(torch.randn(1, 6, 6, 7)), x, 1, 1, 0, dweight))
 
 
@@ -299,6 +321,7 @@ X, W = torch.zeros(2, 8, 5, 6), torch.zeros(4, 8, 3, 3)
             (X, W),
             {"residual": X[:, :4]},
         ),
+        (ValueError, "input_doubled must be a bool; got 2", (X, W), {"input_doubled": 2}),
         (TypeError, "residual must have the dtype of x", (X, W), {"residual": torch.zeros(2, 4, 3, 4).half()}),
         (ValueError, "activation must be one of", (X, W), {"input_activation": "relu"}),
         (ValueError, "accuracy must be 'default', 'high' or 'fast'; got 'low'", (X, W), {"accuracy": "low"}),

@@ -35,7 +35,7 @@ def _padding_of(padding: int | Sequence[int]) -> Padding:
     return sizes
 
 
-def _check_sizes(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> tuple[int, int, int, int]:
+def _check_sizes(x: Tensor, weight: Tensor, stride: int, padding: Padding, doubled: bool) -> tuple[int, int, int, int]:
     """Returns the result's shape."""
     checks.check_float("x", x)
     checks.check_float("weight", weight)
@@ -49,7 +49,9 @@ def _check_sizes(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> tu
         raise TypeError(f"weight must have the dtype of x, {x.dtype}, or float32; got {weight.dtype}")
     if not isinstance(stride, int) or isinstance(stride, bool) or stride < 1:
         raise ValueError(f"stride must be an int of at least 1; got {stride!r}")
-    height, width = op.out_size(x, weight, stride, padding)
+    if not isinstance(doubled, bool):
+        raise ValueError(f"input_doubled must be a bool; got {doubled!r}")
+    height, width = op.out_size(x, weight, stride, padding, doubled)
     if height < 1 or width < 1:
         raise ValueError(
             f"x must be at least as large as weight after padding; got {list(x.shape)}, {list(weight.shape)}, "
@@ -66,9 +68,10 @@ def _check(
     padding: Padding,
     scale: Tensor | None,
     shift: Tensor | None,
+    doubled: bool,
     residual: Tensor | None,
 ) -> None:
-    shape = _check_sizes(x, weight, stride, padding)
+    shape = _check_sizes(x, weight, stride, padding, doubled)
     checks.check_shape("bias", bias, (weight.shape[0],), x.device)
     if (scale is None) != (shift is None):
         raise ValueError("input_scale and input_shift must be given together; got one of them")
@@ -97,6 +100,7 @@ def conv2d(
     input_scale: Tensor | None = None,
     input_shift: Tensor | None = None,
     input_activation: str = "none",
+    input_doubled: bool = False,
     residual: Tensor | None = None,
     accuracy: str = "default",
     products: str = "float32",
@@ -109,7 +113,8 @@ def conv2d(
         \qquad z_{n,c} = \mathrm{act}(scale_{n,c}\, x_{n,c} + shift_{n,c})
 
     with zeros around z. scale, shift and act are a GroupNorm and its activation, applied as the kernel reads x; the
-    residual r is added as it writes y.
+    residual r is added as it writes y. ``input_doubled`` stands for nearest up-sampling: each pixel of z is 2 x 2, of
+    which the kernel reads one.
 
     The CPU kernel computes 3 x 3 convolutions of stride 1 by Winograd's minimal filtering (Lavin & Gray, 2016),
     F(4 x 4) or F(2 x 2), others directly, whichever a cost model of shape, threads and instruction set finds faster.
@@ -130,6 +135,7 @@ def conv2d(
             ``torch.nn.functional.pad`` has it; (0, 1, 0, 1) is what diffusers' encoders take with stride 2.
         input_scale, input_shift: [N, C], both or neither.
         input_activation: "none", "silu", "mish", "gelu" or "gelu_tanh".
+        input_doubled: whether z is repeated 2 x 2 times, to [N, C, 2 H, 2 W], before the zeros are put around it.
         residual: of the result's shape, of x's dtype.
         accuracy: "default", "high" (see above), or "fast", which differs from the default in letting products of
             bfloat16 take F(4 x 4) too, at almost three times the error.
@@ -146,7 +152,7 @@ def conv2d(
         BackendUnavailableError: a backend asked for by name cannot run.
     """
     sides = _padding_of(padding)
-    _check(x, weight, bias, stride, sides, input_scale, input_shift, residual)
+    _check(x, weight, bias, stride, sides, input_scale, input_shift, input_doubled, residual)
     if accuracy not in ACCURACIES:
         raise ValueError(f"accuracy must be 'default', 'high' or 'fast'; got {accuracy!r}")
     if products not in ("float32", "bfloat16"):
@@ -154,15 +160,15 @@ def conv2d(
     activation = activation_of(input_activation)
     options = (bias, input_scale, input_shift, residual)
     chosen = backends.choose("conv2d", backend, x.device, _unsupported_reason(x, weight, *options))
+    before = input_scale, input_shift, activation
     if chosen == "reference":
-        z = reference.prologue(x, input_scale, input_shift, activation)
+        z = reference.prologue(x, *before, input_doubled)
         return reference.conv2d(z, weight, bias, stride, sides, residual)
 
     method, bfloat16 = method_of(accuracy, products), products == "bfloat16"
     if checks.needs_grad(x, weight, *options):
-        x = reference.prologue(x, input_scale, input_shift, activation)
+        x = reference.prologue(x, *before, input_doubled)
         y: Tensor = op.Conv2d.apply(x, weight, bias, residual, stride, sides, method, bfloat16)
     else:
-        before = input_scale, input_shift, activation
-        y = op.forward(x, weight, bias, *before, residual, stride, sides, method, bfloat16)
+        y = op.forward(x, weight, bias, *before, residual, stride, sides, method, bfloat16, doubled=input_doubled)
     return y.contiguous(memory_format=checks.memory_format(x))

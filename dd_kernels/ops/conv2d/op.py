@@ -29,7 +29,8 @@ class Method(enum.IntEnum):
 _FORWARD = operator(
     "conv2d",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, int activation, Tensor? residual, "
-    "int stride, int top, int left, bool turned, int method, bool bfloat16, Tensor(a!) y, Tensor(b!)? kept=None) -> ()",
+    "int stride, int top, int left, bool turned, int method, bool bfloat16, Tensor(a!) y, Tensor(b!)? kept=None, "
+    "bool doubled=False) -> ()",
 )
 _WEIGHT_GRADIENT = operator(
     "conv2d_weight_gradient", "(Tensor dy, Tensor x, int top, int left, int method, Tensor(a!) dweight) -> ()"
@@ -58,10 +59,11 @@ def _float32(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.to(torch.float32).contiguous()
 
 
-def out_size(x: Tensor, weight: Tensor, stride: int, padding: Padding) -> tuple[int, int]:
+def out_size(x: Tensor, weight: Tensor, stride: int, padding: Padding, doubled: bool = False) -> tuple[int, int]:
     """Returns the height and width of the result."""
     left, right, top, bottom = padding
-    height, width = x.shape[2] + top + bottom - weight.shape[2], x.shape[3] + left + right - weight.shape[3]
+    height, width = (2 * size if doubled else size for size in x.shape[2:])
+    height, width = height + top + bottom - weight.shape[2], width + left + right - weight.shape[3]
     return height // stride + 1, width // stride + 1
 
 
@@ -79,13 +81,15 @@ def forward(
     bfloat16: bool = False,
     keep: Keep | None = None,
     y: Tensor | None = None,
+    doubled: bool = False,
 ) -> Tensor:
     """Runs the kernel, on request with products of bfloat16; the result is channels_last, in ``y`` if that is given.
 
-    ``keep`` returns the memory in which packed filters stay for the next call, given their size.
+    ``keep`` returns the memory in which packed filters stay for the next call, given their size. Each pixel of an x to
+    be ``doubled`` is 2 x 2 pixels of what is convolved.
     """
     if y is None:
-        size = (x.shape[0], weight.shape[0], *out_size(x, weight, stride, padding))
+        size = (x.shape[0], weight.shape[0], *out_size(x, weight, stride, padding, doubled))
         y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     residual = None if residual is None else channels_last(residual)
     small = (_float32(scale), _float32(shift), activation, residual, stride, padding[2], padding[0])
@@ -93,7 +97,7 @@ def forward(
     kept = None
     if keep is not None and filters is weight:
         kept = keep(lambda: _KEPT_SIZE(x, weight, stride, padding[2], padding[0], False, method, bfloat16, y))
-    _FORWARD(x, filters, _float32(bias), *small, False, method, bfloat16, y, kept)
+    _FORWARD(x, filters, _float32(bias), *small, False, method, bfloat16, y, kept, doubled)
     return y
 
 

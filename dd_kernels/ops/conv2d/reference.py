@@ -11,17 +11,22 @@ from ..activation import Activation, activate
 Padding = tuple[int, int, int, int]  # left, right, top, bottom, as F.pad takes them
 
 
-def prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: int) -> Tensor:
-    """Returns act(scale x + shift), computed in float32 (float64 for float64), in the dtype of x."""
-    if scale is None and shift is None and activation == Activation.NONE:
-        return x
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(dtype)
-    if scale is not None:
-        z = z * scale.to(dtype)[:, :, None, None]
-    if shift is not None:
-        z = z + shift.to(dtype)[:, :, None, None]
-    return activate(z, activation).to(x.dtype)
+def double(x: Tensor) -> Tensor:
+    """Returns x [N, C, H, W] with each pixel repeated 2 x 2 times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def prologue(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: int, doubled: bool = False) -> Tensor:
+    """Returns act(scale x + shift) in the dtype of x, computed in float32 (float64 for float64); on request doubled."""
+    if scale is not None or shift is not None or activation != Activation.NONE:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        z = x.to(dtype)
+        if scale is not None:
+            z = z * scale.to(dtype)[:, :, None, None]
+        if shift is not None:
+            z = z + shift.to(dtype)[:, :, None, None]
+        x = activate(z, activation).to(x.dtype)
+    return double(x) if doubled else x
 
 
 def padded(x: Tensor, padding: Padding) -> Tensor:
