@@ -13,6 +13,10 @@
 
 namespace dd {
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.10's name for it
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 

@@ -64,13 +64,17 @@ def _recorded(module: fx.GraphModule, node: fx.Node) -> _Norm | None:
     """Returns the norm that ``node``, an autograd function that Dynamo has traced, computes with its gradients."""
     inner = [getattr(module, str(v.target)) for v in node.args[:2] if isinstance(v, fx.Node)]
     forward, backward = (_one_call(g.graph, t) for g, t in zip(inner, (FORWARD, BACKWARD), strict=True))
-    y = only_user(node)
-    if forward is None or backward is None or y is None or y.target is not operator.getitem:
+    if forward is None or backward is None:
         return None
-    results = inner[0].graph.output_node().args[0][0]
-    if results != (forward.args[9],) or any(v is not None for v in forward.args[12:]):
+    results, y = inner[0].graph.output_node().args[0][0], only_user(node)
+    if results is forward.args[9]:  # torch 2.10: the call returns y itself, and the inner graphs take a context first
+        y = node
+    elif results != (forward.args[9],) or y is None or y.target is not operator.getitem:
         return None
-    inputs = dict(zip(inner[0].graph.find_nodes(op="placeholder"), node.args[2:], strict=True))
+    if any(v is not None for v in forward.args[12:]):
+        return None
+    given = node.args[2:]
+    inputs = dict(zip(inner[0].graph.find_nodes(op="placeholder")[-len(given) :], given, strict=True))
     gradients = dict(zip(inputs, inner[1].graph.output_node().args[0], strict=True))
     for i, j in _GRADIENTS.items():
         v = forward.args[i]
@@ -94,7 +98,8 @@ def _restore(graph: fx.Graph, norm: _Norm) -> None:
         call = graph.call_function(checked_norm, (*norm.arguments[:5], norm.arguments[8]), options)
     call.meta = {**norm.call.meta, "example_value": known(norm.y)}
     norm.y.replace_all_uses_with(call, lambda user: user is not norm.call)
-    for node in (norm.call, norm.y) if norm.y in norm.call.all_input_nodes else (norm.y, norm.call):
+    both = (norm.call, norm.y) if norm.y in norm.call.all_input_nodes else (norm.y, norm.call)
+    for node in dict.fromkeys(both):
         graph.erase_node(node)
 
 
