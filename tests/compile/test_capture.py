@@ -234,6 +234,7 @@ def test_the_name_needs_no_import_of_this_package():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_handed_on_to_inductor():
     model, x, emb = make("latent-diffusion", blocks=1)
     fast, report = compiled(model, inductor=True)

@@ -38,7 +38,8 @@ def test_cuda_kernels_on_the_host():
     """No access beyond a tensor, a block's shared memory or an array, and no undefined behaviour."""
     host_library.build(sanitize=True)
     files = [str(HERE / name) for name in ("test_group_norm_regimes_on_host.py", "test_op_suite_on_host.py")]
-    assert " passed" in run_clean("-m", "pytest", "-q", "-x", "-s", "--sanitize", "-k", TESTS, *files)
+    options = ("-q", "-x", "-s", "-m", "slow", "--sanitize", "-k", TESTS)
+    assert " passed" in run_clean("-m", "pytest", *options, *files)
 
 
 def test_raw_ops_of_the_cuda_library():
