@@ -14,9 +14,9 @@ from torch import Tensor, fx
 
 from ..ops.checks import transform_reason
 from . import workspace
-from .graph import Calls, argument, tensor
+from .graph import Calls, argument, known, tensor
 
-CAT = Calls(torch.cat, torch.concat, torch.concatenate)
+_CAT = Calls(torch.cat, torch.concat, torch.concatenate)
 
 
 def concatenated(images: Sequence[Tensor]) -> Tensor:
@@ -30,17 +30,22 @@ def concatenated(images: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts, 1, out=workspace.empty_image(n, channels, height, width, first.dtype))
 
 
-def _is_of_images(node: fx.Node) -> bool:
-    if node not in CAT or "out" in node.kwargs or argument(node, 1, "dim", 0) != 1:
-        return False
-    value, parts = tensor(node), [tensor(part) for part in argument(node, 0, "tensors")]
-    if value is None or value.ndim != 4 or value.device.type != "cpu":
-        return False
-    return all(part is not None and part.ndim == 4 and part.dtype == value.dtype for part in parts)
+def parts_of(node: fx.Node) -> list[fx.Node] | None:
+    """Returns what ``node`` concatenates along the channels, if that is tensors of one dtype into a new one."""
+    if node not in _CAT or "out" in node.kwargs or argument(node, 1, "dim", 0) != 1:
+        return None
+    parts, value = argument(node, 0, "tensors"), tensor(node)
+    if not isinstance(parts, list | tuple) or value is None:
+        return None
+    tensors = [tensor(part) for part in parts]
+    if any(t is None or t.dtype != value.dtype or t.ndim != value.ndim for t in tensors):
+        return None
+    return list(parts)
 
 
 def replace_concatenations(graph: fx.Graph) -> None:
     """Rewrites all concatenations of images in ``graph``."""
     for node in graph.nodes:
-        if _is_of_images(node):
-            node.args, node.kwargs, node.target = (argument(node, 0, "tensors"),), {}, concatenated
+        parts = parts_of(node)
+        if parts is not None and known(node).ndim == 4 and known(node).device.type == "cpu":
+            node.args, node.kwargs, node.target = (parts,), {}, concatenated

@@ -13,6 +13,7 @@ import dd_kernels as dd
 from dd_kernels import backend as backends
 from dd_kernels.compile import dd_kernels as dynamo_backend
 from dd_kernels.compile import workspace
+from dd_kernels.compile.concatenation import replace_concatenations
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
 
@@ -182,3 +183,15 @@ def test_it_goes_with_the_model_and_the_report_tells():
     del model
     gc.collect()
     assert workspace.held() == 0
+
+
+@torch.no_grad()
+def test_a_concatenation_of_what_a_call_returns_as_a_list_stays():
+    graph, x = torch.fx.Graph(), image()
+    joined = graph.call_function(torch.cat, (graph.call_method("split", (graph.placeholder("x"), 1)), 1))
+    joined.meta["example_value"] = x
+    graph.output(joined)
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    replace_concatenations(module.graph)
+    module.recompile()
+    assert module(x).equal(x)
