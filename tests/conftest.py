@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import sys
+from pathlib import Path
 
 # The suite's tensors are tiny: a second thread costs more than it gives. Tests of threads ask for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+
+sys.path.append(str(Path(__file__).parent / "ops"))  # holds the error bounds
 
 # The same examples in every run; --hypothesis-profile=search draws others, and "thousands" draws 20,000.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=40, database=None)

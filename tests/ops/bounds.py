@@ -52,19 +52,21 @@ def reverse_step_error(
     threshold: Tensor | None = None,
     earlier: tuple[Tensor, ...] = (),
     e_x: Tensor | float = 0.0,
+    e_out: Tensor | float = 0.0,
+    e_variance: Tensor | float = 0.0,
     more: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Returns the errors of x_prev and x_0 before they are rounded; steps [N], threshold [N, 1, ...] is the exact one.
 
-    ``earlier`` is x_0 of the last step, and of the one before; ``e_x`` is the error of x, and ``more`` counts roundings
-    of the coefficients on top of their one.
+    ``earlier`` is x_0 of the last step, and of the one before; ``e_x``, ``e_out`` (after guidance) and ``e_variance``
+    are errors of the arguments, and ``more`` counts roundings of the coefficients on top of their one.
     """
     columns = table.rows[steps].reshape(len(steps), len(COLUMNS), *[1] * (x.ndim - 1))
     row = {name: columns[:, i] for i, name in enumerate(COLUMNS)}
-    guided, e_out = out, torch.zeros_like(out)
+    guided, e_out = out, e_out + torch.zeros_like(out)
     if uncond is not None:
         guided = uncond + scale * (out - uncond)
-        e_out = gamma(4) * (uncond.abs() + abs(scale) * (out.abs() + uncond.abs()))
+        e_out = (1 + gamma(4)) * e_out + gamma(4) * (uncond.abs() + abs(scale) * (out.abs() + uncond.abs()))
     size = guided.abs() + e_out
 
     numerator, denominator = row["x0_num_x"] * x + row["x0_num_out"] * guided, row["x0_den"].abs()
@@ -87,12 +89,15 @@ def reverse_step_error(
     if variance is not None:
         low, high, fraction = row["log_var_min"], row["log_var_max"], (variance + 1) / 2
         sigma = sigma * torch.exp(0.5 * (low + fraction * (high - low)))
-        e_exponent = 0.5 * gamma(6) * (low.abs() + (fraction.abs() + 1) * (high.abs() + low.abs()))
+        range_size, e_fraction = high.abs() + low.abs(), (1 + gamma(6)) * e_variance / 2
+        e_exponent = 0.5 * (
+            gamma(6) * (low.abs() + (fraction.abs() + 1) * range_size) + e_fraction * (high - low).abs()
+        )
         e_sigma = sigma * torch.expm1(e_exponent + gamma(EXP_ROUNDINGS))
     noise = torch.zeros_like(x) if z is None else z
     sum_of_terms = (
         row["prev_from_x0"].abs() * (x0.abs() + e0)
-        + (row["prev_from_x"] * x).abs()
+        + row["prev_from_x"].abs() * (x.abs() + e_x)
         + row["prev_from_out"].abs() * size
         + (sigma + e_sigma) * noise.abs()
         + sum((row[name] * x0).abs() for name, x0 in zip(("prev_from_last", "prev_from_older"), earlier, strict=False))

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from guided_cases import SHAPE, STEPS, images, make, model
+from guided_bounds import check
+from guided_cases import SHAPE, STEPS, images, make, model, named
 from torch import Tensor
 
 import dd_kernels as dd
@@ -166,15 +167,17 @@ def test_timesteps_out_of_range_are_refused(timesteps: Any) -> None:
 
 
 def test_reverse_steps_take_a_condition_as_in_glide() -> None:
-    one = make(guided_diffusion, "EPSILON", "FIXED_SMALL")
-    plain = one.ddim_reverse_sample(model(False), images(), T)
-    still = one.ddim_reverse_sample(model(False), images(), T, cond_fn=lambda x, t: torch.zeros_like(x))
-    pushed = one.ddim_reverse_sample(model(False), images(), T, cond_fn=lambda x, t: torch.ones_like(x))
-    p = one.condition_score(
-        lambda x, t: torch.ones_like(x), one.p_mean_variance(model(False), images(), T), images(), T
-    )
-    # epsilon of x_0 and x_0 of epsilon are taken one after the other: up to rounding times 1 / alpha_bar.
-    torch.testing.assert_close(still["sample"], plain["sample"], rtol=1e-4, atol=1e-4)
+    """A gradient of 0 changes nothing but for rounding, and one of 1 makes the x_0 of condition_score."""
+    one, net = make(guided_diffusion, "EPSILON", "FIXED_SMALL"), model(False)
+
+    def cases(_: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        x, gradient = images(dtype), {"cond_fn": lambda x, t: torch.zeros_like(x)}
+        return named({"still": lambda: one.ddim_reverse_sample(net, x, T, **gradient)})
+
+    plain = named({"still": lambda: one.ddim_reverse_sample(net, images(torch.float64), T)})
+    check(cases, plain)
+    pushed = one.ddim_reverse_sample(net, images(), T, cond_fn=lambda x, t: torch.ones_like(x))
+    p = one.condition_score(lambda x, t: torch.ones_like(x), one.p_mean_variance(net, images(), T), images(), T)
     assert torch.equal(pushed["pred_xstart"], p["pred_xstart"])
 
 
@@ -184,11 +187,12 @@ def test_beta_schedules_by_all_their_names() -> None:
     def betas(name: str, steps: int = 10) -> np.ndarray:
         return gd.get_beta_schedule(name, beta_start=0.01, beta_end=0.04, num_diffusion_timesteps=steps)
 
-    np.testing.assert_allclose(betas("linear"), dd.linear_schedule(10, 0.01, 0.04).beta, rtol=1e-15)
-    np.testing.assert_allclose(betas("quad"), dd.scaled_linear_schedule(10, 0.01, 0.04).beta, rtol=1e-15)
+    few = {"rtol": 8 * 2.0**-53}  # as many roundings
+    np.testing.assert_allclose(betas("linear"), dd.linear_schedule(10, 0.01, 0.04).beta, **few)
+    np.testing.assert_allclose(betas("quad"), dd.scaled_linear_schedule(10, 0.01, 0.04).beta, **few)
     assert betas("const").tolist() == [0.04] * 10
-    np.testing.assert_allclose(betas("jsd", 4), [1 / 4, 1 / 3, 1 / 2, 1])
+    np.testing.assert_allclose(betas("jsd", 4), [1 / 4, 1 / 3, 1 / 2, 1], **few)
     assert betas("warmup10", 20).tolist() == [0.01, *[0.04] * 19]  # two steps from 0.01 to 0.04
-    np.testing.assert_allclose(betas("warmup50"), [*np.linspace(0.01, 0.04, 5), *[0.04] * 5])
+    np.testing.assert_allclose(betas("warmup50"), [*np.linspace(0.01, 0.04, 5), *[0.04] * 5], **few)
     with pytest.raises(ValueError, match="beta_schedule must be one of linear, quad, jsd"):
         betas("cubic")

@@ -9,6 +9,7 @@ import guided_cases
 import numpy as np
 import pytest
 import torch
+from guided_bounds import bounded, check
 from guided_cases import MEANS, SHAPE, STEPS, VARIANCES, cond_fn, images, make, model
 from torch import Tensor
 
@@ -21,56 +22,28 @@ from dd_kernels.integrations.guided_diffusion import (
     space_timesteps,
 )
 
-EPS = float(np.finfo(np.float32).eps)
 T = torch.tensor([0, 5, STEPS - 1])
+DIGITS = {"rtol": 2e-8}  # of a figure that is written to eight of them
+FEW = {"rtol": 64 * 2.0**-53}  # eight roundings, where 1 - 7/8 and the like multiplies them
 
 
 @pytest.fixture(scope="module")
-def recorded() -> dict[str, np.ndarray]:
+def recorded() -> dict[str, Tensor]:
     with np.load(guided_cases.DATA) as data:
-        return dict(data)
+        return {name: torch.from_numpy(value) for name, value in data.items()}
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., dict]], dict[str, np.ndarray]]:
-    """Runs the cases in float64, with the noise that the float32 run draws."""
-    randn_like = torch.randn_like
-
-    def run(cases: Callable[..., dict]) -> dict[str, np.ndarray]:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "randn_like", lambda x: randn_like(x.float()).to(x.dtype))
-            return cases(diffusion, torch.float64)
-
-    return run
-
-
-def check(theirs: dict[str, np.ndarray], ours: dict[str, np.ndarray], exact: dict[str, np.ndarray]) -> None:
-    """Results are the same to rounding, which loops amplify, and as near to float64 as theirs (twice their error)."""
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        their, truth = theirs[name], exact[name]
-        assert (value.shape, value.dtype) == (their.shape, their.dtype), name
-        size = np.abs(their).max()
-        assert np.abs(value - their).max() <= 5e-5 * size, name
-        error, their_error = (np.abs(v - truth).max() for v in (value, their))
-        assert error <= 2 * their_error + 4 * EPS * size, f"{name}: {error} of {size}; theirs {their_error}"
-
-
-def test_equals_guided_diffusion(recorded: dict[str, np.ndarray], exact: Callable[..., dict]) -> None:
-    theirs = {name: value for name, value in recorded.items() if not name.startswith("ip/")}
-    check(theirs, guided_cases.results(diffusion), exact(guided_cases.results))
+def test_equals_guided_diffusion(recorded: dict[str, Tensor]) -> None:
+    check(guided_cases.results, {name: value for name, value in recorded.items() if not name.startswith("ip/")})
 
 
 @pytest.mark.parametrize("name", ["input_pertub", "input_perturbation"])
-def test_equals_ddpm_ip(
-    name: str, recorded: dict[str, np.ndarray], exact: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    theirs = {k.removeprefix("ip/"): value for k, value in recorded.items() if k.startswith("ip/")}
-    cases = guided_cases.perturbed_results
+def test_equals_ddpm_ip(name: str, recorded: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         guided_cases, "make", lambda *a, input_pertub, **options: make(*a, **{name: input_pertub}, **options)
     )
-    check(theirs, cases(diffusion, torch.float32), exact(cases))
+    theirs = {k.removeprefix("ip/"): value for k, value in recorded.items() if k.startswith("ip/")}
+    check(guided_cases.perturbed_results, theirs)
 
 
 class _Overridden(GaussianDiffusion):
@@ -83,6 +56,22 @@ class _Overridden(GaussianDiffusion):
         return super().p_mean_variance(*args, **kwargs)
 
 
+def steps(one: GaussianDiffusion, learned: bool) -> Callable[..., dict[str, Tensor]]:
+    """Returns cases: a step of each kind, with noise from the generator and from a seed."""
+
+    def cases(_: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        net, x, seeded = model(learned), images(dtype), {"seed": 3, "first_sample": 8}
+        calls = {
+            "p_sample": lambda: one.p_sample(net, x, T),
+            "p_sample seeded": lambda: one.p_sample(net, x, T, **seeded),
+            "ddim_sample": lambda: one.ddim_sample(net, x, T, eta=0.7),
+            "ddim_sample seeded": lambda: one.ddim_sample(net, x, T, eta=0.7, **seeded),
+        }
+        return guided_cases.named(calls)
+
+    return cases
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 @pytest.mark.parametrize("mean", MEANS)
 def test_the_fused_step_equals_the_step_in_parts(mean: str, variance: str) -> None:
@@ -93,29 +82,25 @@ def test_the_fused_step_equals_the_step_in_parts(mean: str, variance: str) -> No
         model_var_type=plain.model_var_type,
         loss_type=plain.loss_type,
     )
-    net = model(variance.startswith("LEARNED"))
-    for call in (
-        lambda d, **source: d.p_sample(net, images(), T, **source),
-        lambda d, **source: d.ddim_sample(net, images(), T, eta=0.7, **source),
-    ):
-        for source in ({}, {"seed": 3, "first_sample": 8}):
-            results = []
-            for one in (plain, parts):
-                torch.manual_seed(0)
-                results.append(call(one, **source))
-            for key in ("sample", "pred_xstart"):
-                torch.testing.assert_close(results[0][key], results[1][key], rtol=2e-6, atol=2e-6)
-    assert parts.calls == 4
+    learned = variance.startswith("LEARNED")
+    exact = {name: value for name, (value, _) in bounded(steps(plain, learned)).items()}
+    for one in (plain, parts):
+        check(steps(one, learned), exact)
+    assert parts.calls == 8, "four steps in float32 and four in float64"
 
 
 def test_seeded_noise_is_that_of_the_samplers() -> None:
+    """Both loops take the same steps: either is within the bound of float64."""
     spaced = make(diffusion, "EPSILON", "FIXED_SMALL", spaced="5,3,2")
-    net = model(False)
-    got = spaced.p_sample_loop(net, SHAPE, seed=11, first_sample=2, device="cpu")
+    net, seeded = model(False), {"seed": 11, "first_sample": 2}
+    got = spaced.p_sample_loop(net, SHAPE, **seeded, device="cpu")
     betas = get_named_beta_schedule("cosine", 40) * 0.2
     table = dd.ddpm(dd.from_betas(betas), timesteps=sorted(spaced.use_timesteps))
-    wanted = dd.sample(net, SHAPE, table, seed=11, first_sample=2)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    noise = dd.randn(SHAPE, **seeded).double()
+    cases = {"loop": lambda: spaced.p_sample_loop(net, SHAPE, noise, **seeded)}
+    exact, error = bounded(lambda *_: guided_cases.named(cases))["loop"]
+    for result in (got, dd.sample(net, SHAPE, table, **seeded)):
+        assert ((result - exact).abs() <= error).all()
 
 
 @pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
@@ -218,12 +203,12 @@ def test_space_timesteps() -> None:
 
 
 def test_beta_schedules() -> None:
-    np.testing.assert_allclose(get_named_beta_schedule("linear", 1000), dd.linear_schedule(1000).beta, rtol=1e-14)
+    np.testing.assert_allclose(get_named_beta_schedule("linear", 1000), dd.linear_schedule(1000).beta, **FEW)
     np.testing.assert_array_equal(get_named_beta_schedule("linear", 500)[[0, -1]], [2 * 0.0001, 2 * 0.02])
     cosine = get_named_beta_schedule("cosine", 1000)
-    np.testing.assert_allclose(cosine[[0, 500, 999]], [4.1284225e-5, 0.0031556914, 0.999], rtol=1e-6)
+    np.testing.assert_allclose(cosine[[0, 500, 999]], [4.1284225e-5, 0.0031556914, 0.999], **DIGITS)
     np.testing.assert_allclose(
-        diffusion.betas_for_alpha_bar(4, lambda u: 1 - u / 2), 1 - np.array([7 / 8, 6 / 7, 5 / 6, 4 / 5])
+        diffusion.betas_for_alpha_bar(4, lambda u: 1 - u / 2), 1 - np.array([7 / 8, 6 / 7, 5 / 6, 4 / 5]), **FEW
     )
 
 
@@ -234,10 +219,12 @@ def test_known_values_of_the_linear_process() -> None:
         model_var_type=diffusion.ModelVarType.FIXED_LARGE,
         loss_type=diffusion.LossType.MSE,
     )
-    np.testing.assert_allclose(one.alphas_cumprod[[500, 999]], [0.0777966584, 4.0358298e-5], rtol=1e-8)
-    np.testing.assert_allclose(one.posterior_log_variance_clipped[:2], -9.8167251, rtol=1e-8)
-    np.testing.assert_allclose(one.fixed_variance[[0, 999]], [5.4531877e-5, 0.02], rtol=1e-8)
-    np.testing.assert_allclose([one.posterior_mean_coef1[1], one.posterior_mean_coef2[1]], [0.5452914995, 0.4547084990])
+    np.testing.assert_allclose(one.alphas_cumprod[[500, 999]], [0.0777966584, 4.0358298e-5], **DIGITS)
+    np.testing.assert_allclose(one.posterior_log_variance_clipped[:2], -9.8167251, **DIGITS)
+    np.testing.assert_allclose(one.fixed_variance[[0, 999]], [5.4531877e-5, 0.02], **DIGITS)
+    np.testing.assert_allclose(
+        [one.posterior_mean_coef1[1], one.posterior_mean_coef2[1]], [0.5452914995, 0.4547084990], **DIGITS
+    )
 
 
 @pytest.mark.parametrize(
