@@ -13,7 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-sys.path.append(str(Path(__file__).parent / "ops"))  # holds the error bounds
+# Holds the error bounds, and what runs in float64 beside other packages.
+sys.path += [str(Path(__file__).parent / folder) for folder in ("ops", "integrations")]
 
 # The same examples in every run; --hypothesis-profile=search draws others, and "thousands" draws 20,000.
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=40, database=None)

@@ -97,7 +97,7 @@ class DDIMSampler(DDIMSchedule):
         x0 = self.model.first_stage_model.quantize(x0)[0]
         epsilon = self.model.predict_eps_from_z_and_v(x, t, out) if self.parameterization == "v" else out
         table = self._table("of_x0", use_original_steps, temperature)
-        return reverse_step(epsilon, x0, table, index, noise=given), x0
+        return reverse_step(epsilon.to(x.dtype), x0, table, index, noise=given), x0
 
     def sample(
         self,

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import itertools
 import pathlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
+
+sys.path.append(str(pathlib.Path(__file__).parents[1]))
+
+from float64_runs import theirs_in_float64
 
 DATA = pathlib.Path(__file__).parents[2] / "data" / "guided_diffusion.npz"
 MEANS = ("PREVIOUS_X", "START_X", "EPSILON")
@@ -168,14 +170,6 @@ def named(calls: dict[str, Any]) -> dict[str, Tensor]:
     return flat
 
 
-@contextmanager
-def in_float64() -> Iterator[None]:
-    """Keeps a run in float64 so where code says ``float()``, with the noise that a run in float32 draws."""
-    noise = patch.object(torch, "randn_like", lambda x: torch.randn(x.shape, dtype=torch.float32).to(x.dtype))
-    with noise, patch.object(Tensor, "float", Tensor.double):
-        yield
-
-
 def results(module: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Every recorded call of guided-diffusion."""
     flat = {f"process/{k}": v for k, v in process_results(module, dtype).items()}
@@ -187,7 +181,6 @@ def results(module: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
 
 def _record(guided: str, ddpm_ip: str) -> None:
     import importlib
-    import sys
     import types
 
     def load(checkout: str) -> Any:
@@ -200,13 +193,11 @@ def _record(guided: str, ddpm_ip: str) -> None:
         sys.path.pop(0)
         return types.SimpleNamespace(**{k: v for k, v in names.items() if not k.startswith("__")})
 
-    with in_float64():
+    with theirs_in_float64():
         flat = results(load(guided), torch.float64)
         flat |= {f"ip/{k}": v for k, v in perturbed_results(load(ddpm_ip), torch.float64).items()}
     np.savez_compressed(DATA, **{name: value.numpy() for name, value in flat.items()})
 
 
 if __name__ == "__main__":
-    import sys
-
     _record(*sys.argv[1:])

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from guided_bounds import check
+from float64_runs import check
 from guided_cases import SHAPE, STEPS, images, make, model, named
 from torch import Tensor
 
 import dd_kernels as dd
 from dd_kernels.integrations import guided_diffusion
 from dd_kernels.integrations.guided_diffusion import gaussian_diffusion as gd
+from dd_kernels.integrations.guided_diffusion import process, sampling
 from dd_kernels.integrations.guided_diffusion.respace import SpacedDiffusion, _WrappedModel, space_timesteps
 
 T = torch.tensor([0, 5, STEPS - 1])
@@ -170,12 +171,12 @@ def test_reverse_steps_take_a_condition_as_in_glide() -> None:
     """A gradient of 0 changes nothing but for rounding, and one of 1 makes the x_0 of condition_score."""
     one, net = make(guided_diffusion, "EPSILON", "FIXED_SMALL"), model(False)
 
-    def cases(_: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def cases(dtype: torch.dtype) -> dict[str, Tensor]:
         x, gradient = images(dtype), {"cond_fn": lambda x, t: torch.zeros_like(x)}
         return named({"still": lambda: one.ddim_reverse_sample(net, x, T, **gradient)})
 
     plain = named({"still": lambda: one.ddim_reverse_sample(net, images(torch.float64), T)})
-    check(cases, plain)
+    check(cases, plain, process, sampling)
     pushed = one.ddim_reverse_sample(net, images(), T, cond_fn=lambda x, t: torch.ones_like(x))
     p = one.condition_score(lambda x, t: torch.ones_like(x), one.p_mean_variance(net, images(), T), images(), T)
     assert torch.equal(pushed["pred_xstart"], p["pred_xstart"])

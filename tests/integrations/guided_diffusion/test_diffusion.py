@@ -9,7 +9,7 @@ import guided_cases
 import numpy as np
 import pytest
 import torch
-from guided_bounds import bounded, check
+from float64_runs import bounded, check
 from guided_cases import MEANS, SHAPE, STEPS, VARIANCES, cond_fn, images, make, model
 from torch import Tensor
 
@@ -19,10 +19,13 @@ from dd_kernels.integrations.guided_diffusion import (
     GaussianDiffusion,
     SpacedDiffusion,
     get_named_beta_schedule,
+    process,
+    sampling,
     space_timesteps,
 )
 
 T = torch.tensor([0, 5, STEPS - 1])
+OPS = (process, sampling)  # the modules that call ops
 DIGITS = {"rtol": 2e-8}  # of a figure that is written to eight of them
 FEW = {"rtol": 64 * 2.0**-53}  # eight roundings, where 1 - 7/8 and the like multiplies them
 
@@ -34,7 +37,8 @@ def recorded() -> dict[str, Tensor]:
 
 
 def test_equals_guided_diffusion(recorded: dict[str, Tensor]) -> None:
-    check(guided_cases.results, {name: value for name, value in recorded.items() if not name.startswith("ip/")})
+    theirs = {name: value for name, value in recorded.items() if not name.startswith("ip/")}
+    check(lambda dtype: guided_cases.results(diffusion, dtype), theirs, *OPS)
 
 
 @pytest.mark.parametrize("name", ["input_pertub", "input_perturbation"])
@@ -43,7 +47,7 @@ def test_equals_ddpm_ip(name: str, recorded: dict[str, Tensor], monkeypatch: pyt
         guided_cases, "make", lambda *a, input_pertub, **options: make(*a, **{name: input_pertub}, **options)
     )
     theirs = {k.removeprefix("ip/"): value for k, value in recorded.items() if k.startswith("ip/")}
-    check(guided_cases.perturbed_results, theirs)
+    check(lambda dtype: guided_cases.perturbed_results(diffusion, dtype), theirs, *OPS)
 
 
 class _Overridden(GaussianDiffusion):
@@ -56,10 +60,10 @@ class _Overridden(GaussianDiffusion):
         return super().p_mean_variance(*args, **kwargs)
 
 
-def steps(one: GaussianDiffusion, learned: bool) -> Callable[..., dict[str, Tensor]]:
-    """Returns cases: a step of each kind, with noise from the generator and from a seed."""
+def steps(one: GaussianDiffusion, learned: bool) -> Callable[[torch.dtype], dict[str, Tensor]]:
+    """Returns cases in a dtype: a step of each kind, with noise from the generator and from a seed."""
 
-    def cases(_: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def cases(dtype: torch.dtype) -> dict[str, Tensor]:
         net, x, seeded = model(learned), images(dtype), {"seed": 3, "first_sample": 8}
         calls = {
             "p_sample": lambda: one.p_sample(net, x, T),
@@ -83,10 +87,10 @@ def test_the_fused_step_equals_the_step_in_parts(mean: str, variance: str) -> No
         loss_type=plain.loss_type,
     )
     learned = variance.startswith("LEARNED")
-    exact = {name: value for name, (value, _) in bounded(steps(plain, learned)).items()}
+    exact = {name: value for name, (value, _) in bounded(steps(plain, learned), *OPS).items()}
     for one in (plain, parts):
-        check(steps(one, learned), exact)
-    assert parts.calls == 8, "four steps in float32 and four in float64"
+        check(steps(one, learned), exact, *OPS)
+    assert parts.calls == 12, "four steps, twice in float32 and once in float64"
 
 
 def test_seeded_noise_is_that_of_the_samplers() -> None:
@@ -98,7 +102,7 @@ def test_seeded_noise_is_that_of_the_samplers() -> None:
     table = dd.ddpm(dd.from_betas(betas), timesteps=sorted(spaced.use_timesteps))
     noise = dd.randn(SHAPE, **seeded).double()
     cases = {"loop": lambda: spaced.p_sample_loop(net, SHAPE, noise, **seeded)}
-    exact, error = bounded(lambda *_: guided_cases.named(cases))["loop"]
+    exact, error = bounded(lambda _: guided_cases.named(cases), *OPS)["loop"]
     for result in (got, dd.sample(net, SHAPE, table, **seeded)):
         assert ((result - exact).abs() <= error).all()
 

@@ -9,20 +9,16 @@ import latent_cases
 import numpy as np
 import pytest
 import torch
+from float64_runs import check
 from latent_cases import SHAPE, Model, images
 
-from dd_kernels.integrations.latent_diffusion import DDIMSampler
+from dd_kernels.integrations.latent_diffusion import DDIMSampler, ddim
 
 
 def test_equals_stable_diffusion() -> None:
     with np.load(latent_cases.DATA) as data:
-        theirs = dict(data)
-    ours = latent_cases.results(DDIMSampler)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert (value.shape, value.dtype) == (theirs[name].shape, theirs[name].dtype), name
-        # Both are float32; up to ten steps, none of which amplifies an error by much.
-        assert np.abs(value - theirs[name]).max() <= 4e-6 * max(np.abs(theirs[name]).max(), 1.0), name
+        theirs = {name: torch.from_numpy(value) for name, value in data.items()}
+    check(lambda dtype: latent_cases.results(DDIMSampler, dtype), theirs, ddim)
 
 
 def test_decode_takes_back_what_encode_gives() -> None:
@@ -167,6 +163,11 @@ def test_ddim_sampling_takes_a_part_of_the_steps() -> None:
 def test_16_bit_latents_give_float32(dtype: torch.dtype) -> None:
     assert _sample(x_T=images().to(dtype)).dtype == torch.float32
     assert _ready().stochastic_encode(images().to(dtype), torch.tensor([0, 4, 9])).dtype == torch.float32
+    sampler = _ready()
+    sampler.model.apply_model = lambda x, t, c: x.to(dtype)
+    for quantize in (False, True):
+        x, t = images().to(dtype), torch.full((3,), 11)
+        assert sampler.p_sample_ddim(x, None, t, 1, quantize_denoised=quantize)[0].dtype == torch.float32
 
 
 def test_a_last_timestep_that_does_not_exist_is_an_index_error_too() -> None:
