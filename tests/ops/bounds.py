@@ -14,6 +14,7 @@ from torch import Tensor
 from dd_kernels.ops.reverse_step.table import COLUMNS, StepTable
 
 UNIT = 2.0**-24
+KEPT = ("prev_from_last", "prev_from_older")  # what multiplies x_0 of the last step, and of the one before
 EXP_ROUNDINGS = 8  # bounds exp on every backend: 2 ulp of its own, and the rounding of its argument
 
 
@@ -54,12 +55,13 @@ def reverse_step_error(
     e_x: Tensor | float = 0.0,
     e_out: Tensor | float = 0.0,
     e_variance: Tensor | float = 0.0,
+    e_earlier: tuple[Tensor, ...] = (),
     more: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Returns the errors of x_prev and x_0 before they are rounded; steps [N], threshold [N, 1, ...] is the exact one.
 
-    ``earlier`` is x_0 of the last step, and of the one before; ``e_x``, ``e_out`` (after guidance) and ``e_variance``
-    are errors of the arguments, and ``more`` counts roundings of the coefficients on top of their one.
+    ``earlier`` is x_0 of the last step, and of the one before; ``e_x``, ``e_out`` (after guidance), ``e_variance`` and
+    ``e_earlier`` are errors of the arguments, and ``more`` counts roundings of the coefficients on top of their one.
     """
     columns = table.rows[steps].reshape(len(steps), len(COLUMNS), *[1] * (x.ndim - 1))
     row = {name: columns[:, i] for i, name in enumerate(COLUMNS)}
@@ -100,10 +102,12 @@ def reverse_step_error(
         + row["prev_from_x"].abs() * (x.abs() + e_x)
         + row["prev_from_out"].abs() * size
         + (sigma + e_sigma) * noise.abs()
-        + sum((row[name] * x0).abs() for name, x0 in zip(("prev_from_last", "prev_from_older"), earlier, strict=False))
+        + sum((row[name] * x0).abs() for name, x0 in zip(KEPT, earlier, strict=False))
     )
     error = gamma(8 + more) * sum_of_terms + row["prev_from_x0"].abs() * e0 + row["prev_from_out"].abs() * e_out
     error = error + row["prev_from_x"].abs() * e_x
+    for name, e_kept in zip(KEPT, e_earlier, strict=False):
+        error = error + torch.where(row[name] == 0, 0.0, (1 + gamma(8 + more)) * row[name].abs() * e_kept)
     return error + e_sigma * noise.abs() + (sigma + e_sigma) * noise_error, e0
 
 

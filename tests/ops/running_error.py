@@ -8,7 +8,7 @@ every draw, and for sums in any order. reverse_step and q_sample count by their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,15 +24,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dd_kernels import q_sample, randn, reverse_step
 from dd_kernels.ops.randn import Stream
+from dd_kernels.ops.reverse_step.threshold import dynamic_threshold
 
 FUNCTION = 4 * UNIT  # relative: torch's vectorised functions are within two units in the last place
 aten = torch.ops.aten
 
 # What moves elements and computes nothing: an error moves with its element.
 MOVES = {
-    *(aten.alias, aten.cat, aten.clone, aten.detach, aten.expand, aten.index, aten.index_select, aten.lift_fresh),
+    *(aten.alias, aten.cat, aten.clone, aten.detach, aten.expand, aten.flip, aten.index, aten.lift_fresh),
     *(aten.permute, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze, aten.stack, aten.t),
-    *(aten.transpose, aten.unbind, aten.unsqueeze, aten.view, aten._unsafe_view),
+    *(aten.index_select, aten.transpose, aten.unbind, aten.unsqueeze, aten.view, aten._unsafe_view),
 }
 # What may write in place: dropout does, where it makes its factors, of which there is no view.
 IN_PLACE = {aten.bernoulli_, aten.div_}
@@ -202,52 +203,82 @@ class RunningError(TorchDispatchMode):
             self._errors[value] = rounded(value, error, torch.float32, False)
         return value
 
-    def reverse_step(self, x: Tensor, out: Tensor, table: Any, row: Any, **options: Any) -> Any:
-        """Runs :func:`dd_kernels.reverse_step`, whose bound is its own."""
-        with _disable_current_modes():
-            value = reverse_step(x, out, table, row, **options)
-            results = value if isinstance(value, tuple) else (value,)
-            for result, error in zip(results, self._of_step(x, out, table, row, **options), strict=False):
-                self._errors[result] = rounded(result, error, torch.float32, False)
-        return value
-
-    def _of_step(
+    def reverse_step(
         self,
         x: Tensor,
         out: Tensor,
         table: Any,
         row: Any,
         *,
+        history: Sequence[Tensor] | None = None,
+        return_x0: bool = False,
+        x_prev: Tensor | None = None,
+        backend: str = "auto",
+        **options: Any,
+    ) -> Any:
+        """Runs :func:`dd_kernels.reverse_step`, whose bound is its own; writes x_{t-1} to a new tensor."""
+        with _disable_current_modes():
+            step = self._step(x, out, table, row, history or (), **options)
+            errors = reverse_step_error(**step)
+            value, x0 = reverse_step(x, out, table, row, history=history, return_x0=True, **options)
+            for result, error in zip((value, x0), errors, strict=True):
+                self._errors[result] = rounded(result, error, torch.float32, False)
+            if table.history:
+                assert history is not None
+                written = history[int(step["steps"][0]) % table.history]  # x_0 of odd steps is kept second
+                self._errors[written] = self._errors[x0]
+        return (value, x0) if return_x0 else value
+
+    def _step(
+        self,
+        x: Tensor,
+        out: Tensor,
+        table: Any,
+        row: Any,
+        history: Sequence[Tensor],
+        *,
         noise: Tensor | None = None,
         seed: int | None = None,
         first_sample: int = 0,
         uncond: Tensor | None = None,
         guidance_scale: float = 1.0,
-        return_x0: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the errors of x_prev and x_0."""
+    ) -> dict[str, Any]:
+        """Returns the arguments of reverse_step_error."""
         steps = torch.as_tensor(row).reshape(-1).expand(len(x))
+        rows = table.rows.double()
         (out, e_out), (variance, e_variance) = self._operand(out), (None, 0.0)
-        if table.learned_variance:
-            (out, variance), (e_out, e_variance) = out.chunk(2, 1), e_out.chunk(2, 1)
         if uncond is not None:
             e_out = abs(1 - guidance_scale) * self.error(uncond) + abs(guidance_scale) * e_out
-        if seed is not None and table.stochastic:
+        if table.learned_variance:
+            variance, e_variance = (y.chunk(2, 1)[1] for y in self._operand(out))
+            out, e_out = out.chunk(2, 1)[0], e_out.chunk(2, 1)[0]
+            uncond = None if uncond is None else uncond.chunk(2, 1)[0]
+        threshold = None
+        if table.threshold is not None:
+            values = dynamic_threshold(x, out, uncond, guidance_scale, rows, steps, table.threshold)
+            threshold = values.reshape(-1, *[1] * (x.ndim - 1))
+        if noise is None and seed is not None and table.stochastic:
             noise = _drawn(x, table.timesteps[steps], seed, first_sample)
-        return reverse_step_error(
-            SimpleNamespace(rows=table.rows.double(), threshold=table.threshold),
-            steps,
-            x,
-            out,
-            variance=variance,
-            uncond=uncond,
-            scale=guidance_scale,
-            z=None if noise is None else noise.double(),
-            noise_error=0.0 if seed is None else NORMAL_ERROR,
-            e_x=self.error(x),
-            e_out=e_out,
-            e_variance=e_variance,
-        )
+        kept = list(history)
+        if len(kept) == 2 and int(steps[0]) % 2 == 0:
+            kept.reverse()
+        return {
+            "table": SimpleNamespace(rows=rows, threshold=table.threshold),
+            "steps": steps,
+            "x": x,
+            "out": out,
+            "variance": variance,
+            "uncond": uncond,
+            "scale": guidance_scale,
+            "z": None if noise is None else noise.double(),
+            "noise_error": 0.0 if seed is None else NORMAL_ERROR,
+            "threshold": threshold,
+            "earlier": tuple(x0.nan_to_num() for x0 in kept),  # there may be anything before the first step
+            "e_x": self.error(x),
+            "e_out": e_out,
+            "e_variance": e_variance,
+            "e_earlier": tuple(self.error(x0).nan_to_num() for x0 in kept),
+        }
 
 
 def _drawn(x: Tensor, timesteps: Tensor, seed: int, first_sample: int) -> Tensor:

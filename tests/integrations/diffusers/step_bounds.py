@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[2] / "ops"))  # holds the ops' bounds
 
-from bounds import UNIT, gamma, q_sample_error, reverse_step_error, rounded
+from bounds import KEPT, UNIT, gamma, q_sample_error, reverse_step_error, rounded
 
 from dd_kernels import q_sample, reverse_step
 from dd_kernels.integrations.diffusers import base
@@ -29,7 +29,6 @@ from dd_kernels.ops.reverse_step.table import COLUMNS
 from dd_kernels.ops.reverse_step.threshold import dynamic_threshold
 
 FOLDS = 4
-KEPT = ("prev_from_last", "prev_from_older")
 LOGARITHM = 4 * UNIT  # relative: theirs and ours are each within a unit in the last place
 
 
@@ -81,9 +80,8 @@ class Step:
     def errors(self, e_x: Tensor, e_kept: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns the errors of x_prev and x_0 before they are rounded, given those of x and of earlier x_0."""
         options = {"variance": self.variance, "z": self.z, "threshold": self.threshold, "earlier": self.earlier}
-        error, e_x0 = reverse_step_error(self.table, self.steps, self.x, self.out, **options, e_x=e_x, more=FOLDS)
-        for name, e_earlier in zip(KEPT, e_kept, strict=False):
-            error = error + torch.where(self.row[name] == 0, 0.0, self.row[name].abs() * e_earlier)
+        errors = {"e_x": e_x, "e_earlier": tuple(e_kept), "more": FOLDS}
+        error, e_x0 = reverse_step_error(self.table, self.steps, self.x, self.out, **options, **errors)
         # A part of prev_from_x0 that prev_from_x has taken over may cancel, and leaves its rounding.
         factor = 2 * gamma(FOLDS) * self.row["prev_from_x"].abs()
         return error + torch.where(factor == 0, 0.0, factor * self.x0.abs()) + self._of_deviation(), e_x0
