@@ -24,6 +24,7 @@ from running_error import running_error
 # A coefficient, which float32 rounds once, is made by so many float64 operations at most, in theirs and in ours.
 OPERATIONS_OF_A_COEFFICIENT = 16
 UNIT_OF_FLOAT64 = 2.0**-53
+FLOAT64 = OPERATIONS_OF_A_COEFFICIENT * UNIT_OF_FLOAT64 / UNIT  # times a bound of float32: that of float64
 
 Results = dict[str, Tensor]
 
@@ -71,10 +72,9 @@ def differences(cases: Callable[[torch.dtype], Results], theirs: Results, *modul
         if value.shape != their.shape:
             yield f"{name} is {list(value.shape)}; theirs {list(their.shape)}"
             continue
-        of_float64 = OPERATIONS_OF_A_COEFFICIENT * UNIT_OF_FLOAT64 / UNIT * error
-        if not ((in_float64 - their).abs() <= of_float64).all():
+        if not ((in_float64 - their).abs() <= FLOAT64 * error).all():
             yield f"{name} is of another equation than theirs"
-        if not ((value - their).abs() <= error + of_float64).all():
+        if not ((value - their).abs() <= (1 + FLOAT64) * error).all():
             yield f"{name} is {((value - their).abs() / error).max():.3g} times its bound from theirs"
 
 

@@ -139,6 +139,8 @@ class RunningError(TorchDispatchMode):
             return torch.where(args[0], *(self._operand(x)[1] for x in args[1:]))
         if name in (aten.mean, aten.sum):
             return self._of_sum(func, value, args, kwargs)
+        if name is aten.std:
+            return self._of_deviation(value, *args, **kwargs)
         if name in (aten.bmm, aten.mm):
             return self._of_matmul(value, *args)
         if name in FUNCTIONS:
@@ -186,6 +188,12 @@ class RunningError(TorchDispatchMode):
         x, *rest = args
         terms = x.numel() // value.numel()
         return rounded(value, func(self.error(x) + gamma(terms) * x.abs(), *rest, **kwargs), torch.float32, False)
+
+    def _of_deviation(self, value: Tensor, x: Tensor, axes: list[int], *, correction: int, keepdim: bool) -> Tensor:
+        """Returns the error of a deviation: that of the values in the mean square, since the CPU sums in float64."""
+        n = x.numel() // value.numel()
+        moved = (self.error(x).square().sum(axes, keepdim=keepdim) / (n - correction)).sqrt()
+        return rounded(value, moved, torch.float32, False)
 
     def _of_matmul(self, value: Tensor, a: Tensor, b: Tensor) -> Tensor:
         e_a, e_b = self.error(a), self.error(b)

@@ -23,6 +23,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "clamp": lambda x, y: (1.5 * x).clamp(-1, 1) + (y * 1.3).clamp(min=0.1),
     "where": lambda x, y: torch.where(torch.arange(20) > 9, x * y, x / 3),
     "mean": lambda x, y: torch.stack(((x * y).mean(dim=1), x.sum(dim=1))),
+    "deviation": lambda x, y: (x + 5).std((1,), keepdim=True),
     "matmul": lambda x, y: torch.einsum("ij,kj->ik", x, y),
     "moves": lambda x, y: torch.stack((x / 3, 0.7 * y)).flatten(1).chunk(2)[1][:, 3:].expand(2, -1),
 }

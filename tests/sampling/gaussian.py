@@ -2,6 +2,9 @@
 
 import math
 
+import torch
+from bounds import gamma, reverse_step_error, rounded
+
 import dd_kernels as dd
 from dd_kernels.ops.reverse_step.table import COLUMNS
 
@@ -25,6 +28,24 @@ def linear_steps(table):
         c = dict(zip(COLUMNS, row, strict=True))
         out = c["prev_from_x0"] * c["x0_num_out"] / c["x0_den"] + c["prev_from_out"]
         yield t, c["prev_from_x0"] * c["x0_num_x"] / c["x0_den"] + c["prev_from_x"], out, c["sigma"]
+
+
+def rounding(table, std, x, error):
+    """Returns what a sampler without noise makes of x, float64, for data N(0, std^2), and how far float32 may be off.
+
+    A step multiplies the ``error`` of x by its gain, since it is linear, and rounds by the op's own bound. The model
+    rounds six times: three factors, and three operations.
+    """
+    model = gaussian_model(0.0, std)
+    for i, (t, from_x, from_out, _) in enumerate(linear_steps(table)):
+        out, alpha_bar = model(x, [t]), SCHEDULE.alpha_bar[t]
+        gain = from_x + from_out * math.sqrt(1 - alpha_bar) / (alpha_bar * std**2 + 1 - alpha_bar)
+        size = x.abs() + error
+        step = torch.full((len(x),), i)
+        own, _ = reverse_step_error(table, step, size, model(size, [t]), e_out=gamma(6) * model(size, [t]))
+        x = dd.reverse_step(x, out, table, i)
+        error = rounded(x, abs(gain) * error + own, torch.float32, False)
+    return x, error
 
 
 def moments(table, mean, std, start=(0.0, 1.0)):

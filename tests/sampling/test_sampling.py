@@ -1,13 +1,18 @@
 """sample and sample_progressive: distributions, noise, batches, peers and errors."""
 
 import math
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from bounds import assert_within
+from float64_runs import FLOAT64
 from gaussian import SCHEDULE, gaussian_model, moments
+from sample_bounds import assert_samples_are, bounded, bounded_sample
 
 import dd_kernels as dd
+from dd_kernels.sampling import requests
 
 SHAPE = (4, 3, 6, 6)
 
@@ -203,53 +208,76 @@ def test_learned_variance_at_its_ends_is_the_fixed_variance():
 
     table = dd.ddpm(SCHEDULE, 10, variance="learned_range")
     for end, variance in ((-1.0, "fixed_small"), (1.0, "fixed_large")):
-        fixed = dd.sample(model, SHAPE, dd.ddpm(SCHEDULE, 10, variance=variance), seed=0)
-        torch.testing.assert_close(dd.sample(learned(end), SHAPE, table, seed=0), fixed, rtol=1e-4, atol=1e-5)
+        fixed, _ = bounded_sample(model, SHAPE, dd.ddpm(SCHEDULE, 10, variance=variance))
+        exact, error = bounded_sample(learned(end), SHAPE, table)
+        assert ((exact - fixed).abs() <= FLOAT64 * error).all()
+        assert_samples_are((exact, error), dd.sample(learned(end), SHAPE, table, seed=0))
     ddim = dd.ddim(SCHEDULE, 10, eta=0.5, learned_variance=True)
-    expected = dd.sample(model, SHAPE, dd.ddim(SCHEDULE, 10, eta=0.5), seed=0)
-    torch.testing.assert_close(dd.sample(learned(0.3), SHAPE, ddim, seed=0), expected, rtol=1e-5, atol=1e-6)
+    wanted = bounded_sample(model, SHAPE, dd.ddim(SCHEDULE, 10, eta=0.5))
+    assert_samples_are(wanted, dd.sample(learned(0.3), SHAPE, ddim, seed=0))
+
+
+def in_float64(scheduler):
+    """Returns a scheduler of diffusers whose coefficients are float64 numbers."""
+    scheduler.alphas_cumprod = torch.tensor(SCHEDULE.alpha_bar)
+    return scheduler
 
 
 def test_dynamic_thresholding_is_imagens():
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=2.0)
-    x, out = torch.randn(2, *SHAPE)
-    expected = scheduler.step(out, 999, x, generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    rule = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0}
+    scheduler = in_float64(diffusers.DDPMScheduler(**rule))
+    x, out, noise = torch.randn(3, *SHAPE)
+    with patch.object(diffusers.schedulers.scheduling_ddpm, "randn_tensor", lambda *_, **__: noise.double()):
+        theirs = scheduler.step(out.double(), 999, x.double())
     table = dd.ddpm(SCHEDULE, clip=dd.DynamicThreshold(0.9, 2.0))
-    x_prev, x0 = dd.reverse_step(x, out, table, 0, noise=noise, return_x0=True)
-    torch.testing.assert_close(x0, expected.pred_original_sample)
-    torch.testing.assert_close(x_prev, expected.prev_sample)
+
+    def step(dtype=torch.float32):
+        given = (v.to(dtype) for v in (x, out))
+        return requests.reverse_step(*given, table, 0, noise=noise, return_x0=True)
+
+    wanted = bounded(lambda: step(torch.float64))
+    expected = (theirs.prev_sample, theirs.pred_original_sample)
+    for (exact, error), value, their in zip(wanted, step(), expected, strict=True):
+        assert_within(value, exact, error)
+        assert ((their - exact).abs() <= FLOAT64 * error).all()
 
 
 @pytest.mark.parametrize("steps", [10, 50])
 def test_ddim_is_that_of_diffusers(steps):
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler()
+    scheduler = in_float64(diffusers.DDIMScheduler())
     scheduler.set_timesteps(steps)
-    x_T = x = torch.randn(SHAPE)
+    x_T = torch.randn(SHAPE)
+    x = x_T.double()
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t[None]), t, x, use_clipped_model_output=True).prev_sample
-    torch.testing.assert_close(dd.sample(model, x_T, dd.ddim(SCHEDULE, steps)), x, rtol=1e-5, atol=1e-5)
+    table = dd.ddim(SCHEDULE, steps)
+    exact, error = bounded_sample(model, x_T, table)
+    assert_samples_are((exact, error), dd.sample(model, x_T, table))
+    assert ((x - exact).abs() <= FLOAT64 * error).all()
 
 
 def test_ddpm_is_that_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler()
-    x_T = x = torch.randn(SHAPE)
-    generator = torch.Generator().manual_seed(0)
-    for t in scheduler.timesteps:
-        x = scheduler.step(model(x, t[None]), t, x, generator=generator).prev_sample
-    ours = dd.sample(model, x_T, dd.ddpm(SCHEDULE), generator=torch.Generator().manual_seed(0))
-    # A thousand steps on their float32 tables.
-    torch.testing.assert_close(ours, x, rtol=1e-3, atol=2e-4)
+    scheduler = in_float64(diffusers.DDPMScheduler())
+    x_T, noise = torch.randn(SHAPE), torch.randn(1000, *SHAPE)
+    x = x_T.double()
+    for t, z in zip(scheduler.timesteps, noise, strict=True):
+        with patch.object(diffusers.schedulers.scheduling_ddpm, "randn_tensor", lambda *_, z=z, **__: z.double()):
+            x = scheduler.step(model(x, t[None]), t, x).prev_sample
+    table = dd.ddpm(SCHEDULE)
+    exact, error = bounded_sample(model, x_T, table, noise=noise)
+    assert_samples_are((exact, error), dd.sample(model, x_T, table, noise=noise))
+    assert ((x - exact).abs() <= FLOAT64 * error).all()
 
 
 def test_named_steps_are_rows_of_the_tables():
     x, out = torch.randn(2, *SHAPE)
     mean = dd.posterior_mean(out, x, 500, SCHEDULE)
-    expected = SCHEDULE.q_posterior(out, x, torch.full((4,), 500)).mean
-    torch.testing.assert_close(mean, expected)
+    exact, wide = SCHEDULE.q_posterior(out.double(), x.double(), torch.full((4,), 500)).mean, (out.double(), x.double())
+    ((_, error),) = bounded(lambda: dd.sampling.steps.posterior_mean(*wide, 500, SCHEDULE))
+    assert_within(mean, exact, error)
     per_sample = torch.tensor([0, 3, 500, 999])
     stepped = dd.ddpm_step(x, out, per_sample, SCHEDULE, seed=4)
     for n, t in enumerate(per_sample.tolist()):

@@ -5,7 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from gaussian import SCHEDULE, gaussian_model, moments
+from bounds import assert_within
+from float64_runs import FLOAT64, UNIT_OF_FLOAT64
+from gaussian import SCHEDULE, gaussian_model, moments, rounding
+from sample_bounds import assert_samples_are, bounded
 
 import dd_kernels as dd
 from dd_kernels.ops.randn import Stream
@@ -69,27 +72,40 @@ def test_an_edited_image_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("table", [TABLE, dd.ddim(SCHEDULE, 20)])
 def test_a_walk_ends_at_what_becomes_of_each_image(table):
-    other, weights = IMAGES.flip(3), [0.0, 0.25, 1.0]
-    walk = dd.interpolate(MODEL, IMAGES, other, weights, table, SCHEDULE, strength=0.5, seed=5, first_sample=3)
+    weights, options = [0.0, 0.25, 1.0], {"strength": 0.5, "first_sample": 3}
+    walk = dd.interpolate(MODEL, IMAGES, IMAGES.flip(3), weights, table, SCHEDULE, seed=5, **options)
     assert walk.shape == (4, 3, 3, 6, 6)
-    mixed = 0.75 * IMAGES + 0.25 * other
-    for i, images in enumerate((IMAGES, mixed, other)):
-        torch.testing.assert_close(walk[:, i], edited(images, table, strength=0.5, first_sample=3))
+    for i, weight in enumerate(weights):
+
+        def alone(weight=weight):
+            first, second = IMAGES.double(), IMAGES.flip(3).double()
+            return edited((1 - weight) * first + weight * second, table, **options)
+
+        (bound,) = bounded(alone)
+        assert_samples_are(bound, walk[:, i])
 
 
 def test_a_mixture_is_that_of_both_diffused_images():
     """The x_t that a walk starts from is the mixture of x_t and x_t' with one noise: DDPM's section 4.3."""
-    other, seen = IMAGES.flip(3), []
+    seen = []
 
     def model(x, t):
         seen.append(x)
         return 0 * x
 
-    dd.interpolate(model, IMAGES, other, torch.tensor([0.3]), TABLE, SCHEDULE, strength=0.5, seed=5)
+    def start(dtype):
+        first, second = IMAGES.to(dtype), IMAGES.flip(3).to(dtype)
+        dd.interpolate(model, first, second, torch.tensor([0.3]), TABLE, SCHEDULE, strength=0.5, seed=5)
+        return seen[0]
+
+    (bound,) = bounded(lambda: start(torch.float64))
+    seen.clear()
+    assert_samples_are(bound, start(torch.float32))
     t = int(TABLE.timesteps[TABLE.timesteps < 500][0])
-    z = dd.randn(IMAGES.shape, seed=5, stream=Stream.X_T)
-    x_t, x_t_other = (dd.q_sample(x, t, SCHEDULE, z) for x in (IMAGES, other))
-    torch.testing.assert_close(seen[0], 0.7 * x_t + 0.3 * x_t_other)
+    z = dd.randn(IMAGES.shape, seed=5, stream=Stream.X_T).double()
+    share = float(torch.tensor(0.3))
+    x_t, x_t_other = (dd.q_sample(x.double(), t, SCHEDULE, z) for x in (IMAGES, IMAGES.flip(3)))
+    assert (((1 - share) * x_t + share * x_t_other - bound[0]).abs() <= FLOAT64 * bound[1]).all()
 
 
 def test_slerp_is_the_shortest_way_on_the_sphere():
@@ -97,13 +113,16 @@ def test_slerp_is_the_shortest_way_on_the_sphere():
     walk = dd.slerp(a, b, torch.linspace(0, 1, 3))
     assert walk.shape == (2, 3, 2)
     root = 3 * 0.5**0.5
-    assert torch.allclose(walk[0], torch.tensor([[3, 0], [root, root], [0, 3]], dtype=torch.float32))
-    assert torch.allclose(walk[1], a[1].expand(3, 2))  # from a point to itself every step is that point
+    # It is computed in float64 and rounded once; sines of multiples of pi are 0 to float64's rounding.
+    exact = torch.tensor([[3, 0], [root, root], [0, 3]], dtype=torch.float64)
+    assert_within(walk[0], exact, torch.full_like(exact, 64 * UNIT_OF_FLOAT64))
+    assert torch.equal(walk[1], a[1].expand(3, 2))  # from a point to itself every step is that point
     opposite = dd.slerp(a[:1], -a[:1], torch.tensor([0.25]))
     assert torch.isfinite(opposite).all()
     noise = dd.randn((4, 3, 16, 16), seed=0), dd.randn((4, 3, 16, 16), seed=1)
     middle = dd.slerp(*noise, torch.tensor([0.5]))
-    assert float(middle.std()) == pytest.approx(1, abs=0.05)  # half way on a straight line the deviation is 0.7
+    # Half way on a straight line the deviation is 0.7; five standard errors of the estimate.
+    assert float(middle.std()) == pytest.approx(1, abs=5 / math.sqrt(2 * middle.numel()))
 
 
 def test_the_error_of_encoding_and_decoding_is_of_first_order():
@@ -112,9 +131,10 @@ def test_the_error_of_encoding_and_decoding_is_of_first_order():
     for steps in (25, 50, 100, 200):
         there, back = dd.ddim_inversion(SCHEDULE, steps), dd.ddim(SCHEDULE, steps, clip=None)
         gain = math.prod(moments(way, 0.0, 0.5)[1] for way in (there, back))
-        returned = dd.sample(gaussian_model(0.0, 0.5), dd.sample(gaussian_model(0.0, 0.5), IMAGES, there), back)
-        # Each of the 2 S steps rounds x, in float32, a few times.
-        torch.testing.assert_close(returned, gain * IMAGES, rtol=0, atol=2 * steps * 4 * 2**-24)
+        exact, error = rounding(back, 0.5, *rounding(there, 0.5, IMAGES.double(), 0 * IMAGES.double()))
+        assert ((exact - gain * IMAGES.double()).abs() <= FLOAT64 * error).all()
+        model = gaussian_model(0.0, 0.5)
+        assert_samples_are((exact, error), dd.sample(model, dd.sample(model, IMAGES, there), back))
         errors.append(abs(gain - 1))
     ratios = [a / b for a, b in pairwise(errors)]
     assert ratios == pytest.approx([2, 2, 2], rel=0.15)
