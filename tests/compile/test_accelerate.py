@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from models import make
+from networks import assert_same_network
 
 import dd_kernels as dd
 
@@ -55,7 +56,7 @@ def test_a_model_is_compiled_in_place_and_restored():
         same, report = dd.accelerate(model)
         assert same is model
         assert "not captured yet" in str(report)
-        torch.testing.assert_close(model(x, emb), plain)
+        assert_same_network(model(x, emb), plain)
         assert report.share == 1
         assert dd.accelerate(model)[1] is report
         assert dd.restore(model) is model
@@ -84,7 +85,7 @@ def test_copies_and_files_of_an_accelerated_model():
         file.seek(0)
         for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
             assert other._compiled_call_impl is None
-            torch.testing.assert_close(other(x, emb), y)
+            assert_same_network(other(x, emb), y)
     assert list(model.state_dict()) == keys
 
 
@@ -107,8 +108,8 @@ def test_a_pipeline(graphs_on_cpu):
     assert same is pipe
     assert type(pipe.scheduler) is ours.DDIMScheduler
     assert dict(pipe.scheduler.config).items() >= dict(scheduler.config).items()
-    assert abs(draw(pipe) - wanted).max() < 1e-5
-    assert abs(draw(pipe, seed=4, steps=5, eta=1.0) - another).max() < 1e-5
+    for image, other in ((draw(pipe), wanted), (draw(pipe, seed=4, steps=5, eta=1.0), another)):
+        assert_same_network(torch.from_numpy(image), torch.from_numpy(other))
     assert (graphs_on_cpu.captures, graphs_on_cpu.replays) == (1, 3 + 5)
     assert [network.name for network in report.networks] == ["unet"]
     assert len(report.networks[0].graphs) == 1
@@ -167,7 +168,7 @@ def test_an_autoencoder_is_compiled_by_halves():
     with torch.no_grad():
         wanted = pipe.vqvae.decode(latents).sample
         _, report = dd.accelerate(pipe)
-        torch.testing.assert_close(pipe.vqvae.decode(latents).sample, wanted, rtol=1e-4, atol=1e-4)
+        assert_same_network(pipe.vqvae.decode(latents).sample, wanted)
         pipe.vqvae.encode(torch.randn(1, 3, 16, 16))
     captured = {network.name: len(network.graphs) for network in report.networks}
     assert captured == {"unet": 0, "vqvae.encoder": 1, "vqvae.decoder": 1}
@@ -220,7 +221,7 @@ def test_handed_on_to_inductor():
     with torch.no_grad():
         plain = model(x, emb)
         _, report = dd.accelerate(model, inductor=True)
-        torch.testing.assert_close(model(x, emb), plain)
+        assert_same_network(model(x, emb), plain)
     assert report.share == 1
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cuda_graphs import NEEDS_CUDA
 from models import make
+from networks import assert_same_network
 from torch import nn
 
 import dd_kernels as dd
@@ -23,7 +24,7 @@ def compiled(model, **options):
 
 @torch.no_grad()
 def assert_right(fast, model, *inputs):
-    torch.testing.assert_close(fast(*inputs), model(*inputs))
+    assert_same_network(fast(*inputs), model(*inputs))
 
 
 def test_captured_once_per_shape_and_replayed(graphs_on_cpu):
@@ -76,7 +77,7 @@ def test_inference_mode_and_back(graphs_on_cpu):
     with torch.inference_mode():
         inside = fast(x.clone(), emb.clone())
     assert_right(fast, model, x, emb)
-    torch.testing.assert_close(inside, model(x, emb).detach())
+    assert_same_network(inside, model(x, emb).detach())
 
 
 @pytest.mark.parametrize("turn_off", [{"cuda_graphs": False}, None])
@@ -170,7 +171,8 @@ def test_refused_with_one_reason(kind, graphs_on_cpu, caplog):
     with torch.no_grad(), caplog.at_level(logging.INFO, logger="dd_kernels.compile.cuda_graph"):
         for _ in range(3):
             mine, theirs = x.clone(), x.clone()
-            torch.testing.assert_close(fast(mine), model(theirs))
+            results = (y if isinstance(y, tuple) else (y,) for y in (fast(mine), model(theirs)))
+            assert all(map(torch.equal, *results))
             assert torch.equal(mine, theirs)
     assert graphs_on_cpu.replays == 0
     assert len(report.notes) == 1
@@ -217,7 +219,7 @@ def test_by_accelerate(graphs_on_cpu):
         with torch.no_grad():
             plain = model(x, emb)
             dd.accelerate(model, cuda_graphs=wanted)
-            torch.testing.assert_close(model(x, emb), plain)
+            assert_same_network(model(x, emb), plain)
         assert graphs_on_cpu.captures == 1
 
 
@@ -247,5 +249,6 @@ def test_on_a_gpu():
     for _ in range(3):
         x = torch.randn_like(x)
         with torch.no_grad():
+            # cuDNN convolves in TF32, of 10 bits, where a last bit of its input decides how it rounds.
             torch.testing.assert_close(fast(x, emb), model(x, emb), rtol=1e-4, atol=1e-4)
     assert report.notes == []

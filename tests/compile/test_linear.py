@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from against_float64 import compiled
+from bounds import assert_within, gamma
 from torch import nn
 
 from dd_kernels import backend as backends
@@ -160,7 +161,9 @@ def test_any_number_of_tokens():
     with torch.no_grad():
         for tokens in (33, 1, 200, 0):
             x = torch.randn(2, tokens, 20)
-            torch.testing.assert_close(run(x), model(x), rtol=0, atol=1e-5)
+            given = [x.double(), *(p.double() for p in model.parameters())]
+            exact, size = F.linear(*given), F.linear(*(v.abs() for v in given))
+            assert_within(run(x), exact, gamma(24) * size)  # a product, 20 sums, and the joining of chunks
     assert linears(report) >= 1
 
 
