@@ -23,6 +23,11 @@ def assert_same_network(actual: Tensor | Sequence[Tensor], wanted: Tensor | Sequ
         return
     assert isinstance(wanted, Tensor)
     assert actual.shape == wanted.shape
-    if actual.numel():
-        off = (actual.double() - wanted.double()).abs().max()
-        assert off <= 2.0**-BITS * wanted.abs().max(), f"{off:.3g} of {wanted.abs().max():.3g}"
+    assert is_same_network(actual, wanted), f"{(actual - wanted).abs().max():.3g} of {wanted.abs().max():.3g}"
+
+
+def is_same_network(actual: Tensor, wanted: Tensor) -> bool:
+    """Returns whether two results agree in BITS of the largest value."""
+    if not actual.numel():
+        return True
+    return bool((actual.double() - wanted.double()).abs().max() <= 2.0**-BITS * wanted.double().abs().max())
