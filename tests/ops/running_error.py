@@ -38,7 +38,10 @@ MOVES = {
 # What may write in place: dropout does, where it makes its factors, of which there is no view.
 IN_PLACE = {aten.bernoulli_, aten.div_}
 # What makes tensors of numbers, or of nothing.
-FILLS = {aten.empty_like, aten.full, aten.full_like, aten.ones, aten.ones_like, aten.zeros, aten.zeros_like}
+FILLS = {
+    *(aten.empty_like, aten.full, aten.full_like, aten.ones, aten.ones_like, aten.scalar_tensor, aten.zeros),
+    aten.zeros_like,
+}
 COMPARISONS = {aten.ge, aten.gt, aten.le, aten.lt}
 
 # How far an error e of the argument x moves a function's value: by its slope and its curvature, which is at most 1 for
@@ -46,6 +49,7 @@ COMPARISONS = {aten.ge, aten.gt, aten.le, aten.lt}
 FUNCTIONS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
     aten.cos: lambda x, e: (x.sin().abs() * e + e.square() / 2).minimum(e).clamp(max=2),
     aten.exp: lambda x, e: x.exp() * torch.expm1(e),
+    aten.expm1: lambda x, e: x.exp() * torch.expm1(e),
     aten.reciprocal: lambda x, e: torch.where(e < x.abs(), e / (x.abs() * (x.abs() - e)), torch.inf),
     aten.sin: lambda x, e: (x.cos().abs() * e + e.square() / 2).minimum(e).clamp(max=2),
     aten.sqrt: lambda x, e: (x.sqrt() - (x - e).clamp(min=0).sqrt()).maximum((x + e).sqrt() - x.sqrt()),
@@ -68,8 +72,10 @@ def _quotient(value: Tensor, a: Tensor, e_a: Tensor, b: Tensor, e_b: Tensor) -> 
 
 
 def _power(value: Tensor, a: Tensor, e_a: Tensor, b: Tensor, e_b: Tensor) -> Tensor:
-    """Returns the error of x^2 and x^3; of the two roundings of x^3 it counts one."""
+    """Returns the error of x^0.5, x^2 and x^3; of the two roundings of x^3 it counts one."""
     n = float(b)
+    if n == 0.5:
+        return FUNCTIONS[aten.sqrt](a, e_a) + FUNCTION * value  # torch's roots are not always rounded correctly
     assert n in (2, 3), f"the power {n} is not bounded"
     return (a.abs() + e_a) ** n - a.abs() ** n + (n - 2) * UNIT * (a.abs() + e_a) ** n
 
