@@ -79,6 +79,7 @@ def test_make_schedule_leaves_what_callers_read() -> None:
     assert torch.equal(sampler.ddim_sqrt_one_minus_alphas, (1 - sampler.ddim_alphas).sqrt())
     assert sampler.ddim_alphas_prev.tolist() == [float(model.alphas_cumprod[t]) for t in [0, *steps[:-1]]]
     a, b = sampler.ddim_alphas.double().numpy(), sampler.ddim_alphas_prev
+    # Ten roundings of float64, times the 1e2 of 1 / (1 - a / b), and of 1 / (1 - a).
     np.testing.assert_allclose(sampler.ddim_sigmas, 0.5 * np.sqrt((1 - b) / (1 - a) * (1 - a / b)), rtol=1e-12)
     alpha_bar = model.alphas_cumprod
     expected = {
