@@ -81,6 +81,17 @@ Isa cpu_isa(Isa widest) {
     return choice.named || choice.isa < widest ? choice.isa : widest;
 }
 
+bool has_dot_bfloat16() {
+#if defined(DD_EMULATE_AVX512)
+    return cpu_isa() == Isa::avx512;
+#elif defined(DD_X86)
+    static const bool has = __builtin_cpu_supports("avx512bf16");
+    return has && cpu_isa() == Isa::avx512;
+#else
+    return false;
+#endif
+}
+
 }  // namespace dd
 
 // For tests and reports, through ctypes. Makes every op use the named instruction set; "" restores what the environment

@@ -1,4 +1,4 @@
-// Runs an op's kernel over tiles on torch's threads.
+// Runs an op's kernel on torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -30,6 +30,13 @@ void run_tiles(const Arguments& arguments, int buffers, void (*kernel)(const Arg
         std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(buffers * tile)]);
         kernel(arguments, first, last, scratch.get());
     });
+}
+
+// Calls body(from, to) for parts of [0, count) on so many threads, torch's.
+template <class Body>
+void on_threads(int64_t count, int64_t threads, Body body) {
+    if (threads == 1) return body(0, count);
+    torch::stable::parallel_for(0, count, 1, body);
 }
 
 }  // namespace dd

@@ -12,6 +12,10 @@ enum class Isa { baseline, avx2, avx512 };
 // `widest`. Throws std::runtime_error for a name that is unknown or a set that this processor lacks.
 Isa cpu_isa(Isa widest = Isa::avx512);
 
+// Whether this processor multiplies bfloat16 in pairs and adds in float32 (AVX-512 BF16), and AVX-512 is the
+// instruction set in force.
+bool has_dot_bfloat16();
+
 }  // namespace dd
 
 // DD_CHOOSE is the function of this name for the instruction set in force, up to DD_WIDEST; DD_CHOOSE_UP_TO takes

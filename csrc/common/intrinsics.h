@@ -21,6 +21,11 @@
 // GCC vectorises scalar code in 256 bits at most: in 512, GCC 12 drops the rounding of a double to float and back.
 #define DD_AVX512 "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq,prefer-vector-width=256"
 #endif
+#ifdef DD_EMULATE_AVX512
+#define DD_AVX512_BF16 DD_AVX512
+#else
+#define DD_AVX512_BF16 DD_AVX512 ",avx512bf16"
+#endif
 #elif defined(__aarch64__)
 #define DD_NEON
 #include <arm_neon.h>

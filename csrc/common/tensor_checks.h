@@ -80,6 +80,21 @@ public:
         return static_cast<float*>(data);
     }
 
+    // Checks a tensor of x's dtype and of `shape`, of which only the last dimension must be dense, that the op reads.
+    Operand rows(const char* name, const Tensor& tensor, Shape shape) {
+        const TensorFacts y = check_shape(name, tensor, shape);
+        check_float(y);
+        if (y.type != x_.type) fail(name, std::string("of the dtype of ") + x_.name, y.text());
+        const int64_t last = y.dims - 1, size = y.type == ScalarType::Float ? 4 : 2;
+        if (y.elements > 0 && y.sizes[last] > 1 && y.strides[last] != 1) {
+            fail(name, "dense in its last dimension", y.text());
+        }
+        int64_t elements = y.elements > 0 ? 1 : 0;
+        for (int64_t d = 0; elements > 0 && d < y.dims; ++d) elements += (y.sizes[d] - 1) * y.strides[d];
+        add(name, {static_cast<const char*>(tensor.const_data_ptr()), elements * size, 0, 1}, size);
+        return {const_cast<void*>(tensor.const_data_ptr()), 0, y.dtype()};
+    }
+
     // Checks a contiguous tensor of `shape` that the op reads, of one of the kernels' dtypes.
     Operand parameters(const char* name, const std::optional<Tensor>& y, Shape shape) {
         return y ? add_contiguous(check_parameters(name, *y, shape), y->const_data_ptr()) : Operand{};

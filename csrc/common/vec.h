@@ -96,6 +96,19 @@ DD_INLINE Vec clamp(Vec v, B low, B high) {
 #endif
 }
 
+// Returns the larger one; b where one of them is NaN.
+DD_INLINE Vec maximum(Vec a, Vec b) {
+#if DD_LANES == 16
+    return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif DD_LANES == 8
+    return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(DD_X86)
+    return (Vec)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+
 // Returns a * b + c, rounded once where the instruction set can (all but x86's baseline), else twice.
 DD_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if DD_LANES == 16

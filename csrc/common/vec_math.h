@@ -24,10 +24,32 @@ DD_HOST_DEVICE Vec exp(Vec v) {
     return p * as_float((VecU)(half + 127) << 23) * as_float((VecU)(k - half + 127) << 23);
 }
 
+// p = 2^f for |f| <= 1/2, each operation for all n vectors before the next: a core whose threads share its queues looks
+// too few operations ahead to overlap n whole chains.
+template <int n>
+DD_HOST_DEVICE void exp2_fractions(const Vec (&f)[n], Vec (&p)[n]) {
+    for (int i = 0; i < n; ++i) p[i] = fma(f[i], 1.326459111e-3f, 9.671619162e-3f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 5.550735071e-2f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 2.402224094e-1f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 6.931470037e-1f);
+    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 1.0f);
+}
+
+// result = 2^v for v <= 127, and 0 for v <= -127. Largest error: 1.1 ulp.
+template <int n>
+DD_HOST_DEVICE void exp2(const Vec (&v)[n], Vec (&result)[n]) {
+    Vec x[n], shifted[n], f[n], p[n];
+    for (int i = 0; i < n; ++i) x[i] = clamp(v[i], -127.0f, 127.0f);
+    // v = k + f: adding 1.5 * 2^23 leaves k in the low bits, and adding 127 makes it the exponent of a float.
+    for (int i = 0; i < n; ++i) shifted[i] = x[i] + (12582912.0f + 127.0f);
+    for (int i = 0; i < n; ++i) f[i] = x[i] + ((12582912.0f + 127.0f) - shifted[i]);
+    exp2_fractions(f, p);
+    for (int i = 0; i < n; ++i) result[i] = p[i] * as_float(as_uint(shifted[i]) << 23);
+}
+
 // Returns 1 + e^-v, the denominator of a sigmoid, for every float; inf for v < -88.4. Largest error: 1.4 (1 + |v|) ulp
 // for v < 1, and 1.1 ulp from there on. It takes half the operations of exp(), because it reduces the argument by one
-// product. Takes n vectors and does each operation for all of them before the next: a core whose threads share its
-// queues looks too few operations ahead to overlap n whole chains.
+// product.
 template <int n>
 DD_HOST_DEVICE void one_plus_exp_minus(const Vec (&v)[n], Vec (&result)[n]) {
     Vec x[n], shifted[n], f[n], p[n];
@@ -35,11 +57,7 @@ DD_HOST_DEVICE void one_plus_exp_minus(const Vec (&v)[n], Vec (&result)[n]) {
     // e^-v = 2^(k + f): adding 1.5 * 2^23 leaves k in the low bits, and adding 127 makes it the exponent of a float.
     for (int i = 0; i < n; ++i) shifted[i] = fma(x[i], -1.44269504f, 12582912.0f + 127.0f);
     for (int i = 0; i < n; ++i) f[i] = fma(x[i], -1.44269504f, (12582912.0f + 127.0f) - shifted[i]);
-    for (int i = 0; i < n; ++i) p[i] = fma(f[i], 1.326459111e-3f, 9.671619162e-3f);
-    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 5.550735071e-2f);
-    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 2.402224094e-1f);
-    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 6.931470037e-1f);
-    for (int i = 0; i < n; ++i) p[i] = fma(p[i], f[i], 1.0f);
+    exp2_fractions(f, p);
     for (int i = 0; i < n; ++i) result[i] = fma(p[i], as_float(as_uint(shifted[i]) << 23), 1.0f);
 }
 

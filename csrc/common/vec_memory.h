@@ -114,6 +114,22 @@ DD_INLINE void narrow(const float* from, int64_t n, uint16_t* to) {
     });
 }
 
+// Reads or writes the vector at an offset, of which `left` elements are there.
+DD_INLINE Vec read(const Operand& from, int64_t offset, int64_t left) {
+    if (from.dtype == DType::float32) return load(static_cast<const float*>(from.data) + offset, left);
+    VecU16 v = load(static_cast<const uint16_t*>(from.data) + offset, left);
+    return from.dtype == DType::bfloat16 ? from_bfloat16(v) : from_float16(v);
+}
+
+DD_INLINE void write(const Operand& to, int64_t offset, int64_t left, Vec v) {
+    if (to.dtype == DType::float32) {
+        store(static_cast<float*>(to.data) + offset, left, v);
+    } else {
+        VecU16 narrow = to.dtype == DType::bfloat16 ? to_bfloat16(v) : to_float16(v);
+        store(static_cast<uint16_t*>(to.data) + offset, left, narrow);
+    }
+}
+
 DD_INLINE void* address(const Operand& operand, const Run& tile) {
     int64_t size = operand.dtype == DType::float32 ? 4 : 2;
     return static_cast<char*>(operand.data) + (tile.sample * operand.sample_stride + tile.offset) * size;

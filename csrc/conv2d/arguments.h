@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/layout.h"
+#include "common/sizes.h"
 
 namespace dd::conv2d {
 
@@ -9,15 +10,8 @@ namespace dd::conv2d {
 // of plan.h: among all, or among those at least as accurate as a direct sum.
 enum class Method : int64_t { fastest, accurate, direct, winograd2, winograd4 };
 
-// Input channels that are summed in one chain of fused multiply-adds. The partial sums are then added up, so that a
-// sum over 256 channels rounds like one of 64 + 4 terms.
-constexpr int64_t kChunk = 64;
-
 // Elements between two points' planes of packed matrices, so that planes start in different cache sets.
 constexpr int64_t kPlaneGap = 32;
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Images lie in memory as [samples][height][width][channels]. Rows and columns beyond the image are zeros: `top` and
 // `left` of them come first, and as many follow as the output's size asks for. Where the input is `doubled`, `height`

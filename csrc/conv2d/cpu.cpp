@@ -47,7 +47,7 @@ int64_t kept_size(const Shape& shape, const Plan& plan, const Target& target, bo
 }
 
 void pack_all_filters(const Forward& a, const Kernels& kernels, const Target& target, float* to) {
-    on_threads(a.plan.panels, target, [&](int64_t first, int64_t last) {
+    on_threads(a.plan.panels, target.threads, [&](int64_t first, int64_t last) {
         float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, a.plan, target.lanes).size);
         kernels.pack_filters(a, first, last, to, scratch);
     });
@@ -68,7 +68,7 @@ void keep_filters(Forward& a, const Kernels& kernels, const Target& target, bool
 // Each thread packs and multiplies blocks of its own.
 void run_apart(const Forward& a, const Kernels& kernels, const Target& target) {
     const Plan& plan = a.plan;
-    on_threads(plan.blocks, target, [&](int64_t from, int64_t to) {
+    on_threads(plan.blocks, target.threads, [&](int64_t from, int64_t to) {
         float* packed = Workspace::of(Workspace::input, packed_size(plan));
         const int64_t panels = panel_scratch(a.shape, plan, target.lanes).size;
         float* scratch = Workspace::of(Workspace::scratch, std::max(input_scratch(a.shape, plan), panels));
@@ -86,11 +86,11 @@ void run_together(const Forward& a, const Kernels& kernels, const Target& target
     float* packed = Workspace::of(Workspace::input, packed_size(plan));
     for (int64_t i = 0; i < plan.blocks; ++i) {
         const Block block = block_of(a.shape, plan, i);
-        on_threads(packing_parts(a.shape, plan), target, [&](int64_t from, int64_t to) {
+        on_threads(packing_parts(a.shape, plan), target.threads, [&](int64_t from, int64_t to) {
             float* scratch = Workspace::of(Workspace::scratch, input_scratch(a.shape, plan));
             kernels.pack(a, block, from, to, packed, scratch);
         });
-        on_threads(plan.panels * plan.panel_parts, target, [&](int64_t from, int64_t to) {
+        on_threads(plan.panels * plan.panel_parts, target.threads, [&](int64_t from, int64_t to) {
             float* scratch = Workspace::of(Workspace::scratch, panel_scratch(a.shape, plan, target.lanes).size);
             kernels.multiply(a, block, from, to, packed, scratch);
         });

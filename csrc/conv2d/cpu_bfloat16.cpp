@@ -1,15 +1,8 @@
 #include "conv2d/cpu_bfloat16.h"
 
-#include "common/cpu_isa.h"
 #include "common/intrinsics.h"
 
 #ifdef DD_X86
-#ifdef DD_EMULATE_AVX512
-#define DD_AVX512_BF16 DD_AVX512
-#else
-#define DD_AVX512_BF16 DD_AVX512 ",avx512bf16"
-#endif
-
 #define DD_KERNEL "conv2d/cpu_kernel.h"
 #define DD_DOT_BFLOAT16
 
@@ -23,15 +16,6 @@ DD_END_TARGET
 namespace dd::conv2d {
 
 #ifdef DD_X86
-bool has_dot_bfloat16() {
-#ifdef DD_EMULATE_AVX512
-    return cpu_isa() == Isa::avx512;
-#else
-    static const bool has = __builtin_cpu_supports("avx512bf16");
-    return has && cpu_isa() == Isa::avx512;
-#endif
-}
-
 void dot_bfloat16_pack(const Forward& a, const Block& block, int64_t first, int64_t last, float* memory,
                        float* scratch) {
     avx512_bf16::conv2d_pack(a, block, first, last, memory, scratch);
@@ -46,7 +30,6 @@ void dot_bfloat16_multiply(const Forward& a, const Block& block, int64_t first, 
     avx512_bf16::conv2d_multiply(a, block, first, last, memory, scratch);
 }
 #else
-bool has_dot_bfloat16() { return false; }
 void dot_bfloat16_pack(const Forward&, const Block&, int64_t, int64_t, float*, float*) {}
 void dot_bfloat16_pack_filters(const Forward&, int64_t, int64_t, float*, float*) {}
 void dot_bfloat16_multiply(const Forward&, const Block&, int64_t, int64_t, const float*, float*) {}

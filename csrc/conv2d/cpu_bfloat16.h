@@ -1,12 +1,10 @@
-// The kernels of processors that multiply bfloat16 in pairs and add in float32 (AVX-512 BF16).
+// The kernels of processors that multiply bfloat16 in pairs and add in float32 (AVX-512 BF16). To be called where
+// has_dot_bfloat16().
 #pragma once
 
 #include "conv2d/arguments.h"
 
 namespace dd::conv2d {
-
-// Whether this processor has them, and AVX-512 is the instruction set in force.
-bool has_dot_bfloat16();
 
 void dot_bfloat16_pack(const Forward& a, const Block& block, int64_t first, int64_t last, float* memory,
                        float* scratch);

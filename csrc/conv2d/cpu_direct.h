@@ -42,7 +42,6 @@ DD_INLINE void pack_pixels(const conv2d::Forward& a, const conv2d::Block& block,
 // Packs output pixels [first, last) of a block. scratch holds one row of a chunk.
 DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& block, int64_t first, int64_t last,
                                  float* scratch, Packed* packed) {
-    using conv2d::kChunk;
     const conv2d::Shape& shape = a.shape;
     const conv2d::Plan& plan = a.plan;
     if (multiplies_pixels(a)) return;
@@ -66,7 +65,7 @@ DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& 
                 read_row(a.x, shape, sample, y + ky, x, shape.kernel_width, channel, count, prologue,
                          scratch + ky * shape.kernel_width * count, count);
             }
-            int64_t length = shape.taps() * count, padded = conv2d::round_up(length, kLanes);
+            int64_t length = shape.taps() * count, padded = round_up(length, kLanes);
             for (int64_t i = length; i < padded; ++i) scratch[i] = 0;
             for (int64_t i = 0; i < padded; i += kLanes, to += plan.rows * kLanes) put_row(to, load(scratch + i));
         }
@@ -76,7 +75,7 @@ DD_INLINE void pack_direct_input(const conv2d::Forward& a, const conv2d::Block& 
 // Packs the filters of a panel, of input channels [first, first + count): to [round_up(taps count)][kPanel].
 DD_INLINE void pack_direct_filters(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t count,
                                    float* scratch, Packed* to) {
-    int64_t taps = a.shape.taps(), length = taps * count, padded = conv2d::round_up(length, kLanes);
+    int64_t taps = a.shape.taps(), length = taps * count, padded = round_up(length, kLanes);
     for (int v = 0; v < 2; ++v) {
         int64_t output = panel * kPanel + v * kLanes, outputs = a.shape.outputs - output;
         if (outputs <= 0) break;

@@ -19,11 +19,11 @@ void run(WeightGradient a, Method method) {
     int64_t tiles = plan.tiles(a.shape);
     for (int64_t first = 0; first < tiles; first += plan.block) {
         Block block{first, std::min(plan.block, tiles - first)};
-        on_threads((chunks + out_chunks) * plan.input_parts, target, [&](int64_t from, int64_t to) {
+        on_threads((chunks + out_chunks) * plan.input_parts, target.threads, [&](int64_t from, int64_t to) {
             float* scratch = Workspace::of(Workspace::scratch, input_scratch(a.shape, plan));
             DD_CHOOSE(conv2d_gradient_pack)(a, block, from, to, inputs, gradients, scratch);
         });
-        on_threads(plan.panels * chunks, target, [&](int64_t from, int64_t to) {
+        on_threads(plan.panels * chunks, target.threads, [&](int64_t from, int64_t to) {
             int64_t size = 9 * target.lanes * target.lanes + plan.points * kChunk * target.panel();
             float* scratch = Workspace::of(Workspace::scratch, size);
             DD_CHOOSE(conv2d_gradient_multiply)(a, block, from, to, inputs, gradients, scratch);

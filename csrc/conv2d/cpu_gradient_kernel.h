@@ -5,8 +5,8 @@
 // Packed inputs are [points][vectors of channels][tiles][kLanes], packed output gradients
 // [points][panels][tiles][kPanel].
 
+#include "common/product.h"
 #include "conv2d/cpu_filters.h"
-#include "conv2d/cpu_gemm.h"
 #include "conv2d/cpu_image.h"
 
 // This uses the headers above.
@@ -15,7 +15,6 @@
 namespace dd::DD_ISA {
 
 using conv2d::Block;
-using conv2d::kChunk;
 using conv2d::WeightGradient;
 
 conv2d::Target conv2d_gradient_target(int64_t threads) { return {kLanes, kMostRows, threads}; }
@@ -79,7 +78,7 @@ DD_INLINE void pack_output_gradient(const WeightGradient& a, const Block& block,
 // Zeroes the tiles that fill up a block's last vector of the depth, of one chunk of channels.
 DD_INLINE void pad_tiles(const WeightGradient& a, int64_t tiles, int64_t width, int64_t chunk, int64_t plane,
                          float* packed) {
-    int64_t padded = conv2d::round_up(tiles, kLanes);
+    int64_t padded = round_up(tiles, kLanes);
     for (int64_t point = 0; point < a.plan.points; ++point) {
         for (int64_t c = chunk * kChunk; c < (chunk + 1) * kChunk && c < plane / a.plan.block; c += width) {
             float* to = packed + point * plane + c * a.plan.block;
@@ -92,7 +91,7 @@ DD_INLINE void pad_tiles(const WeightGradient& a, int64_t tiles, int64_t width, 
 void conv2d_gradient_pack(const WeightGradient& a, const Block& block, int64_t first, int64_t last, float* inputs,
                           float* gradients, float* scratch) {
     const conv2d::Plan& plan = a.plan;
-    int64_t of_inputs = conv2d::divide_up(a.shape.channels, kChunk);
+    int64_t of_inputs = divide_up(a.shape.channels, kChunk);
     for (int64_t part = first; part < last; ++part) {
         int64_t chunk = part / plan.input_parts, piece = part % plan.input_parts;
         int64_t from = piece * block.tiles / plan.input_parts, to = (piece + 1) * block.tiles / plan.input_parts;
@@ -111,7 +110,7 @@ void conv2d_gradient_pack(const WeightGradient& a, const Block& block, int64_t f
 // products: [points][kChunk][kPanel] of `count` channels and one panel.
 DD_INLINE void multiply_gradient(const WeightGradient& a, int64_t tiles, int64_t panel, int64_t channel, int64_t count,
                                  const float* inputs, const float* gradients, float* products) {
-    int64_t depth = conv2d::round_up(tiles, kLanes), block = a.plan.block;
+    int64_t depth = round_up(tiles, kLanes), block = a.plan.block;
     for (int64_t point = 0; point < a.plan.points; ++point) {
         const float* columns = gradients + point * a.output_plane(kPanel) + panel * block * kPanel;
         const float* rows = inputs + point * a.input_plane() + channel * block;

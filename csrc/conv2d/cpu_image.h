@@ -5,21 +5,6 @@
 
 namespace dd::DD_ISA {
 
-DD_INLINE Vec read(const Operand& from, int64_t offset, int64_t left) {
-    if (from.dtype == DType::float32) return load(static_cast<const float*>(from.data) + offset, left);
-    VecU16 v = load(static_cast<const uint16_t*>(from.data) + offset, left);
-    return from.dtype == DType::bfloat16 ? from_bfloat16(v) : from_float16(v);
-}
-
-DD_INLINE void write(const Operand& to, int64_t offset, int64_t left, Vec v) {
-    if (to.dtype == DType::float32) {
-        store(static_cast<float*>(to.data) + offset, left, v);
-    } else {
-        VecU16 narrow = to.dtype == DType::bfloat16 ? to_bfloat16(v) : to_float16(v);
-        store(static_cast<uint16_t*>(to.data) + offset, left, narrow);
-    }
-}
-
 // What the input passes before it is convolved: z -> act(scale z + shift), per sample and channel.
 struct Prologue {
     const float *scale, *shift;  // of the sample, or null
@@ -94,7 +79,7 @@ DD_INLINE void double_columns(int64_t first, int64_t last, int64_t count, float*
 static void read_row(const Operand& x, const conv2d::Shape& shape, int64_t sample, int64_t y, int64_t first,
                      int64_t columns, int64_t channel, int64_t count, const Prologue& prologue, float* to,
                      int64_t stride) {
-    int64_t padded = conv2d::round_up(count, kLanes), row = y < 0 || y >= shape.height ? 0 : shape.width;
+    int64_t padded = round_up(count, kLanes), row = y < 0 || y >= shape.height ? 0 : shape.width;
     int64_t from = first < 0 ? -first : 0, until = row - first < columns ? row - first : columns;
     if (from > columns) from = columns;
     if (until < from) until = from;

@@ -1,7 +1,7 @@
 // The two phases of a block of tiles: packing its input, then for each panel of outputs the products and their result.
 
+#include "common/product.h"
 #include "conv2d/cpu_filters.h"
-#include "conv2d/cpu_gemm.h"
 #include "conv2d/cpu_image.h"
 
 // These use the headers above.
@@ -22,7 +22,7 @@ conv2d::Target conv2d_target(int64_t threads) { return {kLanes, kMostRows, threa
 void conv2d_pack(const Forward& a, const Block& block, int64_t first, int64_t last, float* memory, float* scratch) {
     const Plan& plan = a.plan;
     Packed* packed = reinterpret_cast<Packed*>(memory);
-    int64_t chunks = conv2d::divide_up(a.shape.channels, conv2d::kChunk);
+    int64_t chunks = divide_up(a.shape.channels, kChunk);
     for (int64_t part = first; part < last; ++part) {
         bool direct = plan.method == Method::direct;
         int64_t piece = direct ? part : part / chunks, chunk = part % chunks;
@@ -39,7 +39,6 @@ void conv2d_pack(const Forward& a, const Block& block, int64_t first, int64_t la
 
 // Packs the filters of a panel to [points][depth][kPanel], the planes filter_plane() apart.
 DD_INLINE void pack_filters(const Forward& a, int64_t panel, float* scratch, Packed* to) {
-    using conv2d::kChunk;
     const bool direct = a.plan.method == Method::direct;
     const int64_t plane = conv2d::filter_plane(a.plan, kPanel), taps = direct ? a.shape.taps() : 1;
     for (int64_t channel = 0; channel < a.shape.channels; channel += kChunk) {
@@ -67,7 +66,7 @@ void conv2d_pack_filters(const Forward& a, int64_t first, int64_t last, float* k
 DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_t last, const Packed* packed,
                                const Packed* filters, float* products) {
     const Plan& plan = a.plan;
-    const Product multiply_group = product_of(plan.rows, two, false);
+    const Product multiply_group = product_of<PackedRows>(plan.rows, two);
     for (int64_t point = 0; point < plan.points; ++point) {
         const Packed* rows = packed + point * plan.plane() + first * plan.depth * plan.rows;
         const Packed* columns = filters + point * conv2d::filter_plane(plan, kPanel);
@@ -91,7 +90,7 @@ DD_INLINE void multiply_pixels(const Forward& a, int64_t panel, bool two, int64_
             __builtin_prefetch(outputs + i * a.shape.outputs, 1);
             if (two) __builtin_prefetch(outputs + i * a.shape.outputs + kLanes, 1);
         }
-        product_of(rows, two, true)(image + pixel * channels, filters, channels, channels, products);
+        product_of<WholeRows>(rows, two)(image + pixel * channels, filters, channels, channels, products);
     }
 }
 
@@ -114,7 +113,7 @@ void conv2d_multiply(const Forward& a, const Block& block, int64_t first, int64_
     const Plan& plan = a.plan;
     const conv2d::PanelScratch at = conv2d::panel_scratch(a.shape, plan, kLanes);
     float* products = scratch + at.products;
-    int64_t groups = conv2d::divide_up(block.tiles, plan.rows);
+    int64_t groups = divide_up(block.tiles, plan.rows);
     for (int64_t part = first; part < last; ++part) {
         int64_t panel = part / plan.panel_parts, piece = part % plan.panel_parts;
         int64_t from = piece * groups / plan.panel_parts, to = (piece + 1) * groups / plan.panel_parts;

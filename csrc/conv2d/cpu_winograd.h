@@ -119,7 +119,7 @@ struct Strip {
     TilePlace place{-1, 0, 0};
     int64_t tiles = 0;
 
-    static int64_t row_size(const conv2d::Plan& plan) { return (plan.tile_columns * m + 2) * conv2d::kChunk; }
+    static int64_t row_size(const conv2d::Plan& plan) { return (plan.tile_columns * m + 2) * kChunk; }
 
     DD_INLINE Strip(const conv2d::Plan& plan, float* scratch) {
         for (int i = 0; i < kRows; ++i) rows[i] = scratch + i * row_size(plan);
@@ -161,7 +161,7 @@ template <int m>
 DD_INLINE void pack_winograd_filters(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t count,
                                      float* scratch, Packed* to, int64_t plane) {
     constexpr int points = m + 2;
-    int64_t padded = conv2d::round_up(count, kLanes);
+    int64_t padded = round_up(count, kLanes);
     // Taps are read backwards where the filters are turned.
     const int64_t start = a.filters.turned ? 8 * kLanes : 0, step = a.filters.turned ? -kLanes : kLanes;
     for (int v = 0; v < 2; ++v) {
@@ -186,7 +186,6 @@ DD_INLINE void pack_winograd_filters(const conv2d::Forward& a, int64_t panel, in
 template <int m>
 DD_INLINE void pack_winograd_input(const conv2d::Forward& a, const conv2d::Block& block, int64_t chunk, int64_t first,
                                    int64_t last, float* scratch, Packed* packed) {
-    using conv2d::kChunk;
     const conv2d::Plan& plan = a.plan;
     int64_t channel = chunk * kChunk, left = a.shape.channels - channel, count = left < kChunk ? left : kChunk;
     Strip<m> strip(plan, scratch);

@@ -18,6 +18,7 @@ from torch import fx
 
 from ..ops import cuda_graph
 from . import workspace
+from .attention import replace_attention
 from .concatenation import replace_concatenations
 from .convolution import find_convolutions, replace_convolutions
 from .convolution3d import find_convolutions3d, replace_convolutions3d
@@ -37,7 +38,7 @@ _OPTIONS = ("accuracy", "cuda_graphs", "dtype", "inductor", "report")
 
 def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
     """Rewrites a graph that Dynamo captured, and the graphs within it, in place; ``numbers`` are the convolutions'."""
-    started, identities, convolutions, copies, linears, norms = time.perf_counter(), 0, 0, 0, 0, []
+    started, identities, convolutions, copies, linears, attentions, norms = time.perf_counter(), 0, 0, 0, 0, 0, []
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
             norms += restore_norms(part)
@@ -48,12 +49,14 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
             replace_convolutions3d(part.graph, found3d, numbers)
             convolutions += len(found) + len(found3d)
             linears += replace_linears(part.graph, numbers)
+            attentions += replace_attention(part.graph, numbers)
             copies += lay_out(part.graph)
             replace_concatenations(part.graph)
             relax_views(part.graph)
             part.graph.lint()
             part.recompile()
-    return GraphReport(tuple(norms), identities, convolutions, copies, time.perf_counter() - started, linears)
+    seconds = time.perf_counter() - started
+    return GraphReport(tuple(norms), identities, convolutions, copies, seconds, linears, attentions)
 
 
 def _has_gpu(inputs: Sequence[Any]) -> bool:

@@ -54,7 +54,7 @@ def numbers_of(accuracy: str, dtype: str | torch.dtype | None) -> Numbers:
     return Numbers(accuracy, "float32" if dtype is None else "bfloat16")
 
 
-def _records() -> bool:
+def records() -> bool:
     """Returns whether a call must go by the public functions: it is recorded, transformed, or a backend is asked for.
 
     What else these check, the rewrite has checked.
@@ -103,7 +103,7 @@ def channels_last_conv2d(
     Each pixel of an x to be ``doubled`` is repeated 2 x 2 times first.
     """
     x, numbers = workspace.in_channels_last(x), Numbers(*numbers)
-    if not _records():
+    if not records():
         return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers, doubled)
     x = double(x) if doubled else x
     if not backend.is_free() or transform_reason() is not None:
@@ -118,7 +118,7 @@ def norm_conv2d(norm: tuple[Any, ...], options: dict[str, Any], *convolution: An
     """Does what :func:`channels_last_conv2d` does with the result of ``checked_norm(*norm, **options)`` as its x."""
     x, num_groups, weight, bias, eps, activation = norm
     x = workspace.in_channels_last(x)
-    if _records():
+    if records():
         return channels_last_conv2d(checked_norm(x, *norm[1:], **options), *convolution)
     small = [None if (v := options.get(name)) is None else v.contiguous() for name in ("pre_shift", "scale", "shift")]
     factor = torch.empty(x.shape[0], x.shape[1], dtype=torch.float32)
@@ -137,7 +137,7 @@ def tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
 
     Where a gradient may be asked for, it is PyTorch's, whose gradients are matrix products too.
     """
-    if _records():
+    if records():
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
     beside = None if residual is None else _as_image(residual)

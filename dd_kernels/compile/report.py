@@ -28,6 +28,7 @@ class GraphReport:
     layout_copies: int  # conversions of layout left between them
     seconds: float  # taken by the rewrites
     linears: int = 0  # linear layers that run by the kernel of 1 x 1 convolutions
+    attentions: int = 0  # that run by our kernel
 
 
 @dataclass
@@ -72,6 +73,8 @@ class Report:
             lines.append(f"  {convolutions} convolutions in channels_last, {copies} layout copies left")
         if linears := max(graph.linears for graph in self.graphs):
             lines.append(f"  {linears} linear layers by the convolutions' kernel")
+        if attentions := max(graph.attentions for graph in self.graphs):
+            lines.append(f"  {attentions} attentions by our kernel")
         return "\n".join(lines + [f"  {note}" for note in dict.fromkeys(self.notes)])
 
 

@@ -52,6 +52,11 @@ def empty_image(n: int, c: int, height: int, width: int, dtype: torch.dtype) -> 
     return _empty((n, c, height, width), (height * row, 1, row, c), dtype)
 
 
+def empty_tokens(n: int, tokens: int, heads: int, depth: int, dtype: torch.dtype) -> Tensor:
+    """Returns a contiguous tensor [N, tokens, heads, depth] on the CPU, for a result of the graph that runs."""
+    return _empty((n, tokens, heads, depth), (tokens * heads * depth, heads * depth, depth, 1), dtype)
+
+
 def empty_like(x: Tensor) -> Tensor:
     """Returns a tensor of the form of x, which is dense and on the CPU, for a result of the graph that runs."""
     return _empty(x.shape, x.stride(), x.dtype)

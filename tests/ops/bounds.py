@@ -22,6 +22,11 @@ def gamma(n: int) -> float:
     return n * UNIT / (1 - n * UNIT)
 
 
+def unit(roundings: int, isa: str | None) -> float:
+    """Returns the relative error of so many roundings in float32; twice as many where a multiply-add takes two."""
+    return gamma(roundings * (2 if isa == "baseline" else 1))
+
+
 def rounded(value: Tensor, error: Tensor, dtype: torch.dtype, truncated: bool) -> Tensor:
     """The error after rounding to dtype; truncated: cut instead, as Triton's interpreter does."""
     info = torch.finfo(dtype)

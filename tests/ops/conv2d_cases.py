@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from bounds import UNIT
+from bounds import UNIT, unit
 from group_norm_bounds import LARGEST_CURVATURE, LARGEST_SLOPE, activation_errors
 from torch import Tensor
 
@@ -79,12 +79,6 @@ def gradient_magnitude(x: Tensor, dy: Tensor, m: int, padding: tuple[int, int, i
     a, g, b = (v.abs() for v in matrices(m))
     inputs, outputs = both_sides(b, input_tiles(x.abs(), m, padding)), both_sides(a.T, output_tiles(dy.abs(), m))
     return both_sides(g.T, torch.einsum("ncxyij,nkxyij->kcij", inputs, outputs))
-
-
-def unit(roundings: int, isa: str | None) -> float:
-    """Returns the relative error of so many roundings in float32; twice as many where a multiply-add takes two."""
-    n = roundings * (2 if isa == "baseline" else 1)
-    return n * 2.0**-24 / (1 - n * 2.0**-24)
 
 
 # Each of a transform's two passes rounds its coefficients, up to four products and sums, and a sum or difference.
@@ -211,13 +205,3 @@ class Training:
             error = unit(2 * products, None) * reference.input_gradient(self.dy.abs(), self.x, self.weight.abs(), *rest)
         dz = exact * self.slope
         return dz, (exact.abs() + error) * self.e_slope + self.slope.abs() * error + 2 * UNIT * (dz.abs() + error)
-
-
-def assert_within(actual: Tensor, exact: Tensor, limit: Tensor) -> None:
-    """Compares element by element; a 16-bit result is rounded once more."""
-    assert actual.shape == exact.shape
-    if actual.dtype != torch.float32:
-        info = torch.finfo(actual.dtype)
-        limit = limit + info.eps / 2 * (exact.abs() + limit) + info.smallest_normal * info.eps
-    excess = ((actual.double() - exact).abs() - limit).max() if actual.numel() > 0 else torch.tensor(0.0)
-    assert excess <= 0, f"beyond the bound by {excess:.3g}"

@@ -105,6 +105,15 @@ def _plain_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return (weight.flatten(1) @ patches).reshape(2, -1, 4, 4) + bias.reshape(-1, 1, 1)
 
 
+def _attention(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dd.ops.attention(q, k, v, backend=backend)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q[..., None, :] * k[..., None, :, :]).sum(-1).div(q.shape[-1] ** 0.5).exp()
+    return (weights[..., None] * v[..., None, :, :]).sum(-2) / weights.sum(-1, keepdim=True)
+
+
 IMAGE = (2, 6, 4, 4)
 ROWS = {
     row.name: row
@@ -114,6 +123,7 @@ ROWS = {
         Row("reverse_step", (IMAGE, IMAGE, IMAGE, IMAGE), _reverse_step, _plain_reverse_step, 64),
         Row("group_norm_silu", (IMAGE, (6,), (6,), (2, 6), (2, 6)), _group_norm_silu, _plain_group_norm_silu, 64),
         Row("conv2d", (IMAGE, (5, 6, 3, 3), (5,)), _conv2d, _plain_conv2d, 512, scale=0.25),
+        Row("attention", (IMAGE, (2, 6, 5, 4), (2, 6, 5, 3)), _attention, _plain_attention, 64),
     )
 }
 

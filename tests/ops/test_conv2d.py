@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conv2d_cases import SAME, TILE, assert_within, bound, gradient_bound, matrices, winograd
+from bounds import assert_within
+from conv2d_cases import SAME, TILE, bound, gradient_bound, matrices, winograd
 from draws import for_draws
 from hypothesis import strategies as st
 

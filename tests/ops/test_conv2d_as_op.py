@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import assert_within, unit
 from budget import sentinels_survive, within_sentinels
-from conv2d_cases import SAME, Training, assert_within, bound, unit
+from conv2d_cases import SAME, Training, bound
 from guard_page import guard_page
 
 import dd_kernels as dd

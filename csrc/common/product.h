@@ -3,8 +3,8 @@
 // A packed panel: for each step of the depth 2 kLanes columns. Sums are over kChunk of the depth at a time: their
 // chains of roundings stay short.
 
-#include "conv2d/arguments.h"
-#include "conv2d/cpu_packed.h"
+#include "common/packed.h"
+#include "common/sizes.h"
 
 namespace dd::DD_ISA {
 
@@ -12,17 +12,26 @@ namespace dd::DD_ISA {
 constexpr int kMostRows = kLanes == 16 ? 8 : 6;
 
 // How rows lie in memory, in blocks of kLanes steps of the depth: where element (row, step) of a block is, and how far
-// the next block.
+// the next block. Those that lie in some larger matrix are made of a stride of it.
 template <int rows>
 struct PackedRows {  // in each block the rows, of each row kLanes steps
     static constexpr int64_t row = kLanes, step = 1, block = rows * kLanes;
+    explicit PackedRows(int64_t) {}
 };
 struct TransposedRows {  // for each step kLanes rows, of float32 only
     static constexpr int64_t row = 1, step = kLanes, block = kLanes * kLanes;
 };
-struct PixelRows {  // each row whole, as the channels of a pixel are, of float32 only
+template <int>
+struct WholeRows {  // each row whole, as the channels of a pixel are
     int64_t row;
     static constexpr int64_t step = 1, block = kLanes;
+    explicit WholeRows(int64_t stride) : row(stride) {}
+};
+template <int>
+struct RowsOfColumns {  // for each kStep steps all rows, kStep elements of each
+    static constexpr int64_t row = kStep;
+    int64_t step, block;
+    explicit RowsOfColumns(int64_t stride) : step(stride), block(kLanes * stride) {}
 };
 
 template <int rows, int vectors, class At>
@@ -49,8 +58,8 @@ DD_INLINE void multiply(const Packed* a, const Packed* b, int64_t blocks, At at,
 // out [rows][kPanel] = a b; depth is a multiple of kLanes.
 template <int rows, int vectors, class At>
 DD_INLINE void multiply_chunks(const Packed* a, const Packed* b, int64_t depth, At at, float* out) {
-    for (int64_t first = 0; first < depth; first += conv2d::kChunk) {
-        int64_t left = depth - first < conv2d::kChunk ? depth - first : conv2d::kChunk;
+    for (int64_t first = 0; first < depth; first += kChunk) {
+        int64_t left = depth - first < kChunk ? depth - first : kChunk;
         Vec sum[rows][vectors]{};
         multiply<rows, vectors>(a + first / kLanes * at.block, b + first * kPanel, left / kLanes, at, sum);
 #pragma GCC unroll 8
@@ -65,31 +74,26 @@ DD_INLINE void multiply_chunks(const Packed* a, const Packed* b, int64_t depth, 
     }
 }
 
-// The product of packed rows, or of pixels that lie `pixel` apart if that is not 0.
-typedef void (*Product)(const Packed* a, const Packed* b, int64_t depth, int64_t pixel, float* out);
+// A product of some number of rows that lie as `stride` tells.
+typedef void (*Product)(const Packed* a, const Packed* b, int64_t depth, int64_t stride, float* out);
 
-template <int rows, int vectors, bool pixels>
-void product(const Packed* a, const Packed* b, int64_t depth, int64_t pixel, float* out) {
-    if constexpr (pixels) {
-        multiply_chunks<rows, vectors>(a, b, depth, PixelRows{pixel}, out);
-    } else {
-        multiply_chunks<rows, vectors>(a, b, depth, PackedRows<rows>{}, out);
-    }
+template <template <int> class At, int rows, int vectors>
+void product(const Packed* a, const Packed* b, int64_t depth, int64_t stride, float* out) {
+    multiply_chunks<rows, vectors>(a, b, depth, At<rows>(stride), out);
 }
 
-template <int vectors, bool pixels>
+template <template <int> class At, int vectors>
 DD_INLINE Product product_of_rows(int64_t rows) {
-    static constexpr Product products[] = {product<1, vectors, pixels>, product<2, vectors, pixels>,
-                                           product<3, vectors, pixels>, product<4, vectors, pixels>,
-                                           product<5, vectors, pixels>, product<6, vectors, pixels>,
-                                           product<7, vectors, pixels>, product<8, vectors, pixels>};
+    static constexpr Product products[] = {product<At, 1, vectors>, product<At, 2, vectors>, product<At, 3, vectors>,
+                                           product<At, 4, vectors>, product<At, 5, vectors>, product<At, 6, vectors>,
+                                           product<At, 7, vectors>, product<At, 8, vectors>};
     return products[rows - 1];
 }
 
-// The product of groups of `rows`, packed or pixels, and of a panel whose second vector is needed or not.
-DD_INLINE Product product_of(int64_t rows, bool two, bool pixels) {
-    if (kPackedFloat32 && pixels) return two ? product_of_rows<2, true>(rows) : product_of_rows<1, true>(rows);
-    return two ? product_of_rows<2, false>(rows) : product_of_rows<1, false>(rows);
+// The product of groups of `rows` and of a panel whose second vector is needed or not.
+template <template <int> class At>
+DD_INLINE Product product_of(int64_t rows, bool two) {
+    return two ? product_of_rows<At, 2>(rows) : product_of_rows<At, 1>(rows);
 }
 
 }  // namespace dd::DD_ISA

@@ -43,12 +43,18 @@ DD_INLINE void fetch_ahead(const uint16_t* panel) { __builtin_prefetch(panel + 3
 // Packs a vector of the depth of one row.
 DD_INLINE void put_row(uint16_t* to, Vec v) { store(to, rounded(v)); }
 
-// Packs a vector of columns of a panel: half of each pair of the depth, the other half stays.
-DD_INLINE void put_columns(uint16_t* panel, int64_t depth, int64_t column, Vec v) {
-    uint16_t* to = panel + depth / 2 * 2 * kPanel + 2 * column;
+// Packs a vector of columns of a panel, or of a wider matrix: half of each pair of the depth, the other half stays.
+DD_INLINE void put_columns(uint16_t* panel, int64_t depth, int64_t column, Vec v, int64_t width = kPanel) {
+    uint16_t* to = panel + depth / 2 * 2 * width + 2 * column;
     VecU bits = widened(rounded(v)), before = load_factor(to);
     bits = depth % 2 == 0 ? (before & 0xffff0000u) | bits : (before & 0xffffu) | bits << 16;
     __builtin_memcpy(to, &bits, sizeof bits);
+}
+
+// Packs a vector of columns of each of two steps of the depth, the first of which is even.
+DD_INLINE void put_two_columns(uint16_t* panel, int64_t depth, int64_t column, Vec first, Vec second) {
+    const VecU bits = widened(rounded(first)) | widened(rounded(second)) << 16;
+    __builtin_memcpy(panel + depth * kPanel + 2 * column, &bits, sizeof bits);
 }
 #else
 typedef float Packed;
@@ -64,8 +70,12 @@ DD_INLINE void fetch_ahead(const float* panel) {
     if constexpr (kLanes == 8) __builtin_prefetch(panel + 64 * kPanel);
 }
 DD_INLINE void put_row(float* to, Vec v) { store(to, v); }
-DD_INLINE void put_columns(float* panel, int64_t depth, int64_t column, Vec v) {
-    store(panel + depth * kPanel + column, v);
+DD_INLINE void put_columns(float* panel, int64_t depth, int64_t column, Vec v, int64_t width = kPanel) {
+    store(panel + depth * width + column, v);
+}
+DD_INLINE void put_two_columns(float* panel, int64_t depth, int64_t column, Vec first, Vec second) {
+    store(panel + depth * kPanel + column, first);
+    store(panel + (depth + 1) * kPanel + column, second);
 }
 #endif
 
