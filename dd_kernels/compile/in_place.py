@@ -79,6 +79,16 @@ class _Hooks:
         return self._found != before
 
 
+def _divides_its_batch(module: nn.Module) -> bool:
+    """Returns whether the batch of a network is the frames of all samples, as in the decoder of Stable Video Diffusion.
+
+    In every block the batch is divided by the number of frames. Where both are symbols, PyTorch 2.13 does not simplify
+    the quotients: each block doubles them, and the second size of a batch takes more than an hour to capture.
+    """
+    of_frames = {"num_frames", "image_only_indicator"}
+    return any(of_frames <= inspect.signature(m.forward).parameters.keys() for m in module.modules())
+
+
 def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any]) -> Callable[[], None]:
     """Compiles the calls of ``module``, whose graphs ``report`` takes; returns what undoes it.
 
@@ -88,6 +98,8 @@ def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any])
     settings: dict[str, Any] = {"backend": dd_kernels, "options": {"report": report, **options}}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         settings |= {"isolate_recompiles": True, "recompile_limit": GRAPHS}
+    if _divides_its_batch(module):
+        settings["dynamic"] = False
     compiled: Any = torch.compile(_own_call(module), **settings)
     hooks = _Hooks(module)
 

@@ -125,3 +125,27 @@ def test_within_a_model_that_is_compiled(order):
         outer = torch.compile(lambda x, emb: model(x, emb) * 2, backend="eager", fullgraph=True)
         assert_same_network(outer(x, emb), plain * 2)
     assert report.networks[0].notes == []
+
+
+def test_a_network_that_divides_its_batch_by_its_frames_is_captured_for_each_size():
+    """Otherwise the second size would take more than an hour, see ``in_place``; here the sizes stay numbers."""
+
+    class Decoder(torch.nn.Module):
+        def forward(self, sample, image_only_indicator, num_frames=1):
+            samples = sample.shape[0] // num_frames
+            return sample.reshape(samples, num_frames, -1).cumsum(1) + image_only_indicator[..., None]
+
+    class Vae(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = Decoder()
+
+        def forward(self, z, frames):
+            return self.decoder(z, torch.zeros(z.shape[0] // frames, frames), num_frames=frames)
+
+    fast, report = dd.accelerate(Vae())
+    with torch.no_grad():
+        for samples in (1, 8, 4, 8):
+            z = torch.randn(2 * samples, 3)
+            assert fast(z, 2).equal(Vae()(z, 2))
+    assert len(report.networks[0].graphs) == 3

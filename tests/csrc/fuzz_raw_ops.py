@@ -1,4 +1,4 @@
-"""Calls randn, q_sample, reverse_step, the norm and conv2d, as torch.ops has them, with tensors that are often wrong.
+"""Calls the ops as torch.ops has them, with tensors that are often wrong.
 
     python tests/csrc/fuzz_raw_ops.py CALLS SEED [LIBRARY]
 
@@ -17,6 +17,7 @@ import host_library
 import torch
 from torch import Tensor
 
+import dd_kernels.ops.attention
 import dd_kernels.ops.conv2d
 import dd_kernels.ops.group_norm_silu
 import dd_kernels.ops.q_sample
@@ -24,7 +25,7 @@ import dd_kernels.ops.randn
 import dd_kernels.ops.reverse_step  # noqa: F401
 
 OPS = ("randn", "q_sample", "reverse_step", "group_norm_silu", "group_norm_silu_backward")
-OPS_OF_A_CPU = ("group_norm_affine", "conv2d", "conv2d_weight_gradient")
+OPS_OF_A_CPU = ("group_norm_affine", "conv2d", "conv2d_weight_gradient", "attention")
 NORM_GRADIENTS = ("dx", "dweight", "dbias", "dpre_shift", "dscale", "dshift", "dskip")
 WRITTEN = ("z", "x_t", "noise_out", "x_prev", "x0", "y", "mean", "rstd", "sum", "factor", "term", *NORM_GRADIENTS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -98,12 +99,28 @@ def convolution_arguments(op: str) -> Arguments:
     return {"x": x, "weight": weight, "bias": bias, **before, **after, **how, "bfloat16": False, **written}
 
 
+def attention_arguments() -> Arguments:
+    """Arguments of attention, whose queries, keys and values are slices or products of their own."""
+    samples, heads, queries, keys = (random.choice(sizes) for sizes in ((0, 1, 2), (1, 3), (0, 1, 9, 40), (1, 7, 300)))
+    depth, outputs, dtype = random.choice([1, 8, 20]), random.choice([1, 8, 17]), random.choice(DTYPES)
+
+    def tokens(count: int, size: int) -> Tensor:
+        wide = torch.randn(samples, count, heads, random.choice([1, 2]) * size).to(dtype)
+        return wide[..., :size].transpose(1, 2)
+
+    given = {"q": tokens(queries, depth), "k": tokens(keys, depth), "v": tokens(keys, outputs)}
+    y = torch.zeros(samples, queries, heads, outputs, dtype=dtype)
+    return {**given, "scale": random.random(), "bfloat16": random.random() < 0.5, "y": y}
+
+
 def right_arguments(op: str) -> Arguments:
     """Arguments that the op takes, by name and in the order of its schema."""
     if op.startswith("group_norm"):
         return norm_arguments(op)
     if op.startswith("conv2d"):
         return convolution_arguments(op)
+    if op == "attention":
+        return attention_arguments()
     shape = [random.choice([0, 1, 2, 3, 5])]
     shape += random.choice([[], [7], [3, 4, 5], [4, 8, 8], [8, 4, 4], [1, 5, 3], [16, 9, 9]])
     channels_last = len(shape) == 4 and random.random() < 0.5
@@ -196,13 +213,18 @@ def spoil(given: Arguments) -> None:
         given[name] = v + random.choice([-8, -1, 1, 1 << 40])
 
 
-def copies(given: Arguments) -> Arguments:
-    """Returns the same values, each in memory of its own; a tensor of a call's shape in the layout of the first one."""
+def copies(op: str, given: Arguments) -> Arguments:
+    """Returns the same values, each in memory of its own; a tensor of a call's shape in the layout of the first one.
+
+    Those of attention, whose strides are free, are contiguous.
+    """
     first = next(iter(given.values()))
 
     def copy(v: Any) -> Any:
         if not isinstance(v, Tensor):
             return v
+        if op == "attention":
+            return v.clone(memory_format=torch.contiguous_format)
         return torch.empty_like(first, dtype=v.dtype).copy_(v) if v.shape == first.shape else v.clone()
 
     return {name: copy(v) for name, v in given.items()}
@@ -222,7 +244,7 @@ def alike(op: str, a: Tensor, b: Tensor) -> bool:
 
 def call(ops: Any, op: str, given: Arguments) -> bool:
     """Returns whether the op took the call; if so it must give what it gives for copies."""
-    apart = copies(given)
+    apart = copies(op, given)
     try:
         getattr(ops, op)(*given.values())
     except (RuntimeError, TypeError, NotImplementedError):

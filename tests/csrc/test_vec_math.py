@@ -55,6 +55,16 @@ def test_exp(evaluate):
     np.testing.assert_array_equal(evaluate("exp_of", special), [np.nan, np.inf, 0.0, 1.0, 1.0, np.inf, 0.0])
 
 
+def test_exp2(evaluate):
+    v = np.concatenate(
+        [FLOATS[(FLOATS >= -126) & (FLOATS <= 127)], np.linspace(-126, 127, 1_000_003, dtype=np.float32)]
+    )
+    assert error_in_ulp(evaluate("exp2_of", v), np.exp2(v.astype(np.float64))).max() <= 2.3
+    special = np.array([np.nan, -np.inf, -1000.0, -127.0, 0.0, -0.0, 1.0, -126.0], np.float32)
+    expected = [np.nan, 0.0, 0.0, 0.0, 1.0, 1.0, 2.0, 2.0**-126]
+    np.testing.assert_array_equal(evaluate("exp2_of", special), expected)
+
+
 def test_one_plus_exp_minus(evaluate):
     v = np.concatenate([FLOATS[FLOATS > -88.3], np.linspace(-88.3, 89.0, 1_000_003, dtype=np.float32)])
     wide = v.astype(np.float64)

@@ -15,6 +15,7 @@
     }
 
 DD_FUNCTION(exp_of, float)
+DD_FUNCTION(exp2_of, float)
 DD_FUNCTION(one_plus_exp_minus_of, float)
 DD_FUNCTION(minus_two_log_of, float)
 DD_FUNCTION(minus_two_uniform_of, uint32_t)

@@ -12,6 +12,15 @@ inline void exp_of(const float* from, float* to, int64_t n) {
     for_vectors(n, [&](int64_t i, int64_t left) { store(to + i, left, exp(load(from + i, left))); });
 }
 
+inline void exp2_of(const float* from, float* to, int64_t n) {
+    for_vectors(n, [&](int64_t i, int64_t left) {
+        const Vec one[1] = {load(from + i, left)};
+        Vec power[1];
+        exp2(one, power);
+        store(to + i, left, power[0]);
+    });
+}
+
 inline void one_plus_exp_minus_of(const float* from, float* to, int64_t n) {
     for_vectors(n, [&](int64_t i, int64_t left) { store(to + i, left, one_plus_exp_minus(load(from + i, left))); });
 }
