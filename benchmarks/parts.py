@@ -38,7 +38,7 @@ GRACE = 5.0  # seconds that a plan may run after the end of its part
 WORKER = (sys.executable, "-m", "benchmarks.parts")
 MODULES = (
     *("bench_reverse_step", "bench_randn", "bench_q_sample", "bench_group_norm_silu", "bench_conv2d"),
-    *("bench_throughput", "bench_training", "bench_model"),
+    *("bench_attention", "bench_throughput", "bench_training", "bench_model"),
 )
 Measured = dict[str, list[dict[str, Any]]]
 

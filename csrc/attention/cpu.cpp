@@ -10,9 +10,6 @@
 namespace dd::attention {
 namespace {
 
-// Packed keys and values of the heads that a thread works on at a time: half of an L2 cache, or one head.
-constexpr int64_t kPackedFloats = 1 << 17;
-
 // Below a million multiply-adds waking a thread costs more than it gives.
 int64_t threads_of(const Shape& shape) {
     const double products = static_cast<double>(shape.all_heads() * shape.queries) *
@@ -20,21 +17,50 @@ int64_t threads_of(const Shape& shape) {
     return products < 1e6 ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
+// The kernels of one instruction set.
+struct Kernels {
+    decltype(&baseline::attention_pack) pack;
+    decltype(&baseline::attention_attend) attend;
+};
+
+// Products are of bfloat16 where that is asked for and the processor has them, else of float32.
+Kernels kernels_for(bool bfloat16) {
+    if (bfloat16 && has_dot_bfloat16()) return {dot_bfloat16_pack, dot_bfloat16_attend};
+    return {DD_CHOOSE(attention_pack), DD_CHOOSE(attention_attend)};
+}
+
+float* scratch_of(const Arguments& a, const Plan& plan) {
+    return Workspace::of(Workspace::scratch, Scratch(a.shape, plan).size);
+}
+
+// Each thread packs and computes heads of its own.
+void run_apart(const Arguments& a, const Plan& plan, const Kernels& kernels, int64_t threads) {
+    on_threads(a.shape.all_heads(), threads, [&](int64_t from, int64_t to) {
+        float *packed = Workspace::of(Workspace::input, plan.head), *scratch = scratch_of(a, plan);
+        for (int64_t head = from; head < to; ++head) {
+            kernels.pack(a, head, 0, plan.pieces(), packed);
+            kernels.attend(a, head, 0, plan.groups, packed, scratch);
+        }
+    });
+}
+
+// All threads pack a head, then compute it.
+void run_together(const Arguments& a, const Plan& plan, const Kernels& kernels, int64_t threads) {
+    float* packed = Workspace::of(Workspace::input, plan.head);
+    for (int64_t head = 0; head < a.shape.all_heads(); ++head) {
+        on_threads(plan.pieces(), threads, [&](int64_t from, int64_t to) { kernels.pack(a, head, from, to, packed); });
+        on_threads(plan.groups, threads,
+                   [&](int64_t from, int64_t to) { kernels.attend(a, head, from, to, packed, scratch_of(a, plan)); });
+    }
+}
+
 void run(const Arguments& a, bool bfloat16) {
     const Plan plan(a.shape, DD_CHOOSE(attention_lanes)());
-    const bool dots = bfloat16 && has_dot_bfloat16();
-    const auto pack = dots ? dot_bfloat16_pack : DD_CHOOSE(attention_pack);
-    const auto attend = dots ? dot_bfloat16_attend : DD_CHOOSE(attention_attend);
-    const int64_t threads = threads_of(a.shape), all = a.shape.all_heads();
-    const int64_t together = std::min(all, threads * std::max<int64_t>(1, kPackedFloats / plan.head));
-    float* packed = Workspace::of(Workspace::input, together * plan.head);
-    for (int64_t head = 0; head < all; head += together) {
-        const int64_t heads = std::min(together, all - head);
-        on_threads(heads * plan.pieces(), threads, [&](int64_t from, int64_t to) { pack(a, head, from, to, packed); });
-        on_threads(heads * plan.groups, threads, [&](int64_t from, int64_t to) {
-            float* scratch = Workspace::of(Workspace::scratch, Scratch(a.shape, plan).size);
-            attend(a, head, from, to, packed, scratch);
-        });
+    const int64_t threads = threads_of(a.shape), heads = a.shape.all_heads();
+    if (heads % threads == 0 || heads >= 4 * threads) {
+        run_apart(a, plan, kernels_for(bfloat16), threads);
+    } else {
+        run_together(a, plan, kernels_for(bfloat16), threads);
     }
 }
 

@@ -192,26 +192,22 @@ void attend_panels(const Arguments& a, const Plan& plan, int64_t head, int64_t f
     }
 }
 
-// Packs keys and values of heads [head, ...): pieces [first, last) of kPiece rows each, of `pieces` in a head.
+// Packs pieces [first, last) of a head's keys and values.
 void attention_pack(const Arguments& a, int64_t head, int64_t first, int64_t last, float* memory) {
     const Plan plan(a.shape, kLanes);
-    for (int64_t piece = first; piece < last; ++piece) {
-        const int64_t pieces = plan.pieces(), from = piece % pieces * attention::kPiece;
-        const int64_t to = from + attention::kPiece < plan.rows ? from + attention::kPiece : plan.rows;
-        Packed* packed = reinterpret_cast<Packed*>(memory) + piece / pieces * plan.head;
-        pack_tokens(a, plan, head + piece / pieces, from, to, packed);
-    }
+    const int64_t until = last * attention::kPiece;
+    pack_tokens(a, plan, head, first * attention::kPiece, until < plan.rows ? until : plan.rows,
+                reinterpret_cast<Packed*>(memory));
 }
 
-// Computes groups [first, last) of the queries of heads [head, ...), whose packed keys and values `memory` holds.
+// Computes groups [first, last) of a head's queries, whose packed keys and values `memory` holds.
 void attention_attend(const Arguments& a, int64_t head, int64_t first, int64_t last, const float* memory,
                       float* scratch) {
     const Plan plan(a.shape, kLanes);
     const int64_t panels = divide_up(a.shape.queries, kPanel);
-    for (int64_t i = first; i < last; ++i) {
-        const int64_t which = i / plan.groups, from = i % plan.groups * plan.group, to = from + plan.group;
-        const Packed* packed = reinterpret_cast<const Packed*>(memory) + which * plan.head;
-        attend_panels(a, plan, head + which, from, to < panels ? to : panels, packed, scratch);
+    for (int64_t i = first * plan.group; i < last * plan.group && i < panels; i += plan.group) {
+        const int64_t until = i + plan.group < panels ? i + plan.group : panels;
+        attend_panels(a, plan, head, i, until, reinterpret_cast<const Packed*>(memory), scratch);
     }
 }
 

@@ -10,6 +10,7 @@ import torch
 from tiny import TINY_ADM, TINY_IMAGES, TINY_NORMS, TINY_UNET
 
 from benchmarks import (
+    bench_attention,
     bench_conv2d,
     bench_group_norm_silu,
     bench_q_sample,
@@ -156,6 +157,7 @@ def tiny(monkeypatch):
     for module in (bench_randn, bench_q_sample, bench_reverse_step):
         monkeypatch.setattr(module, "SHAPES", both)
     monkeypatch.setattr(bench_conv2d, "SHAPES", [(2, 16, 8, 8), (1, 16, 4, 4)])
+    monkeypatch.setattr(bench_attention, "SHAPES", [(1, 1, 9, 8), (2, 2, 9, 8), (2, 8, 9, 8)])
     monkeypatch.setattr(bench_q_sample, "EVERY_PEER", {"cpu": None, "cuda": None})
     monkeypatch.setattr(bench_reverse_step, "MAIN", dict.fromkeys(both, (3, 3, 8, 8)))
     monkeypatch.setattr(bench_group_norm_silu, "MAIN", dict.fromkeys(both, TINY_NORMS))

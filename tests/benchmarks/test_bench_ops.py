@@ -8,6 +8,7 @@ import torch
 from tiny import measured, problems
 
 from benchmarks import (
+    bench_attention,
     bench_conv2d,
     bench_group_norm_silu,
     bench_q_sample,
@@ -33,6 +34,14 @@ def test_conv2d(cpu_target, tiny):
     assert all(not problems(row) and row["layout"] == "channels_last" for row in rows)
     assert all(0 < row["rms_error"] < (1e-2 if row["dtype"] == "bfloat16" else 1e-5) for row in rows)
     assert {row["case"] for row in rows} >= {"3 x 3, stride 1", "3 x 3, stride 2", "1 x 1, stride 1"}
+
+
+def test_attention(cpu_target, tiny):
+    rows = measured(bench_attention.plans(cpu_target), cpu_target)
+    assert not any(map(problems, rows))
+    assert all(0 < row["rms_error"] < (1e-2 if row["case"].endswith("bfloat16") else 1e-5) for row in rows)
+    of = "products of float32"
+    assert {row["case"] for row in rows} >= {f"of its tokens, {of}", f"to 77 tokens, {of}"}
 
 
 @pytest.mark.parametrize("module", [bench_randn, bench_q_sample, bench_reverse_step])
@@ -91,6 +100,7 @@ BY_HAND = {
     bench_reverse_step: ["--sampler", "ddim", "--in-place"],
     bench_group_norm_silu: ["--backward"],
     bench_conv2d: ["--kernel", "1"],
+    bench_attention: ["--keys", "5"],
 }
 
 
@@ -103,7 +113,7 @@ def test_one_row_by_hand(module, cpu_target, tiny, monkeypatch, capsys):
     title, heads, line = capsys.readouterr().out.splitlines()
     assert "the median (and quartiles) of paired ratios of interleaved runs of the same shape and dtype" in title
     assert re.search(r"2x32x4x4  .*bfloat16 +channels_last +1 ", line)
-    assert line[heads.index("peers") :].count("x (") >= 2
+    assert line[heads.index("peers") :].count("x (") >= (1 if module is bench_attention else 2)
     for bad in (["--shape", "2,3"], ["--threads", "0"], ["--dtype", "int8"]):
         monkeypatch.setattr("sys.argv", ["bench", *given, *bad])
         with pytest.raises(SystemExit):
