@@ -12,7 +12,7 @@ from torch import Tensor
 from dd_kernels.ops.attention import attention
 
 from . import variants
-from .harness import Case, Plan, Row, Target, dtype_name
+from .harness import Case, Plan, Row, Target, dtype_name, rms_error
 
 # [N, heads, tokens, D]: the cifar10 U-Net at batch 1 and 16, the levels of Stable Diffusion's and its text, a VAE's.
 SHAPES = [(1, 1, 256, 256), (16, 1, 256, 256), (2, 8, 4096, 40), (2, 8, 1024, 80), (1, 1, 1024, 512)]
@@ -28,11 +28,6 @@ class Variant(variants.Variant):
 
     def __str__(self) -> str:
         return f"attention to {self.keys or self.shape[2]} keys by {self.products} {super().__str__()}"
-
-
-def _exact_error(y: Tensor, exact: Tensor) -> float:
-    """Returns the root mean square of the error, relative to that of the result."""
-    return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
 def _case(target: Target, variant: Variant) -> Case:
@@ -51,8 +46,9 @@ def _case(target: Target, variant: Variant) -> Case:
         return F.scaled_dot_product_attention(q, k, v)
 
     def inspect() -> Row:
-        exact = F.scaled_dot_product_attention(*(x[:1, :1].double() for x in (q, k, v)))
-        errors = {name: _exact_error(f(q)[:1, :1], exact) for name, f in (("", ours), ("eager_", eager))}
+        one = [x[:1, :1].double() for x in (q, k, v)]
+        exact = F.scaled_dot_product_attention(one[0], one[1], one[2])
+        errors = {name: rms_error(f(q)[:1, :1], exact) for name, f in (("", ours), ("eager_", eager))}
         products = 2 * n * heads * tokens * keys * depth
         return {"products": products, **{f"{name}rms_error": error for name, error in errors.items()}}
 

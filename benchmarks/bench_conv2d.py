@@ -13,7 +13,7 @@ from torch import Tensor
 from dd_kernels.ops.conv2d import conv2d
 
 from . import variants
-from .harness import Case, Plan, Row, Target, dtype_name
+from .harness import Case, Plan, Row, Target, dtype_name, rms_error
 
 # [N, C, H, W] of the cifar10 U-Net at batch 16 and 1, and one layer of Stable Diffusion's.
 SHAPES = [(16, 128, 32, 32), (16, 256, 16, 16), (1, 256, 16, 16), (1, 256, 8, 8), (1, 256, 4, 4), (2, 320, 64, 64)]
@@ -45,11 +45,6 @@ def _prepacked(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: in
     return lambda x: run(x, packed, bias, pads, strides, ones, 1, "none", [], "")
 
 
-def _error(y: Tensor, exact: Tensor) -> float:
-    """Returns the root mean square of the error, relative to that of the result."""
-    return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
-
-
 def _case(target: Target, variant: Variant) -> Case:
     n, channels, height, width = variant.shape
     outputs, size, stride = int(variant.outputs or channels), int(variant.kernel), int(variant.stride)
@@ -68,7 +63,11 @@ def _case(target: Target, variant: Variant) -> Case:
     def inspect() -> Row:
         exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
         products = exact.numel() * channels * size * size
-        return {"products": products, "rms_error": _error(ours(x), exact), "eager_rms_error": _error(eager(x), exact)}
+        return {
+            "products": products,
+            "rms_error": rms_error(ours(x), exact),
+            "eager_rms_error": rms_error(eager(x), exact),
+        }
 
     moved = x.numel() + weight.numel() + n * outputs * (height // stride) * (width // stride)
     return Case(

@@ -105,6 +105,11 @@ def rotated(target: Target, make: Callable[[], A], bytes_moved: int) -> list[A]:
     return [make() for _ in range(target.clock.copies(bytes_moved))]
 
 
+def rms_error(y: Tensor, exact: Tensor) -> float:
+    """Returns the root mean square of the error, relative to that of the result."""
+    return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Returns "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
