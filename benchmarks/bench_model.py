@@ -25,7 +25,7 @@ from dd_kernels.compile import kept_filters
 from dd_kernels.nn import CONFIGS, UNet
 
 from . import machine, models, tables
-from .harness import Case, Plan, Row, Target, measure, reason
+from .harness import Case, Plan, Row, Target, measure, reason, rms_error
 from .timing import clock_of
 
 SETTLE = 0.03  # seconds in which the threads of another library stop spinning
@@ -163,11 +163,6 @@ def _made(net: Network) -> tuple[dict[str, Forward | str], dict[str, float]]:
         except Exception as error:
             found[name] = reason(error)
     return found, seconds
-
-
-def rms_error(out: Tensor, exact: Tensor) -> float:
-    """Returns the root mean square of the error, relative to that of the exact values."""
-    return float((out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def _inspect(net: Network, found: dict[str, Forward | str], seconds: dict[str, float]) -> Row:

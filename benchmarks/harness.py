@@ -105,9 +105,9 @@ def rotated(target: Target, make: Callable[[], A], bytes_moved: int) -> list[A]:
     return [make() for _ in range(target.clock.copies(bytes_moved))]
 
 
-def rms_error(y: Tensor, exact: Tensor) -> float:
-    """Returns the root mean square of the error, relative to that of the result."""
-    return ((y.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+def rms_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Returns the root mean square of the error, relative to that of the exact values."""
+    return float((out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
