@@ -1,6 +1,6 @@
 """Holds float32 results to another package's in float64, by the running error of ours.
 
-Both run in float64 with the noise that is drawn in float32, though code says ``float()`` or ``torch.float32``.
+Both run in float64 though code says ``float()`` or ``torch.float32``, with one noise.
 """
 
 from __future__ import annotations
@@ -30,18 +30,27 @@ Results = dict[str, Tensor]
 
 
 @contextmanager
-def in_float64() -> Iterator[None]:
-    """Keeps float64 where code says ``float()``, and gives it float32 noise in float64."""
-    randn, float32 = torch.randn, torch.float32
+def same_noise(dtype: torch.dtype) -> Iterator[None]:
+    """Gives torch's normal noise values whose bits are the same on every machine and in every dtype: uniform ones.
 
-    def draw(*size: Any, **options: Any) -> Tensor:
-        return randn(*size, dtype=float32, **options).double()
+    Their deviation is 1. torch's normal numbers differ in the last bit between instruction sets.
+    """
+    float32 = torch.float32
+
+    def draw(*size: Any, dtype: torch.dtype = dtype, **options: Any) -> Tensor:
+        return ((torch.rand(*size, dtype=float32, **options) - 0.5) * 12**0.5).to(dtype)
 
     with (
         patch.object(torch, "randn", draw),
-        patch.object(torch, "randn_like", lambda x: draw(x.shape)),
-        patch.object(Tensor, "float", Tensor.double),
+        patch.object(torch, "randn_like", lambda x: draw(x.shape, dtype=x.dtype)),
     ):
+        yield
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Keeps float64 where code says ``float()``, with :func:`same_noise`."""
+    with same_noise(torch.float64), patch.object(Tensor, "float", Tensor.double):
         yield
 
 
@@ -57,6 +66,12 @@ def theirs_in_float64() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+def in_float32(cases: Callable[[torch.dtype], Results]) -> Results:
+    """Returns results in float32, of the noise that the others are of."""
+    with same_noise(torch.float32):
+        return cases(torch.float32)
+
+
 def bounded(cases: Callable[[torch.dtype], Results], *modules: ModuleType) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns results in float64, and how far they may be off in float32; ``modules`` are those that call the ops."""
     with in_float64(), running_error(*modules) as running:
@@ -65,7 +80,7 @@ def bounded(cases: Callable[[torch.dtype], Results], *modules: ModuleType) -> di
 
 def differences(cases: Callable[[torch.dtype], Results], theirs: Results, *modules: ModuleType) -> Iterator[str]:
     """Yields which float32 results are beyond their bound of theirs, in float64, or float64 ones beyond roundings."""
-    ours, exact = cases(torch.float32), bounded(cases, *modules)
+    ours, exact = in_float32(cases), bounded(cases, *modules)
     assert ours.keys() == theirs.keys() == exact.keys()
     for name, their in theirs.items():
         value, (in_float64, error) = ours[name], exact[name]
@@ -81,5 +96,5 @@ def differences(cases: Callable[[torch.dtype], Results], theirs: Results, *modul
 def check(cases: Callable[[torch.dtype], Results], theirs: Results, *modules: ModuleType) -> None:
     """Asserts that :func:`differences` finds none, and that results are float32."""
     assert list(differences(cases, theirs, *modules)) == []
-    for name, value in cases(torch.float32).items():
+    for name, value in in_float32(cases).items():
         assert value.dtype is (torch.float32 if theirs[name].dtype is torch.float64 else theirs[name].dtype), name

@@ -5,7 +5,8 @@
 - openai/guided-diffusion at 22e0df8183507e13a7813f8d38d51b072ca1e67c, and
 - forever208/DDPM-IP at 1f767192e8b60e1694c670672d5adfd8b42256f5 (the names that start with "ip"),
 
-run in float64, with float32 noise, by torch 2.13.0 on a CPU: they are the truth that a float32 result is held to, by
+run in float64, with the noise of ``same_noise``, by torch 2.13.0 on a CPU: they are the truth that a float32 result is
+held to. They are recorded by
 ``python tests/integrations/guided_diffusion/guided_cases.py GUIDED_DIFFUSION_CHECKOUT DDPM_IP_CHECKOUT``.
 """
 
