@@ -159,3 +159,5 @@ def test_where_an_activation_pays():
     assert pays.activation("gelu", x, channels_last=False) is None
     assert pays.activation("gelu", torch.empty(64, 64, 64, 64, device="meta"), channels_last=False) is None
     assert pays.activation("silu", torch.randn(8, 8, 64, 64), channels_last=True) is None
+    at = [pays.activation("gelu", torch.empty(n), channels_last=False) for n in (2**15 - 1, 2**15)]
+    assert [reason is None for reason in at] == [True, False]
