@@ -225,7 +225,7 @@ def test_headers_that_lie(tmp_path, header):
 def test_a_header_longer_than_the_file(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match=r"cannot read .* its header has 1099511627776 bytes, the file 10"):
         checkpoint.load_model(path)
 
 

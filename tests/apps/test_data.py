@@ -185,6 +185,8 @@ def test_images_of_16_bits_and_floats_keep_their_greys(tmp_path):
     for scale in (255, 1):
         floats = np.array([[0, 128 / scale], [200 / scale, 255 / scale]], np.float32)
         assert _square(tmp_path, Image.fromarray(floats), "f.tiff")[0].tolist() == wanted
+    dark = np.array([[0, 1.6], [0.4, 1]], np.float32)  # beyond 1, so of 255
+    assert _square(tmp_path, Image.fromarray(dark), "f.tiff")[0].tolist() == [[0, 2], [0, 1]]
     for values, message in (([[0, np.nan]] * 2, "NaN"), ([[-1, 0]] * 2, "go from -1"), ([[0, 300]] * 2, "to 300")):
         with pytest.raises(ValueError, match=f"cannot read the image .*{message}"):
             _square(tmp_path, Image.fromarray(np.array(values, np.float32)), "f.tiff")

@@ -86,6 +86,15 @@ def test_errors(tmp_path, columns, message):
         data.load(tmp_path, 2)
 
 
+def test_labels_count_the_names_or_the_images(tmp_path):
+    three = {"image": [png(value) for value in (1, 2, 3)], "label": [0, 2, 1]}
+    parquet.write_table(pyarrow.Table.from_pydict(three), tmp_path / "a.parquet")
+    assert data.load(tmp_path, 2).classes == ("0", "1", "2")
+    parquet.write_table(table([1, 2, 3], [0, 2, 1]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"must be in \[0, 2\); got 0 to 2"):
+        data.load(tmp_path, 2)
+
+
 def test_files_that_are_no_tables(tmp_path):
     for name in ("a.parquet", "b.arrow"):
         (tmp_path / name).write_text("no table")

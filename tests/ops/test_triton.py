@@ -214,6 +214,13 @@ def test_plans_cover_the_image(image, kind):
         assert cut.block_c * cut.block_p <= sizes.split_tile
 
 
+@pytest.mark.parametrize(("channels", "groups", "held"), [(64, 64, 32), (48, 8, 12)])
+def test_tiles_in_channels_last_grow_until_their_rows_are_aligned(channels, groups, held):
+    """The rows of one group, of 1 and of 6 float32, are no whole 16 bytes; those of 32 and of 12 are."""
+    x = torch.randn(2, channels, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert triton_tiles.plan(x, groups, "forward").block_channels == held
+
+
 SPLIT_CASES = {
     "every pixel block partial": ((2, 6, 5, 7), 3),
     "one split, several groups": ((1, 8, 3, 3), 4),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -114,3 +115,10 @@ def test_a_used_schedule_is_pickled_small():
     schedule = dd.linear_schedule(1000)
     dd.q_sample(X, 5, schedule, seed=1)
     assert len(pickle.dumps(schedule)) < 10_000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here there is a CUDA device")
+def test_where_a_device_is_faked_what_is_kept_is_faked_too():
+    with FakeTensorMode():
+        makers = [real(threading.get_ident, device) for device in (None, torch.device("cpu"), torch.device("cuda"))]
+    assert [maker == threading.get_ident() for maker in makers] == [False, False, True]

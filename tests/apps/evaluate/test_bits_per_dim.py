@@ -54,6 +54,14 @@ def test_written_and_drawn():
     text = likelihood_markdown(result, RUN)
     assert f"{result.bits_per_dim:.4f} +- {result.standard_error:.4f} bits/dim" in text
     assert "of 64 values of 17 grey levels" in text
+    rows = {
+        cells[1].strip(): float(cells[2])
+        for line in text.splitlines()
+        if len(cells := line.split("|")) == 5 and "L_" in line
+    }
+    wanted = {"L_0, decoder": result.terms[0], "L_T, prior": result.prior}
+    wanted[f"L_1 to L_{len(result.terms) - 1}, sum"] = sum(result.terms[1:])
+    assert rows == pytest.approx(wanted, abs=1e-4)  # what is written has four digits
     found = json.loads(likelihood_json(result, RUN))
     assert found["terms"] == result.terms
     assert found["run"] == RUN

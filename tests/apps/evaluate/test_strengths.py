@@ -35,6 +35,13 @@ def test_the_table_has_a_row_for_each_strength_in_the_order_asked_for():
     assert "guidance 0, by c.safetensors with the scale of the row" in strengths_markdown(found(), by)
 
 
+def test_the_plot_has_lines_for_real_images(monkeypatch):
+    heights = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axhline", lambda axes, y, **style: heights.append(y))
+    strengths_png(found())
+    assert heights == pytest.approx([100 * REAL.right, REAL.distance])
+
+
 def test_the_plot(monkeypatch):
     with Image.open(io.BytesIO(strengths_png(found()))) as picture:
         assert picture.width > 2 * 400
