@@ -83,7 +83,7 @@ def _divides_its_batch(module: nn.Module) -> bool:
     """Returns whether the batch of a network is the frames of all samples, as in the decoder of Stable Video Diffusion.
 
     In every block the batch is divided by the number of frames. Where both are symbols, PyTorch 2.13 does not simplify
-    the quotients: each block doubles them, and the second size of a batch takes more than an hour to capture.
+    the quotients: each block doubles them, and the second size of a batch takes more than half an hour to capture.
     """
     of_frames = {"num_frames", "image_only_indicator"}
     return any(of_frames <= inspect.signature(m.forward).parameters.keys() for m in module.modules())

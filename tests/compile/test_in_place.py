@@ -128,7 +128,7 @@ def test_within_a_model_that_is_compiled(order):
 
 
 def test_a_network_that_divides_its_batch_by_its_frames_is_captured_for_each_size():
-    """Otherwise the second size would take more than an hour, see ``in_place``; here the sizes stay numbers."""
+    """Otherwise the second size would take more than half an hour, see ``in_place``; here the sizes stay numbers."""
 
     class Decoder(torch.nn.Module):
         def forward(self, sample, image_only_indicator, num_frames=1):
