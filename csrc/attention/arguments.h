@@ -31,6 +31,9 @@ constexpr int64_t kMostKeys = 256, kBlockElements = 1 << 16;
 // cache holds.
 constexpr int64_t kGroup = 4, kCachedElements = 1 << 17;
 
+// Rows that the micro-kernel of any instruction set multiplies at most.
+constexpr int64_t kMostProducts = 8;
+
 // Rows of keys and values that a thread packs at a time.
 constexpr int64_t kPiece = 64;
 
@@ -68,7 +71,7 @@ struct Scratch {
     Scratch(const Shape& shape, const Plan& plan)
         : weights(plan.block * plan.panel),
           products(weights + plan.block * plan.panel),
-          panels(products + kChunk * plan.panel),
+          panels(products + kMostProducts * plan.panel),
           softmax(plan.depth * plan.panel),
           sums(softmax + 3 * plan.panel),
           panel(sums + round_up(shape.outputs, plan.lanes) * plan.panel),

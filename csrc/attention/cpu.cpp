@@ -10,11 +10,9 @@
 namespace dd::attention {
 namespace {
 
-// Below a million multiply-adds waking a thread costs more than it gives.
 int64_t threads_of(const Shape& shape) {
-    const double products = static_cast<double>(shape.all_heads() * shape.queries) *
-                            static_cast<double>(shape.keys * (shape.depth + shape.outputs));
-    return products < 1e6 ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+    return threads_for(static_cast<double>(shape.all_heads() * shape.queries) *
+                       static_cast<double>(shape.keys * (shape.depth + shape.outputs)));
 }
 
 // The kernels of one instruction set.

@@ -1,17 +1,7 @@
 #include "attention/cpu_bfloat16.h"
 
-#include "common/intrinsics.h"
-
-#ifdef DD_X86
 #define DD_KERNEL "attention/cpu_kernel.h"
-#define DD_DOT_BFLOAT16
-
-DD_BEGIN_TARGET(DD_AVX512_BF16)
-#define DD_ISA avx512_bf16
-#define DD_LANES 16
-#include "common/kernel_for_isa.h"
-DD_END_TARGET
-#endif
+#include "common/dot_bfloat16.h"
 
 namespace dd::attention {
 

@@ -138,6 +138,7 @@ DD_INLINE void write_outputs(const Arguments& a, int64_t head, const Panel& pane
 template <int vectors>
 DD_INLINE void attend_block(const Arguments& a, const Plan& plan, const attention::Scratch& at, const Panel& panel,
                             int64_t key, const Packed* packed, float* scratch) {
+    static_assert(kMostRows <= attention::kMostProducts);
     const int64_t rest = a.shape.keys - key, keys = rest < plan.block ? rest : plan.block;
     float *scores = scratch, *products = scratch + at.products;
     // Weights of float32 replace the scores, so that both fit the L1 cache.

@@ -32,6 +32,12 @@ void run_tiles(const Arguments& arguments, int buffers, void (*kernel)(const Arg
     });
 }
 
+// Returns the threads that so many multiply-adds are worth: below a million waking a second one costs more than it
+// gives.
+inline int64_t threads_for(double products) {
+    return products < 1e6 ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
 // Calls body(from, to) for parts of [0, count) on so many threads, torch's.
 template <class Body>
 void on_threads(int64_t count, int64_t threads, Body body) {

@@ -1,12 +1,10 @@
 // From the tensors of conv2d's ops to the structs of its kernels, through the checks that keep them inside the tensors.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <string>
 
-#include "common/cpu_isa.h"
+#include "common/cpu.h"
 #include "common/tensor_checks.h"
 #include "common/workspace.h"
 #include "conv2d/plan.h"
@@ -52,11 +50,10 @@ inline Method method_of(const TensorChecks& checks, int64_t number, const Shape&
     return method;
 }
 
-// Below a million multiply-adds waking a thread costs more than it gives.
 inline int64_t threads_of(const Shape& shape) {
     int64_t products = shape.taps() * shape.channels * shape.outputs;
     double pixels = static_cast<double>(shape.samples * shape.out_height * shape.out_width);
-    return static_cast<double>(products) * pixels < 1e6 ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
+    return threads_for(static_cast<double>(products) * pixels);
 }
 
 }  // namespace dd::conv2d

@@ -8,7 +8,6 @@ It pays for every number of tokens. Where a gradient may be asked for, attention
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -35,10 +34,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, numbers: Num
     """Returns ``F.scaled_dot_product_attention(q, k, v, scale=scale)``."""
     if records():
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     products = Numbers(*numbers).products == "bfloat16" or q.dtype == torch.bfloat16
     y = workspace.empty_tokens(q.shape[0], q.shape[2], q.shape[1], v.shape[3], q.dtype)
-    return op.forward(q, k, v, scale, products, y)
+    return op.forward(q, k, v, op.scale_of(q, scale), products, y)
 
 
 def _is_plain(node: fx.Node) -> bool:

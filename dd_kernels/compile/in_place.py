@@ -79,6 +79,14 @@ class _Hooks:
         return self._found != before
 
 
+def _arguments(module: nn.Module) -> frozenset[str]:
+    """Returns the names of what a module's forward takes; none where it is not Python's, as a traced module's."""
+    try:
+        return frozenset(inspect.signature(module.forward).parameters)
+    except ValueError:
+        return frozenset()
+
+
 def _divides_its_batch(module: nn.Module) -> bool:
     """Returns whether the batch of a network is the frames of all samples, as in the decoder of Stable Video Diffusion.
 
@@ -86,7 +94,7 @@ def _divides_its_batch(module: nn.Module) -> bool:
     the quotients: each block doubles them, and the second size of a batch takes more than half an hour to capture.
     """
     of_frames = {"num_frames", "image_only_indicator"}
-    return any(of_frames <= inspect.signature(m.forward).parameters.keys() for m in module.modules())
+    return any(of_frames <= _arguments(m) for m in module.modules())
 
 
 def compile_in_place(module: nn.Module, report: Report, options: dict[str, Any]) -> Callable[[], None]:

@@ -149,3 +149,14 @@ def test_a_network_that_divides_its_batch_by_its_frames_is_captured_for_each_siz
             z = torch.randn(2 * samples, 3)
             assert fast(z, 2).equal(Vae()(z, 2))
     assert len(report.networks[0].graphs) == 3
+
+
+def test_a_traced_module_within_a_network():
+    """It has no signature to look at, and PyTorch runs it as it is."""
+    x = torch.randn(2, 16, 4, 4)
+    traced = torch.jit.trace(torch.nn.Sigmoid(), x)
+    model = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), traced)
+    with torch.no_grad():
+        plain = model(x)
+        fast, _ = dd.accelerate(model)
+        assert_same_network(fast(x), plain)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -78,7 +76,7 @@ def attention(
     _check(q, k, v)
     if products not in ("float32", "bfloat16"):
         raise ValueError(f"products must be 'float32' or 'bfloat16'; got {products!r}")
-    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    scale = op.scale_of(q, scale)
     if not scale >= 0:
         raise ValueError(f"scale must be at least 0; got {scale!r}")
     if backends.choose("attention", backend, q.device, _unsupported_reason(q, k, v)) == "reference":

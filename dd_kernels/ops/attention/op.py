@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,11 @@ from ..tracing import operator
 _ATTENTION = operator(
     "attention", "(Tensor q, Tensor k, Tensor v, float scale, bool bfloat16, Tensor(a!) y) -> ()"
 )  # y: [N, queries, heads, D]
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """Returns the scale of the scores of q [..., D]: as it is given, or 1 / sqrt(D)."""
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
 
 def _with_dense_vectors(x: Tensor) -> Tensor:
