@@ -35,16 +35,19 @@ def relative_error(model: nn.Module, dtype: torch.dtype) -> float:
     return 8 * (math.sqrt(summed) * 2.0**-24 + math.sqrt(2 * len(parameters)) * torch.finfo(dtype).eps / 2)
 
 
-def assert_within(ours, exact, model, what="output", passes=1):
-    """Checks that the largest error of ``ours`` is at most that of ``passes`` through the model's layers."""
+def assert_within(ours, exact, model, what="output", passes=1, dtype=None):
+    """Checks that the largest error of ``ours`` is at most that of ``passes`` through the model's layers.
+
+    The layers compute in ``dtype``, by default that of the result.
+    """
     assert ours.shape == exact.shape
     error = ((ours.double() - exact).abs().max() / exact.abs().max()).item()
-    allowed = passes * relative_error(model, ours.dtype)
+    allowed = passes * relative_error(model, dtype or ours.dtype)
     print(f"{what} error {error:.3g} allowed {allowed:.3g} ratio {error / allowed:.3g}")
     assert error <= allowed, f"{what}: relative error {error:.3g}, allowed {allowed:.3g}"
 
 
-def assert_all_within(ours, exact, model):
+def assert_all_within(ours, exact, model, dtype=None):
     """Checks output, gradient of x and each parameter's gradient, whose errors pass through the layers twice.
 
     A gradient is compared with the largest of all the parameters' gradients.
@@ -57,4 +60,4 @@ def assert_all_within(ours, exact, model):
     assert ours.keys() == exact.keys()
     ours, exact = joined(ours), joined(exact)
     for name, value in exact.items():
-        assert_within(ours[name], value, model, name, passes=1 if name == "output" else 2)
+        assert_within(ours[name], value, model, name, passes=1 if name == "output" else 2, dtype=dtype)
