@@ -3,7 +3,8 @@
 ``python -m benchmarks.train_options --out FOLDER`` trains a model for each line of the table and evaluates it: the
 Fréchet distance of 500 samples to held-out images, by DDIM and by DDPM of 25 steps (DDPM with the learned variance of a
 model that has one). A training run of the default length takes 6 minutes of two cores. Stopped at any time, the same
-command goes on where it was, and each line is printed once it is measured.
+command goes on where it was, and each line is printed once it is measured. FOLDER/figures.json holds what is measured:
+lines that it holds need no model, so that the run goes on from that file alone on another machine.
 
 An error is a standard error over the samples of one model. What another seed of training does, which the error does not
 know of, is a line of its own.
@@ -17,7 +18,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from dd_kernels.apps.checkpoint import load_model
 from dd_kernels.apps.cli import main as command
 from dd_kernels.apps.evaluate import Measures
 from dd_kernels.apps.evaluate.report import distance, share
+from dd_kernels.apps.files import atomic_write
 
 from .results import markdown
 
 RECIPE = "fashion-mnist"
 STEPS, SAMPLER_STEPS, SAMPLES = 1000, 25, 500
 AVERAGES = "--ema 0.999 0.9 0"  # the recipe's, and two of which its run keeps the weights too
+KEPT = ("cells", "columns", "run")  # of an evaluation
 HEADS = ("option of `train`", "DDIM: distance", "of the class asked for", "DDPM: distance", "of the class asked for")
 
 
@@ -52,6 +55,11 @@ class Line:
     def name(self) -> str:
         """Returns what the line's files begin with; lines of equal flags share a model."""
         return re.sub(r"[^a-z0-9.]+", "-", self.flags.lower()).strip("-")
+
+    @property
+    def shown(self) -> str:
+        """Returns the line's flags as the table shows them, which no other line has."""
+        return self.flags if self.ema is None else f"--ema {self.ema:g}"
 
     @property
     def learns_variance(self) -> bool:
@@ -108,29 +116,49 @@ def train(line: Line, folder: Path, lengths: Lengths) -> Path:
 
 
 def evaluate(line: Line, model: Path, folder: Path, lengths: Lengths) -> dict[str, Any]:
-    """Returns the evaluation of the line's samples, by DDIM and by DDPM, as JSON keeps it."""
+    """Returns the evaluation of the line's samples, by DDIM and by DDPM: its figures, and what it ran on."""
     out = folder / f"{line.name}{'' if line.ema is None else f'.at-{line.ema:g}'}.json"
     rows = ("0", "learned_range" if line.learns_variance else "1")
     size = f"--steps {lengths.sampler_steps} -n {lengths.samples} --accelerate --resume-if-there"
     ema = [] if line.ema is None else ["--ema", str(line.ema)]
     _run(["evaluate", "--model", str(model), "--rows", *rows, *size.split(), *ema, "--out", str(out)])
     found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    return {name: found[name] for name in KEPT}
 
 
 def texts(line: Line, found: dict[str, Any]) -> tuple[str, ...]:
     """Returns a line of the table."""
-    flags = f"`--ema {line.ema:g}`" if line.ema is not None else f"`{line.flags}`"
-    measured = [Measures(**cell["measures"]) for cell in found["cells"]]
-    return (f"{flags}, {line.about}", *(text for each in measured for text in (distance(each), share(each.right))))
+    cells = [Measures(**cell["measures"]) for cell in found["cells"]]
+    return (f"`{line.shown}`, {line.about}", *(text for each in cells for text in (distance(each), share(each.right))))
+
+
+def measured(path: Path, lengths: Lengths) -> dict[str, Any]:
+    """Returns the evaluations that a file of figures holds, by the line's flags; none where there is no file.
+
+    Raises:
+        SystemExit: the file is of other lengths.
+    """
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if found["lengths"] != asdict(lengths):
+        raise SystemExit(f"{path} is of other lengths: {found['lengths']}; wanted {asdict(lengths)}")
+    lines: dict[str, Any] = found["lines"]
+    return lines
 
 
 def measure(lines: Sequence[Line], folder: Path, lengths: Lengths) -> str:
     """Trains and evaluates all lines, and prints each that is ready; returns the table and how it was measured."""
     folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "figures.json"
+    known = measured(path, lengths)
     table: list[tuple[str, ...]] = [HEADS]
     for line in lines:
-        found = evaluate(line, train(line, folder, lengths), folder, lengths)
+        if line.shown not in known:
+            known[line.shown] = evaluate(line, train(line, folder, lengths), folder, lengths)
+            figures = {"lengths": asdict(lengths), "lines": known}
+            atomic_write(path, (json.dumps(figures, indent=1) + "\n").encode())
+        found = known[line.shown]
         table.append(texts(line, found))
         print(" | ".join(table[-1]), flush=True)
     floor = Measures(**found["columns"][0]["floor"])

@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict
 
+import pytest
+
 from benchmarks import train_options
 from benchmarks.train_options import LINES, Lengths
 from dd_kernels.apps import checkpoint, cli
@@ -32,7 +34,7 @@ def test_each_line_is_a_run_of_the_recipe_but_for_its_option(tmp_path, monkeypat
             return real(arguments)
         evaluated.append(arguments)
         measures = {"images": 20, "distance": 5.0, "distance_error": 1.0, "sure": 1.0, "right": 0.5}
-        found = {"cells": [{"measures": measures}] * 2, "columns": [{"floor": measures}]}
+        found = {"cells": [{"measures": measures}] * 2, "columns": [{"floor": measures}], "run": {}}
         (tmp_path / arguments[arguments.index("--out") + 1]).write_text(json.dumps(found))
         return 0
 
@@ -64,5 +66,9 @@ def test_each_line_is_a_run_of_the_recipe_but_for_its_option(tmp_path, monkeypat
     rows = table.splitlines()
     assert "| `--ema 0.9`, a shorter average | 5.0 ± 1.0 | 50.0% | 5.0 ± 1.0 | 50.0% |" in rows
     assert len(capsys.readouterr().out.splitlines()) == len(LINES)
-    train_options.measure(LINES, tmp_path, LENGTHS)
-    assert len(trained) == len(changes), "what is trained is not trained again"
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    assert train_options.measure(LINES, tmp_path, LENGTHS) == table
+    assert len(trained) == len(changes), "what is measured is not trained again"
+    with pytest.raises(SystemExit, match=r"figures.json is of other lengths: \{'steps': 40, .* wanted \{'steps': 20, "):
+        train_options.measure(LINES, tmp_path, Lengths(steps=20))
