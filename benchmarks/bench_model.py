@@ -71,9 +71,11 @@ def _eager(net: Network, last: bool = False) -> Forward:
     return lambda x: model(_channels_last(x) if last else x, net.t)
 
 
-def _bfloat16(net: Network) -> Forward:
-    """Returns diffusers' model in bfloat16."""
+def _bfloat16(net: Network, accelerated: bool = False) -> Forward:
+    """Returns diffusers' model in bfloat16, as it is or accelerated."""
     model = net.copy().to(torch.bfloat16)
+    if accelerated:
+        model.model = dd.accelerate(model.model)[0]
     return lambda x: model(x.to(torch.bfloat16), net.t).float()
 
 
@@ -144,6 +146,7 @@ def _makers() -> dict[str, Callable[[Network], Forward]]:
         "dd_kernels, accelerate, bfloat16": partial(_accelerated, dtype="bfloat16"),
         "dd_kernels, accelerate, bfloat16, fast": partial(_accelerated, dtype="bfloat16", accuracy="fast"),
         "diffusers bfloat16": _bfloat16,
+        "dd_kernels, accelerate, model in bfloat16": partial(_bfloat16, accelerated=True),
         "OpenVINO bfloat16": partial(_openvino, precision="bf16"),
     }
     installed = importlib.util.find_spec("openvino") is not None

@@ -68,16 +68,18 @@ public:
         return result;
     }
 
-    // Checks float32 of `shape`, contiguous or channels_last, that the op reads.
-    const float* filters(const char* name, const Tensor& y, Shape shape) {
-        return static_cast<const float*>(add_contiguous(check_filters(name, y, shape), y.const_data_ptr()).data);
+    // Checks a tensor of `shape`, contiguous or channels_last, that the op reads, of one of the kernels' dtypes.
+    Operand filters(const char* name, const Tensor& y, Shape shape) {
+        return add_contiguous(check_filters(name, y, shape), y.const_data_ptr());
     }
 
-    // Checks a tensor that the op writes, as filters() does. Called after all inputs.
-    float* written_filters(const char* name, const Tensor& y, Shape shape) {
-        void* data = add_contiguous(check_filters(name, y, shape), y.mutable_data_ptr()).data;
+    // Checks a tensor of float32 that the op writes, as filters() does. Called after all inputs.
+    Operand written_filters(const char* name, const Tensor& y, Shape shape) {
+        const TensorFacts facts = check_filters(name, y, shape);
+        if (facts.type != ScalarType::Float) fail(name, "float32", facts.text());
+        const Operand result = add_contiguous(facts, y.mutable_data_ptr());
         check_last_overlaps_nothing(name, {});
-        return static_cast<float*>(data);
+        return result;
     }
 
     // Checks a tensor of x's dtype and of `shape`, of which only the last dimension must be dense, that the op reads.
@@ -207,7 +209,7 @@ private:
 
     TensorFacts check_filters(const char* name, const Tensor& tensor, Shape shape) const {
         const TensorFacts y = check_shape(name, tensor, shape);
-        if (y.type != ScalarType::Float) fail(name, "float32", y.text());
+        check_float(y);
         if (!y.is_contiguous && !is_channels_last(tensor)) fail(name, "contiguous or channels_last", y.text());
         return y;
     }

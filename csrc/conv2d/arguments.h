@@ -28,7 +28,7 @@ struct Shape {
 // Weights: the element of an output, an input and a tap (numbered row by row) lies at output * output_stride +
 // input * input_stride + tap * tap_stride. `turned` reads the taps backwards, a rotation by 180 degrees.
 struct Filters {
-    const float* data;
+    Operand values;
     int64_t output_stride, input_stride, tap_stride;
     bool turned;
 };

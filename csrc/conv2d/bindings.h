@@ -29,11 +29,11 @@ inline Shape shape_of(const TensorChecks& checks, const Tensor& x, const Tensor&
     return shape;
 }
 
-// The strides of a weight that was checked; its memory is `data`.
-inline Filters filters_of(const float* data, const Tensor& weight, bool turned) {
+// The strides of a weight that was checked; its memory is `values`.
+inline Filters filters_of(const Operand& values, const Tensor& weight, bool turned) {
     int64_t second = weight.size(1), taps = weight.size(2) * weight.size(3);
     bool contiguous = weight.is_contiguous();
-    Filters filters{data, second * taps, contiguous ? taps : 1, contiguous ? 1 : second, turned};
+    Filters filters{values, second * taps, contiguous ? taps : 1, contiguous ? 1 : second, turned};
     if (turned) std::swap(filters.output_stride, filters.input_stride);
     return filters;
 }

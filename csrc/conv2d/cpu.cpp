@@ -32,7 +32,7 @@ Target target_of(const Shape& shape) { return DD_CHOOSE(conv2d_target)(threads_o
 struct KeptHeader {
     static constexpr int64_t samples = 60;
     int32_t method, lanes, bfloat16, turned;
-    float weights[samples];
+    uint32_t weights[samples];  // their bits, of 16 or 32
 };
 constexpr int64_t kHeaderFloats = sizeof(KeptHeader) / sizeof(float);
 
@@ -58,7 +58,11 @@ void keep_filters(Forward& a, const Kernels& kernels, const Target& target, bool
     KeptHeader header{
         static_cast<int32_t>(a.plan.method), static_cast<int32_t>(target.lanes), bfloat16, a.filters.turned, {}};
     const int64_t count = a.shape.outputs * a.shape.channels * a.shape.taps();
-    for (int64_t i = 0; i < KeptHeader::samples; ++i) header.weights[i] = a.filters.data[i * count / header.samples];
+    const int64_t size = a.filters.values.has_16_bits() ? 2 : 4;
+    for (int64_t i = 0; i < KeptHeader::samples; ++i) {
+        const char* weight = static_cast<const char*>(a.filters.values.data) + i * count / KeptHeader::samples * size;
+        std::memcpy(&header.weights[i], weight, static_cast<size_t>(size));
+    }
     a.kept = kept + kHeaderFloats;
     if (std::memcmp(kept, &header, sizeof header) == 0) return;
     pack_all_filters(a, kernels, target, kept + kHeaderFloats);
@@ -133,7 +137,7 @@ void conv2d(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<T
     if (scale.has_value() != shift.has_value()) checks.fail("scale", "given with shift", "one of both");
     a.x = checks.image("x", x, {shape.samples, shape.channels, x.size(2), x.size(3)});
     const int64_t first = turned ? shape.channels : shape.outputs, second = turned ? shape.outputs : shape.channels;
-    const float* filters = checks.filters("weight", weight, {first, second, shape.kernel_height, shape.kernel_width});
+    const Operand filters = checks.filters("weight", weight, {first, second, shape.kernel_height, shape.kernel_width});
     a.filters = filters_of(filters, weight, turned);
     a.bias = checks.values<float>("bias", bias, {shape.outputs});
     a.scale = checks.values<float>("scale", scale, {shape.samples, shape.channels});

@@ -9,31 +9,33 @@ namespace dd::DD_ISA {
 // to [inputs][taps][kLanes]: the filters of `count` outputs from `output` on, of some inputs.
 DD_INLINE void read_filters(const conv2d::Filters& filters, int64_t taps, int64_t output, int64_t count, int64_t input,
                             int64_t inputs, float* to) {
-    const float* from = filters.data + output * filters.output_stride + input * filters.input_stride;
+    const int64_t first = output * filters.output_stride + input * filters.input_stride;
+    // to[i * to_stride] = the i-th values from `offset` on of each output.
+    auto read_outputs = [&](int64_t offset, int64_t length, float* rows, int64_t to_stride) DD_INLINE_LAMBDA {
+        read_transposed(filters.values, first + offset, filters.output_stride, count, length, rows, to_stride);
+    };
     if (filters.output_stride == 1) {
         for (int64_t i = 0; i < inputs * taps; ++i) {
-            const float* values = from + i / taps * filters.input_stride + i % taps * filters.tap_stride;
-            store(to + i * kLanes, load(values, count));
+            const int64_t offset = i / taps * filters.input_stride + i % taps * filters.tap_stride;
+            store(to + i * kLanes, read(filters.values, first + offset, count));
         }
     } else if (filters.tap_stride == 1 && filters.input_stride == taps) {
-        read_transposed(from, filters.output_stride, count, inputs * taps, to, kLanes);
+        read_outputs(0, inputs * taps, to, kLanes);
     } else if (filters.tap_stride == 1) {
-        for (int64_t i = 0; i < inputs; ++i) {
-            read_transposed(from + i * filters.input_stride, filters.output_stride, count, taps, to + i * taps * kLanes,
-                            kLanes);
-        }
+        for (int64_t i = 0; i < inputs; ++i)
+            read_outputs(i * filters.input_stride, taps, to + i * taps * kLanes, kLanes);
     } else {
         for (int64_t tap = 0; tap < taps; ++tap) {
-            read_transposed(from + tap * filters.tap_stride, filters.output_stride, count, inputs, to + tap * kLanes,
-                            taps * kLanes);
+            read_outputs(tap * filters.tap_stride, inputs, to + tap * kLanes, taps * kLanes);
         }
     }
 }
 
-// The opposite, for filters that are not turned.
+// The opposite, for filters of float32 that are not turned.
 DD_INLINE void write_filters(const conv2d::Filters& filters, int64_t taps, int64_t output, int64_t count, int64_t input,
                              int64_t inputs, const float* from, bool accumulate) {
-    float* to = const_cast<float*>(filters.data) + output * filters.output_stride + input * filters.input_stride;
+    float* to =
+        static_cast<float*>(filters.values.data) + output * filters.output_stride + input * filters.input_stride;
     if (filters.tap_stride == 1) {
         write_transposed(from, kLanes, count, inputs * taps, to, filters.output_stride, accumulate);
         return;

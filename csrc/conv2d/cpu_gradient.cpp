@@ -39,7 +39,7 @@ void conv2d_weight_gradient(Tensor dy, Tensor x, int64_t top, int64_t left, int6
     if (x.numel() == 0 || dy.numel() == 0) checks.fail("x", "not empty, as dy", "an empty one");
     a.x = checks.image("x", x, {shape.samples, shape.channels, shape.height, shape.width});
     a.dy = checks.image("dy", dy, {shape.samples, shape.outputs, shape.out_height, shape.out_width});
-    const float* gradient = checks.written_filters("dweight", dweight, {shape.outputs, shape.channels, 3, 3});
+    const Operand gradient = checks.written_filters("dweight", dweight, {shape.outputs, shape.channels, 3, 3});
     a.gradient = filters_of(gradient, dweight, false);
     run(a, method_of(checks, method, shape));
 }

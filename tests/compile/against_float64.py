@@ -38,12 +38,15 @@ def check(kind: str, model: nn.Module, *inputs: Tensor, count: int, **options: A
 
 
 def gradients(model, run, x):
-    """Returns the gradients of a weighted sum by every parameter: those in float64, and those of the compiled model."""
+    """Returns the gradients of a weighted sum by every parameter: in float64, and of the compiled model as x is.
+
+    Those in float64 are of a contiguous x: PyTorch's norm crashes on float64 in channels_last.
+    """
     found = []
-    for function, dtype in ((model, torch.float64), (run, torch.float32)):
-        model.to(dtype)
+    for function, given in ((model, x.double().contiguous()), (run, x)):
+        model.to(given.dtype)
         model.zero_grad()
-        y = function(x.to(dtype))
-        (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
+        y = function(given)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=x.dtype).view_as(y)).sum().backward()
         found.append([p.grad.double() for p in model.parameters()])
     return found

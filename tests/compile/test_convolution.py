@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from against_float64 import compiled
+from model_checks import assert_within, double
 from networks import assert_same_network
 from torch import nn
 
@@ -347,6 +348,46 @@ def test_doubling_in_training_and_under_another_backend():
         assert_same_network(actual, exact)
     with torch.no_grad(), backends.use_backend("reference"):
         assert run(x).equal(model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_block_in_16_bits(layout, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model, x = Block().to(dtype), torch.randn(2, 32, 11, 10).to(dtype).contiguous(memory_format=layout)
+    run, report = compiled(model)
+    with torch.no_grad():
+        actual, plain = run(x), model(x)
+    assert convolutions(report) == 2
+    assert actual.dtype == dtype
+    assert actual.stride() == plain.stride()
+    assert_within(actual, double(model)(x.double()), model)
+    exact, actual = map(torch.cat, ([g.flatten() for g in v] for v in against_float64.gradients(model, run, x)))
+    assert_within(actual, exact, model, "gradients", passes=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("size", "stride", "avx2", "amx", "count"),
+    [
+        (3, 1, True, False, 1),
+        (3, 1, True, True, 0),
+        (3, 1, False, False, 0),
+        (3, 2, True, False, 0),
+        (1, 1, True, False, 0),
+    ],
+)
+def test_16_bits_are_ours_where_winograd_gains(size, stride, avx2, amx, count, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: avx2)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    model = Function(lambda x, w: F.conv2d(x, w, None, stride), 16, 16, size, size).to(dtype)
+    x = torch.randn(2, 16, 9, 7, dtype=dtype)
+    run, report = compiled(model)
+    with torch.no_grad():
+        actual = run(x)
+        assert actual.equal(conv2d(x, model.weight) if count else model(x))
+    assert convolutions(report) == count
 
 
 def test_autocast_keeps_pytorchs():

@@ -84,7 +84,8 @@ def convolution_arguments(op: str) -> Arguments:
     sides = ((1 + doubled) * height + 2 * top, (1 + doubled) * width + 2 * left)
     out = [samples, outputs, *((side - size) // stride + 1 for side in sides)]
     x, y = tensor([samples, channels, height, width], True, dtype), tensor(out, True, dtype)
-    weight = tensor([channels, outputs, size, size] if turned else [outputs, channels, size, size], True, torch.float32)
+    filters = [channels, outputs, size, size] if turned else [outputs, channels, size, size]
+    weight = tensor(filters, True, torch.float32 if plain else random.choice(DTYPES))
     if plain:
         return {"dy": y, "x": x, "top": top, "left": left, "method": random.randrange(5), "dweight": weight}
     affine = random.random() < 0.5

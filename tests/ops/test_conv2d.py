@@ -83,6 +83,24 @@ def test_16_bits(kernel, method, dtype):
     assert_within(actual, exact, limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_filters_of_16_bits_are_read_as_they_are(kernel, size, layout, method, dtype):
+    """The bits of the same filters in float32, in every order in which the kernel reads them."""
+    if size == 1 and method != Method.DIRECT:
+        pytest.skip("Winograd's methods are for 3 x 3 filters")
+    sides = (size // 2,) * 4
+    for channels, outputs in ((3, 40), (64, 33), (70, 5)):
+        weight = torch.randn(outputs, channels, size, size).to(dtype).contiguous(memory_format=layout)
+        x = torch.randn(2, channels, 6, 5)
+        y, wanted = (op.forward(x, w, None, None, None, 0, None, 1, sides, method) for w in (weight, weight.float()))
+        assert y.equal(wanted)
+        dx, wanted = (op.input_gradient(y, x, w, 1, sides, method) for w in (weight, weight.float()))
+        assert dx.equal(wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("channels", [5, 75])

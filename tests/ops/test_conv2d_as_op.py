@@ -365,7 +365,7 @@ def raw(**changes):
         ("y must be of the dtype of x", {"y": op.channels_last(torch.zeros(2, 4, 5, 6)).half()}),
         ("y must be of the shape", {"y": op.channels_last(torch.zeros(1, 4, 5, 6))}),
         ("weight must be of the shape", {"y": op.channels_last(torch.zeros(2, 3, 5, 6))}),
-        ("weight must be", {"weight": torch.zeros(4, 8, 3, 3).half()}),
+        ("weight must be", {"weight": torch.zeros(4, 8, 3, 3).double()}),
         ("weight must be", {"weight": torch.zeros(8, 4, 3, 3).transpose(0, 1)}),
         ("weight must be of the shape", {"weight": torch.zeros(4, 8, 3, 3), "turned": True}),
         ("bias", {"bias": torch.zeros(3)}),

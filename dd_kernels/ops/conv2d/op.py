@@ -49,8 +49,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def _weight_for_kernels(weight: Tensor) -> Tensor:
-    """Returns the weight as float32, contiguous or channels_last."""
-    weight = weight.to(torch.float32)
+    """Returns the weight contiguous or in channels_last."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     return weight if dense else weight.contiguous()
 
@@ -118,7 +117,7 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding:
     """Returns dL/dweight: of a 3 x 3 convolution of stride 1 by the adjoint of Winograd's; else torch's."""
     if stride != 1 or weight.shape[2:] != (3, 3) or dy.numel() == 0:
         return reference.weight_gradient(dy, x, weight, stride, padding)
-    dweight = torch.empty_like(_weight_for_kernels(weight))
+    dweight = torch.empty_like(_weight_for_kernels(weight), dtype=torch.float32)
     _WEIGHT_GRADIENT(channels_last(dy), channels_last(x), padding[2], padding[0], method, dweight)
     return dweight.to(weight.dtype)
 
