@@ -42,13 +42,14 @@ DD_INLINE void transpose(Vec (&rows)[kLanes]) {
     if constexpr (kLanes > 8) exchange_rows<8>(rows);
 }
 
-// to[i * to_stride] = the i-th values of the rows at `offset`, a vector; rows from `count` on are zeros.
-DD_INLINE void read_transposed(const Operand& from, int64_t offset, int64_t row_stride, int64_t count, int64_t length,
-                               float* to, int64_t to_stride) {
+// to[i * to_stride] = the i-th values of the rows, a vector; rows from `count` on are zeros. read_at(offset, left)
+// gives the values from an offset on.
+template <class ReadAt>
+DD_INLINE void read_transposed(ReadAt read_at, int64_t row_stride, int64_t count, int64_t length, float* to,
+                               int64_t to_stride) {
     for_vectors(length, [&](int64_t i, int64_t left) {
         Vec rows[kLanes];
-        for (int64_t r = 0; r < kLanes; ++r)
-            rows[r] = r < count ? read(from, offset + r * row_stride + i, left) : Vec{};
+        for (int64_t r = 0; r < kLanes; ++r) rows[r] = r < count ? read_at(r * row_stride + i, left) : Vec{};
         transpose(rows);
         int64_t vectors = left < kLanes ? left : kLanes;
         for (int64_t j = 0; j < vectors; ++j) store(to + (i + j) * to_stride, rows[j]);
