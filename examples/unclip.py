@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import dd_kernels as dd
 from dd_kernels.apps import data, images, plots
 from dd_kernels.apps.files import atomic_write
+from dd_kernels.apps.training.objective import target_of
 from dd_kernels.losses import simple_loss
 from dd_kernels.nn import UNet, timestep_embedding
 
@@ -99,7 +100,10 @@ class Conditioned(nn.Module):
                          num_res_blocks=1, num_heads=4, num_groups=8)  # fmt: skip
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Returns the noise in x [N, C, H, W]."""
+        """Returns v of x [N, C, H, W], from which x_0 follows without a division by a small signal.
+
+        By the noise instead, samples of the super-resolution kept some of it.
+        """
         return self.unet(torch.cat((x, F.interpolate(condition, x.shape[2:])), dim=1), t)
 
 
@@ -126,10 +130,10 @@ class UnClip:
         return x, captions_of(x, labels, self.train.classes)
 
     def _noisy(self, x: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns x_t, t and the noise of a step."""
+        """Returns x_t, t and v of a step."""
         t = torch.randint(len(SCHEDULE), (len(x),), generator=torch.Generator().manual_seed(step))
         x_t, noise = dd.q_sample(x, t, SCHEDULE, seed=seed, draw=step, return_noise=True)
-        return x_t, t, noise
+        return x_t, t, target_of("v", x, noise, t, SCHEDULE)
 
     def _clip_loss(self, step: int) -> Tensor:
         return self.clip.loss(*self._batch(step, seed=0))
@@ -149,15 +153,15 @@ class UnClip:
     def _decoder_loss(self, step: int) -> Tensor:
         x, _ = self._batch(step, seed=2)
         kept = torch.rand(BATCH, 1, generator=torch.Generator().manual_seed(step)) > NULL_SHARE
-        x_t, t, noise = self._noisy(F.avg_pool2d(x, 2), step, seed=2)
-        return simple_loss(self.decoder(x_t, t, _as_map(self._embedded(x) * kept)), noise).mean()
+        x_t, t, v = self._noisy(F.avg_pool2d(x, 2), step, seed=2)
+        return simple_loss(self.decoder(x_t, t, _as_map(self._embedded(x) * kept)), v).mean()
 
     def _double_loss(self, step: int) -> Tensor:
         x, _ = self._batch(step, seed=3)
-        x_t, t, noise = self._noisy(x, step, seed=3)
+        x_t, t, v = self._noisy(x, step, seed=3)
         level = torch.randint(BLUR, (BATCH,), generator=torch.Generator().manual_seed(step))
         blurred = dd.q_sample(F.avg_pool2d(x, 2), level, SCHEDULE, seed=4, draw=step)
-        return simple_loss(self.double(x_t, t, _with_level(blurred, level)), noise).mean()
+        return simple_loss(self.double(x_t, t, _with_level(blurred, level)), v).mean()
 
     def draw(self, captions: Sequence[str], seed: int = 0, guidance: float = 2.0) -> tuple[Tensor, Tensor]:
         """Returns images of captions at half the size and at the whole size."""
@@ -167,7 +171,7 @@ class UnClip:
         prior = dd.ddim(SCHEDULE, 50, prediction="x_start", clip=None)
         z = dd.sample(self.prior, (n, WIDTH), prior, seed=seed, model_kwargs={"caption": caption})
         z = _as_map(F.normalize(z) * WIDTH**0.5)
-        table = dd.dpm_solver(SCHEDULE, 20)
+        table = dd.dpm_solver(SCHEDULE, 20, prediction="v")
         guided = {"uncond_kwargs": {"condition": torch.zeros_like(z)}, "guidance_scale": guidance}
         small = dd.sample(self.decoder, (n, *self.small), table, seed=seed + 1, model_kwargs={"condition": z}, **guided)
         level = torch.full((n,), BLUR // 4)
