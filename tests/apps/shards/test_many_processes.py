@@ -133,7 +133,9 @@ def test_memory_does_not_grow_with_the_number_of_images(model, tmp_path):
 
 def test_shards_of_several_processes_read_as_one_set(model, straight, tmp_path):
     """Every image is there once: the shards together are what one piece gives, but for roundings of a grey level."""
-    assert torchrun(2, model, tmp_path / "out").wait(300) == 0
+    run = torchrun(2, model, tmp_path / "out")
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, output
     files = sorted((tmp_path / "out").glob("*.npz"))
     shards = np.concatenate([np.load(file)["images"] for file in files])
     one = tmp_path / "one.npz"
