@@ -5,6 +5,7 @@ Fréchet distance of 500 samples to held-out images, by DDIM and by DDPM of 25 s
 model that has one). A training run of the default length takes 6 minutes of two cores. Stopped at any time, the same
 command goes on where it was, and each line is printed once it is measured. FOLDER/figures.json holds what is measured:
 lines that it holds need no model, so that the run goes on from that file alone on another machine.
+``benchmarks/results/train_options`` holds what has been measured so far.
 
 An error is a standard error over the samples of one model. What another seed of training does, which the error does not
 know of, is a line of its own.
