@@ -17,7 +17,6 @@ from typing import Any
 from torch import fx
 
 from ..ops import cuda_graph
-from . import workspace
 from .attention import replace_attention
 from .concatenation import replace_concatenations
 from .convolution import find_convolutions, replace_convolutions
@@ -28,6 +27,7 @@ from .identity import relax_views, remove_identities
 from .layout import lay_out
 from .linear import replace_linears
 from .norm import fuse_norms
+from .recording import Recordings
 from .repeated import share_repeated
 from .report import GraphReport, Report
 from .traced_norm import restore_norms
@@ -126,5 +126,5 @@ def dd_kernels(
 
         call = compile_fx(module, list(example_inputs))
     elif graphs is None:
-        call = workspace.of(call)
+        call = Recordings(module, report.notes).run
     return _counted(call if graphs is None else graphs.of(call), report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from . import kept_filters, workspace
+from . import kept_filters, memory
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class AccelerateReport:
         return sum(norm.kept is None for norm in norms) / len(norms) if norms else 1.0
 
     def __str__(self) -> str:
-        places = {"packed filters": kept_filters, "results within graphs": workspace}
+        places = {"packed filters": kept_filters, "results within graphs": memory}
         kept = [
             f"{place.held() >> 20} MiB of {what} kept, of {place.LIMIT >> 20} at most"
             for what, place in places.items()

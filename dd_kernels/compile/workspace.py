@@ -19,20 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-LIMIT = 1 << 30
+from .memory import Memory
+
 LEAST = 1 << 17
 """Bytes below which the C library keeps what is freed."""
 
-_users = torch._C._storage_Use_Count  # counts the tensors and storages of Python that refer to the memory
-_all: weakref.WeakSet[Workspace] = weakref.WeakSet()
-_all_lock = threading.Lock()
 _local = threading.local()  # .active is the workspace of the graph that this thread runs
-
-
-def held() -> int:
-    """Returns the bytes that workspaces keep."""
-    with _all_lock:
-        return sum(workspace.held for workspace in _all)
 
 
 def is_running() -> bool:
@@ -74,41 +66,33 @@ class Workspace:
     """The memory that one graph keeps, while the first parameter that it was called with lives."""
 
     def __init__(self) -> None:
-        self.held = 0
-        self._memory: dict[int, list[torch.UntypedStorage]] = {}  # by its bytes
+        self._memory = Memory()
         self._taken: set[int] = set()  # the addresses of what this call has taken
         self._lock = threading.Lock()
         self._owner: weakref.ref[Tensor] | None = None
-        with _all_lock:
-            _all.add(self)
+
+    @property
+    def held(self) -> int:
+        """Returns the bytes that are kept."""
+        return self._memory.held
 
     def clear(self, _: Any = None) -> None:
         """Drops all memory."""
-        self._memory, self.held = {}, 0
+        self._memory.clear()
 
     def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """Returns a dense tensor in memory that nothing refers to; None where it is small, or there is no room."""
-        number = math.prod(size) * dtype.itemsize
-        if number < LEAST:
+        if math.prod(size) * dtype.itemsize < LEAST:
             return None
-        same = self._memory.setdefault(number, [])
-        memory = next((one for one in same if _users(one._cdata) == 1), None)
-        if memory is None:
-            if held() + number > LIMIT:
-                return None
-            memory = torch.UntypedStorage(number)
-            same.append(memory)
-            self.held += number
-        self._taken.add(memory._cdata)
-        return torch.empty(0, dtype=dtype).set_(memory, 0, size, stride)
+        y = self._memory.empty(size, stride, dtype)
+        if y is not None:
+            self._taken.add(y.untyped_storage()._cdata)
+        return y
 
     def _keep(self, returned: Any) -> None:
         """Keeps what this call has taken and does not return."""
         gone = {leaf.untyped_storage()._cdata for leaf in tree_leaves(returned) if isinstance(leaf, Tensor)}
-        kept = self._taken - gone
-        memory = {size: [one for one in same if one._cdata in kept] for size, same in self._memory.items()}
-        self._memory = {size: same for size, same in memory.items() if same}
-        self.held = sum(size * len(same) for size, same in self._memory.items())
+        self._memory.keep_only(self._taken - gone)
         self._taken = set()
 
     def _own(self, args: Sequence[Any]) -> None:
@@ -131,9 +115,3 @@ class Workspace:
             self._keep(returned)
             self._lock.release()
         return returned
-
-
-def of(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what calls a graph with a workspace of its own."""
-    workspace = Workspace()
-    return lambda *args: workspace.run(call, args)

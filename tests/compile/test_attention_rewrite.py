@@ -10,7 +10,7 @@ from against_float64 import compiled
 from torch import nn
 
 from dd_kernels import backend as backends
-from dd_kernels.compile import workspace
+from dd_kernels.compile import memory
 from dd_kernels.ops import attention
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -114,8 +114,8 @@ def test_any_number_of_samples_and_tokens():
 
 def test_large_results_within_a_graph_are_written_to_kept_memory():
     q, k, v = (torch.randn(2, 512, 4, 32).transpose(1, 2) for _ in range(3))
-    before = workspace.held()
+    before = memory.held()
     run, _ = compiled(lambda q, k, v: F.scaled_dot_product_attention(q, k, v).sum())
     with torch.no_grad():
         run(q, k, v)
-    assert workspace.held() - before == q.nbytes
+    assert memory.held() - before == q.nbytes

@@ -12,8 +12,7 @@ from networks import assert_same_network
 from torch import nn
 
 import dd_kernels as dd
-from dd_kernels.compile import Report
-from dd_kernels.compile import cuda_graph as compile_cuda_graph
+from dd_kernels.compile import Report, places
 from dd_kernels.ops import cuda_graph
 
 
@@ -139,7 +138,7 @@ def test_an_expanded_input(graphs_on_cpu):
 def test_a_number_on_the_host(graphs_on_cpu, monkeypatch):
     """A timestep that a pipeline keeps on the CPU beside images on a device, for which meta stands."""
     monkeypatch.setattr(cuda_graph, "DEVICE_TYPE", "meta")
-    monkeypatch.setattr(compile_cuda_graph, "_storage", lambda x: x.untyped_storage()._cdata)  # meta has no addresses
+    monkeypatch.setattr(places, "_storage", lambda x: x.untyped_storage()._cdata)  # meta has no addresses
     monkeypatch.setattr(torch.Tensor, "item", lambda x: pytest.fail("read back"))
     fast, report = compiled(scaled)
     with torch.no_grad():

@@ -75,7 +75,8 @@ def test_adapters_on_an_accelerated_model():
             assert is_same_network(actual, before) is not changes, name
             before = actual
     assert report.share > 0.8
-    assert report.networks[0].notes == []
+    # A scale that has changed is a number that the graph reads.
+    assert all(note.startswith("not recorded: ") for note in report.networks[0].notes)
     assert lora_layers(fast) == []
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import dd_kernels as dd
 from dd_kernels import backend as backends
 from dd_kernels.compile import dd_kernels as dynamo_backend
-from dd_kernels.compile import workspace
+from dd_kernels.compile import memory, workspace
 from dd_kernels.compile.concatenation import replace_concatenations
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -23,7 +23,7 @@ ONE = 4 * 32 * 64 * 64  # bytes of an image within the model
 
 @pytest.fixture(autouse=True)
 def _nothing_kept(monkeypatch):
-    monkeypatch.setattr(workspace, "_all", type(workspace._all)())
+    monkeypatch.setattr(memory, "_all", type(memory._all)())
 
 
 class Model(nn.Module):
@@ -76,11 +76,12 @@ def test_later_calls_allocate_nothing_large():
     wanted = model(x)
     assert len(allocated(lambda: model(x))) > 8
     first = run(x)
-    kept = workspace.held()
+    assert run(x).equal(first)
+    kept = memory.held()
     assert kept >= 3 * ONE
     assert allocated(lambda: run(x)) == []
     assert run(x).equal(first)
-    assert workspace.held() == kept
+    assert memory.held() == kept
     assert_same_network(first, wanted)
 
 
@@ -90,7 +91,7 @@ def test_what_is_returned_is_the_callers():
     x = image().contiguous(memory_format=torch.channels_last)  # in which results are returned as they are
     returned = [*run(x, seen), *seen]
     copies = [y.clone() for y in returned]
-    kept = {memory.data_ptr() for each in workspace._all for same in each._memory.values() for memory in same}
+    kept = {one.data_ptr() for each in memory._all for same in each._storages.values() for one in same}
     assert kept
     assert not kept & {y.untyped_storage().data_ptr() for y in returned}
     for _ in range(3):
@@ -103,24 +104,24 @@ def test_what_is_returned_is_the_callers():
 def test_another_size_takes_the_place_of_the_first():
     run = compiled(Model())
     run(image())
-    one = workspace.held()
+    one = memory.held()
     run(image(2))
     torch._dynamo.mark_dynamic(x := image(3), 0)
     run(x)
-    dynamic = max(each.held for each in workspace._all)
+    dynamic = max(each.held for each in memory._all)
     run(image(5))
-    assert max(each.held for each in workspace._all) == dynamic // 3 * 5
+    assert max(each.held for each in memory._all) == dynamic // 3 * 5
     assert one * 3 == dynamic
 
 
 @torch.no_grad()
 def test_no_more_than_the_limit(monkeypatch):
-    monkeypatch.setattr(workspace, "LIMIT", 2 * ONE)
+    monkeypatch.setattr(memory, "LIMIT", 2 * ONE)
     model, x = Model(), image()
     run = compiled(model)
     for _ in range(2):
         assert_same_network(run(x), model(x))
-    assert 0 < workspace.held() <= 2 * ONE
+    assert 0 < memory.held() <= 2 * ONE
 
 
 def test_a_gradient_is_of_results_that_no_other_call_writes_to():
@@ -180,10 +181,10 @@ def test_it_goes_with_the_model_and_the_report_tells():
         model(image())
         assert "MiB of results within graphs kept, of 1024 at most" in str(report)
         copy.deepcopy(dd.restore(model))(image())
-    assert workspace.held() > 0
+    assert memory.held() > 0
     del model
     gc.collect()
-    assert workspace.held() == 0
+    assert memory.held() == 0
 
 
 @torch.no_grad()
