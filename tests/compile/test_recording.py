@@ -49,6 +49,7 @@ def assert_bits(found, wanted):
     assert len(found) == len(wanted)
     for y, right in zip(found, wanted, strict=True):
         assert (y.dtype, y.shape, y.stride()) == (right.dtype, right.shape, right.stride())
+        assert y.requires_grad == right.requires_grad
         assert y.equal(right)
 
 
@@ -87,6 +88,7 @@ FUNCTIONS = {
     "numbers": lambda x: (x * torch.tensor(2.0), torch.tensor([1.0, 2.0]).sum() + x),
     "complex": lambda x: (torch.fft.ifftn(torch.fft.fftn(x, dim=(2, 3)) * 2, dim=(2, 3)).real + 1,),
     "random": lambda x: (F.dropout(x, 0.5, training=True), torch.randn_like(x), torch.rand(3), torch.randperm(4)),
+    "autocast": torch.autocast("cpu")(lambda x: (F.linear(x, torch.ones(5, 6)), x * 2)),
     "nothing": lambda x: (x[:0] + 1, x.new_empty(0, 3) * 2),
 }
 
@@ -127,6 +129,11 @@ def _reads_a_number(x):
     return (x * x.sum().item(),)
 
 
+def _asks_for_a_gradient(x):
+    with torch.enable_grad():
+        return (x * torch.ones(5, requires_grad=True),)
+
+
 def _turns_in_place(x):
     return ((x + 1).t_() * 2,)
 
@@ -140,6 +147,7 @@ REFUSED = {
     "dense.default looks at a value": _reads_a_number,
     "index.Tensor looks at a value": lambda x: (x[x > 0],),
     "t_": _turns_in_place,
+    "a result carries a gradient": _asks_for_a_gradient,
 }
 
 
