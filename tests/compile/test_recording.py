@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd_kernels as dd
 from dd_kernels import backend as backends
-from dd_kernels.compile import memory
+from dd_kernels.compile import memory, workspace
 from dd_kernels.compile.places import WRITES
 from dd_kernels.compile.recording import FORMS, Recordings
 
@@ -134,6 +134,11 @@ def _asks_for_a_gradient(x):
         return (x * torch.ones(5, requires_grad=True),)
 
 
+@torch.library.custom_op("dd_kernels_tests::with_gaps", mutates_args=())
+def _with_gaps(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+
+
 def _turns_in_place(x):
     return ((x + 1).t_() * 2,)
 
@@ -147,6 +152,7 @@ REFUSED = {
     "dense.default looks at a value": _reads_a_number,
     "index.Tensor looks at a value": lambda x: (x[x > 0],),
     "t_": _turns_in_place,
+    "in another form than dense tensors": lambda x: (_with_gaps(x),),
     "a result carries a gradient": _asks_for_a_gradient,
 }
 
@@ -361,6 +367,17 @@ def test_memory_is_used_again_within_a_recording():
     for _ in range(3):
         assert_bits(recorded(x), function(x))
     assert memory.held() == 2 * x.nbytes
+
+
+@torch.no_grad()
+def test_a_recording_takes_the_place_of_what_the_graph_kept_before():
+    x = torch.randn(1 << 16)
+    recorded = Recorded(lambda x: (workspace.empty_like(x).copy_(x).sum(),), x)
+    recorded(x)
+    assert memory.held() == x.nbytes
+    for _ in range(3):
+        recorded(x)
+    assert memory.held() == x.nbytes + 4
 
 
 @torch.no_grad()
