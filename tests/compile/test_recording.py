@@ -262,11 +262,12 @@ def test_each_form_has_a_recording_and_the_last_ones_stay():
         for x in forms:
             assert_bits(recorded(x), (x * 2,))
     assert recorded.calls == 2 * FORMS
+    recorded(forms[0])
     recorded(torch.randn(9, 3))
     assert recorded.calls == 2 * FORMS + 1
-    recorded(forms[0])  # the one used longest ago has gone
-    assert recorded.calls == 2 * FORMS + 2
-    recorded(forms[-1])
+    recorded(forms[0])
+    assert recorded.calls == 2 * FORMS + 1
+    recorded(forms[1])  # the one used longest ago has gone
     assert recorded.calls == 2 * FORMS + 2
 
 
