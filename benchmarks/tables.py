@@ -71,9 +71,8 @@ def first_numbers(rows: Sequence[Row]) -> str:
             and (line["case"] in cases and (line["dtype"], line["layout"]) == ("float32", "contiguous"))
         ]
         if found:
-            lines.append(
-                f"- {what}: **{min(found):.1f} to {max(found):.1f} times** as fast as {peer}, float32 on a CPU."
-            )
+            times = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (min(found), max(found))))
+            lines.append(f"- {what}: **{times} times** as fast as {peer}, float32 on a CPU.")
     for row in rows:
         line = row["peers"].get("dd_kernels, accelerate", {}) if row["op"] == "model" else {}
         if "ratio" in line:

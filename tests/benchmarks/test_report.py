@@ -143,6 +143,15 @@ def test_a_whole_model_is_compared_with_diffusers_eager():
     assert tables.models([row(2.0)]) == ""
 
 
+@pytest.mark.parametrize(("ratios", "times"), [((1.31, 1.34), "1.3"), ((1.3, 2.04), "1.3 to 2.0")])
+def test_the_first_numbers_are_a_range_where_its_ends_differ(monkeypatch, ratios, times):
+    line = {"op": "group_norm_silu", "peer": "eager", "case": "forward", "dtype": "float32", "layout": "contiguous"}
+    monkeypatch.setattr(results, "digest_of_peers", lambda rows: [{**line, "median": ratio} for ratio in ratios])
+    assert tables.first_numbers([]) == (
+        f"- GroupNorm+SiLU forward: **{times} times** as fast as eager PyTorch's, float32 on a CPU."
+    )
+
+
 def test_the_headline_compares_at_our_best_batch_by_paired_ratios_and_cites_the_paper():
     rows = results.rows(full())
     rows[-1]["peers"]["elsewhere"] = {"us": 1.0, "ratio": 9.0}  # a peer of another row has no figure in this one

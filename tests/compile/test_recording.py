@@ -89,6 +89,7 @@ FUNCTIONS = {
     "complex": lambda x: (torch.fft.ifftn(torch.fft.fftn(x, dim=(2, 3)) * 2, dim=(2, 3)).real + 1,),
     "random": lambda x: (F.dropout(x, 0.5, training=True), torch.randn_like(x), torch.rand(3), torch.randperm(4)),
     "autocast": torch.autocast("cpu")(lambda x: (F.linear(x, torch.ones(5, 6)), x * 2)),
+    "lists": lambda x: tuple(torch._foreach_add([x, x * 2], 1)),
     "nothing": lambda x: (x[:0] + 1, x.new_empty(0, 3) * 2),
 }
 
