@@ -1,9 +1,7 @@
 """Memory for the results within a rewritten graph, which the next call of the graph writes to again.
 
-The steps of a sampler need the same tensors. The C library gives large ones back to the system when they are freed,
-and the system clears each page when it is next written to: up to a fifth of a U-Net's time. So in inference a graph
-keeps the memory of large results on a CPU, at most LIMIT bytes of the process. It takes memory again once no tensor
-refers to it. What a call returns is the caller's: the graph keeps none of it.
+So it is where a graph runs as it is, in inference on a CPU; a recording has memory of its own. What a call returns is
+the caller's: the graph keeps none of it.
 """
 
 from __future__ import annotations
