@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,9 @@ def test_each_line_is_a_run_of_the_recipe_but_for_its_option(tmp_path, monkeypat
     assert len(trained) == len(changes), "what is measured is not trained again"
     with pytest.raises(SystemExit, match=r"figures.json is of other lengths: \{'steps': 40, .* wanted \{'steps': 20, "):
         train_options.measure(LINES, tmp_path, Lengths(steps=20))
+
+
+def test_readme_has_the_table_of_what_was_measured(capsys):
+    folder = Path(train_options.__file__).parent / "results/train_options"
+    table = train_options.measure(LINES, folder, Lengths())
+    assert table in (folder.parents[2] / "README.md").read_text()
