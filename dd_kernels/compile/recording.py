@@ -35,6 +35,8 @@ from .workspace import Workspace
 
 _log = logging.getLogger(__name__)
 FORMS = 4  # of one graph's inputs whose recordings are kept, those used last
+MOST_COPIED = 64 << 20
+"""Bytes of inputs beside parameters above which a graph runs as it is: all of them are copied in every call."""
 
 
 class _Recording:
@@ -84,6 +86,8 @@ def _record(call: Callable[..., Any], args: Sequence[Any]) -> tuple[_Recording, 
     Raises:
         Refused: it cannot be recorded.
     """
+    if sum(value.nbytes for value in args if isinstance(value, Tensor) and not _is_parameter(value)) > MOST_COPIED:
+        raise Refused("its inputs beside parameters take too long to copy")
     memory, places = Memory(), [place_for(value, CPU) for value in args]
     if not all(is_plain(value) for value in places if isinstance(value, Tensor)):
         raise Refused("an input is no plain tensor on the CPU")

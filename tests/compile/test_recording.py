@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dd_kernels as dd
 from dd_kernels import backend as backends
-from dd_kernels.compile import memory, workspace
+from dd_kernels.compile import memory, recording, workspace
 from dd_kernels.compile.places import WRITES
 from dd_kernels.compile.recording import FORMS, Recordings
 
@@ -363,6 +363,18 @@ def test_memory_within_the_limit(monkeypatch):
     assert recorded.notes == ["not recorded: there is no room for its results"]
     assert recorded.calls == 5 + 2  # one call was given up
     assert memory.held() == small.nbytes
+
+
+@torch.no_grad()
+def test_large_inputs_are_not_copied_in_every_call(monkeypatch):
+    x, weight, half = torch.randn(100), parameter(100), parameter(50)
+    monkeypatch.setattr(recording, "MOST_COPIED", x.nbytes)
+    recorded = Recorded(lambda x, y, w: (x * w + y,), x, x, weight)
+    for _ in range(3):
+        recorded(x[:50], x[50:], half)
+        recorded(x, x, weight)
+    assert recorded.notes == ["not recorded: its inputs beside parameters take too long to copy"]
+    assert recorded.calls == 2 + 3
 
 
 @torch.no_grad()
