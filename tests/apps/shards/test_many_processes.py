@@ -6,10 +6,12 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from dd_kernels.apps import checkpoint, cli
 from dd_kernels.apps.checkpoint import ModelInfo
@@ -92,8 +94,10 @@ def test_killed_processes_leave_a_job_that_goes_on(whole, model, straight, tmp_p
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-def test_a_hundred_kills_at_random_moments(model, straight, tmp_path):
+def test_a_hundred_kills_at_random_moments(model, straight, tmp_path, monkeypatch):
     """Each run is killed somewhere in its first tenths of a second, and the next one goes on."""
+    # tqdm's own lock is one semaphore of all forked processes: a child killed within it would never let it go.
+    monkeypatch.setattr(tqdm, "_lock", threading.RLock(), raising=False)
     folder, moments, finished = tmp_path / "out", random.Random(0), 0
     shards = sorted(set(straight) - {MANIFEST})
     for _ in range(100):
