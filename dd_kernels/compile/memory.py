@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 LIMIT = 1 << 30
+Owner: TypeAlias = "weakref.ref[torch.nn.Parameter] | None"
 
 _users = torch._C._storage_Use_Count  # counts the tensors and storages of Python that refer to the memory
 _all: weakref.WeakSet[Memory] = weakref.WeakSet()
@@ -25,6 +27,16 @@ def held() -> int:
     """Returns the bytes that are kept."""
     with _all_lock:
         return sum(memory.held for memory in _all)
+
+
+def owner_of(args: Sequence[Any], drop: Callable[[Any], None], before: Owner = None) -> Owner:
+    """Returns what memory lives as long as: the owner ``before`` while it lives, else the first parameter of a call.
+
+    At its end ``drop`` is called: the memory goes with the model. Without a parameter there is no owner.
+    """
+    if before is not None and before() is not None:
+        return before
+    return next((weakref.ref(value, drop) for value in args if isinstance(value, torch.nn.Parameter)), None)
 
 
 class Memory:

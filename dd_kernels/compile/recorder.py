@@ -107,14 +107,19 @@ def _writing(func: OpOverload) -> tuple[OpOverload, list[str]] | None:
     return None
 
 
+def _copy(places: Sequence[Tensor | None], values: Sequence[Any]) -> None:
+    """Copies results to their places; an operator may return None in place of a tensor."""
+    for place, value in zip(places, values, strict=True):
+        if place is not None:
+            place.copy_(value)
+
+
 def _then_copied(func: OpOverload) -> Callable[..., None]:
     """Returns what calls an operator and copies its results to tensors given first."""
 
     def call(to: Sequence[Tensor | None], *args: Any, **kwargs: Any) -> None:
         results = func(*args, **kwargs)
-        for place, value in zip(to, (results,) if isinstance(results, Tensor) else results, strict=True):
-            if place is not None:
-                place.copy_(value)
+        _copy(to, (results,) if isinstance(results, Tensor) else results)
 
     return call
 
@@ -168,9 +173,7 @@ class Recorder(TorchDispatchMode):
         if _storages(results) & _storages([args, kwargs]):
             raise Refused(f"{func} may return its input")
         places = [self._placed(value) for value in results]
-        for place, value in zip(places, results, strict=True):
-            if place is not None:
-                place.copy_(value)
+        _copy(places, results)
         writing = _writing(func)
         if writing is not None and None not in places and len(places) == len(writing[1]):
             self._record(untraced(writing[0]), args, {**kwargs, **dict(zip(writing[1], places, strict=True))})

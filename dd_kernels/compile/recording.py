@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..ops.cuda_graph import first_line
 from .fused_convolution import records
-from .memory import Memory
+from .memory import Memory, Owner, owner_of
 from .places import WRITES, copied_out, form, place_for, reason_against_results, write, writes_to_an_input
 from .recorder import CPU, Call, Recorder, Refused, Where, is_plain
 from .workspace import Workspace
@@ -122,7 +121,7 @@ class Recordings:
         self._call: Callable[..., Any] = module.forward
         self._notes, self._workspace, self._lock = notes, Workspace(), threading.Lock()
         self._forms: OrderedDict[Hashable, _Form] = OrderedDict()
-        self._owner: weakref.ref[Tensor] | None = None
+        self._owner: Owner = None
         self._writes = writes_to_an_input(module.graph)
         if self._writes:
             self._note(WRITES)
@@ -154,7 +153,7 @@ class Recordings:
         known = self._forms.get(key)
         if known is None or known.parameters != parameters:
             self._forms[key] = _Form(parameters)
-            self._own(args)
+            self._owner = owner_of(args, self._clear, self._owner)
         self._forms.move_to_end(key)
         while len(self._forms) > FORMS:
             self._forms.popitem(last=False)
@@ -177,11 +176,6 @@ class Recordings:
             return results
         torch.set_rng_state(random)
         return self._workspace.run(self._call, args)
-
-    def _own(self, args: Sequence[Any]) -> None:
-        """Lets the recordings go with a parameter of this call, so with the model."""
-        if self._owner is None or self._owner() is None:
-            self._owner = next((weakref.ref(v, self._clear) for v in args if _is_parameter(v)), None)
 
     def _clear(self, _: Any) -> None:
         self._forms.clear()

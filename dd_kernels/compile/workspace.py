@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-from .memory import Memory
+from .memory import Memory, Owner, owner_of
 
 LEAST = 1 << 17
 """Bytes below which the C library keeps what is freed."""
@@ -67,7 +66,7 @@ class Workspace:
         self._memory = Memory()
         self._taken: set[int] = set()  # the addresses of what this call has taken
         self._lock = threading.Lock()
-        self._owner: weakref.ref[Tensor] | None = None
+        self._owner: Owner = None
 
     @property
     def held(self) -> int:
@@ -93,12 +92,6 @@ class Workspace:
         self._memory.keep_only(self._taken - gone)
         self._taken = set()
 
-    def _own(self, args: Sequence[Any]) -> None:
-        """Lets the memory go with a parameter of this call, so with the model."""
-        if self._owner is None or self._owner() is None:
-            parameter = next((arg for arg in args if isinstance(arg, torch.nn.Parameter)), None)
-            self._owner = None if parameter is None else weakref.ref(parameter, self.clear)
-
     def run(self, call: Callable[..., Any], args: Sequence[Any]) -> Any:
         """Calls the graph; what another thread runs at this time, or records a gradient, has its own memory."""
         recorded = torch.is_grad_enabled() or _get_current_dispatch_mode() is not None
@@ -106,7 +99,7 @@ class Workspace:
             return call(*args)
         before, _local.active, returned = getattr(_local, "active", None), self, ()
         try:
-            self._own(args)
+            self._owner = owner_of(args, self.clear, self._owner)
             returned = call(*args)
         finally:
             _local.active = before
