@@ -25,7 +25,7 @@ _ATTENTION = Calls(F.scaled_dot_product_attention, torch._C._nn.scaled_dot_produ
 _PLAIN = {3: ("attn_mask", None), 4: ("dropout_p", 0.0), 5: ("is_causal", False)}  # arguments that must be so
 
 
-def _read(node: fx.Node) -> list[Any]:
+def read_by(node: fx.Node) -> list[Any]:
     """Returns the queries, keys and values that a call reads."""
     return [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
 
@@ -47,9 +47,11 @@ def _is_plain(node: fx.Node) -> bool:
     return not node.kwargs.get("enable_gqa") and (scale is None or (isinstance(scale, int | float) and scale >= 0))
 
 
-def _serves(node: fx.Node) -> bool:
-    """Returns whether our kernel computes this attention."""
-    found = [tensor(v) for v in (*_read(node), node)]
+def serves_attention(node: fx.Node) -> bool:
+    """Returns whether a node is attention that our kernel computes."""
+    if node not in _ATTENTION or not _is_plain(node):
+        return False
+    found = [tensor(v) for v in (*read_by(node), node)]
     tensors = [
         v for v in found if v is not None and v.ndim == 4 and v.device.type == "cpu" and v.dtype in KERNEL_DTYPES
     ]
@@ -68,10 +70,10 @@ def replace_attention(graph: fx.Graph, numbers: Numbers) -> int:
     """Replaces the attention that our kernel computes; returns how often."""
     if backend.unavailable("cpu") is not None:
         return 0
-    nodes = [node for node in graph.nodes if node in _ATTENTION and _is_plain(node) and _serves(node)]
+    nodes = [node for node in graph.nodes if serves_attention(node)]
     for node in nodes:
         with graph.inserting_before(node):
-            result = graph.call_function(attention, (*_read(node), node.kwargs.get("scale"), tuple(numbers)))
+            result = graph.call_function(attention, (*read_by(node), node.kwargs.get("scale"), tuple(numbers)))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         graph.erase_node(node)

@@ -27,6 +27,7 @@ from .identity import relax_views, remove_identities
 from .layout import lay_out
 from .linear import replace_linears
 from .norm import fuse_norms
+from .one_head import fold_one_heads
 from .recording import Recordings
 from .repeated import share_repeated
 from .report import GraphReport, Report
@@ -38,7 +39,8 @@ _OPTIONS = ("accuracy", "cuda_graphs", "dtype", "inductor", "report")
 
 def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
     """Rewrites a graph that Dynamo captured, and the graphs within it, in place; ``numbers`` are the convolutions'."""
-    started, identities, convolutions, copies, linears, attentions, norms = time.perf_counter(), 0, 0, 0, 0, 0, []
+    started, identities, convolutions, copies, norms = time.perf_counter(), 0, 0, 0, []
+    linears, attentions, one_heads = 0, 0, 0
     for part in module.modules():  # checkpointed and conditional parts are graphs of their own
         if isinstance(part, fx.GraphModule):
             norms += restore_norms(part)
@@ -48,6 +50,7 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
             replace_convolutions(part.graph, found, numbers)
             replace_convolutions3d(part.graph, found3d, numbers)
             convolutions += len(found) + len(found3d)
+            one_heads += fold_one_heads(part.graph, numbers)
             linears += replace_linears(part.graph, numbers)
             attentions += replace_attention(part.graph, numbers)
             copies += lay_out(part.graph)
@@ -56,7 +59,7 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
             part.graph.lint()
             part.recompile()
     seconds = time.perf_counter() - started
-    return GraphReport(tuple(norms), identities, convolutions, copies, seconds, linears, attentions)
+    return GraphReport(tuple(norms), identities, convolutions, copies, seconds, linears, attentions, one_heads)
 
 
 def _has_gpu(inputs: Sequence[Any]) -> bool:

@@ -9,6 +9,9 @@ multiplied by more than a few tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import fx
@@ -19,10 +22,10 @@ from .convolution import residual_of
 from .fused_convolution import Numbers, tokens_linear
 from .graph import Calls, argument, known, tensor
 
-_LINEAR = Calls(F.linear, torch._C._nn.linear)
+LINEAR = Calls(F.linear, torch._C._nn.linear)
 
 
-def _serves(node: fx.Node) -> bool:
+def serves_linear(node: fx.Node) -> bool:
     """Returns whether our kernel computes this linear layer, and should."""
     x, weight, result = tensor(argument(node, 0, "input")), tensor(argument(node, 1, "weight")), tensor(node)
     if x is None or weight is None or result is None or x.device.type != "cpu" or x.ndim < 2 or weight.ndim != 2:
@@ -32,25 +35,37 @@ def _serves(node: fx.Node) -> bool:
     return pays.linear(x, weight)
 
 
-def _replace(graph: fx.Graph, node: fx.Node, numbers: Numbers) -> None:
-    """Puts our call in the place of the linear layer, or of its sum with a residual in the order of its result."""
+def layer_of(node: fx.Node) -> tuple[Any, Any]:
+    """Returns the weight and the bias of a linear layer."""
+    return argument(node, 1, "weight"), argument(node, 2, "bias")
+
+
+def replace_with_residual(node: fx.Node, call: Callable[[fx.Node | None], fx.Node]) -> None:
+    """Puts ``call(residual)`` in the place of a linear layer, or of its sum with a residual in its result's order."""
     pair = residual_of(node)
     total, residual = pair if pair is not None and known(pair[0]).is_contiguous() else (node, None)
-    arguments = (argument(node, 0, "input"), argument(node, 1, "weight"), argument(node, 2, "bias"))
-    with graph.inserting_before(total):
-        result = graph.call_function(tokens_linear, (*arguments, residual, tuple(numbers)))
+    with node.graph.inserting_before(total):
+        result = call(residual)
     result.meta = {**node.meta, "example_value": known(total)}
     total.replace_all_uses_with(result)
-    graph.erase_node(total)
+    node.graph.erase_node(total)
     if total is not node:
-        graph.erase_node(node)
+        node.graph.erase_node(node)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, numbers: Numbers) -> None:
+    """Puts our call in the place of a linear layer."""
+    arguments = (argument(node, 0, "input"), *layer_of(node))
+    replace_with_residual(
+        node, lambda residual: graph.call_function(tokens_linear, (*arguments, residual, tuple(numbers)))
+    )
 
 
 def replace_linears(graph: fx.Graph, numbers: Numbers) -> int:
     """Replaces linear layers for which it pays; returns how many."""
     if backend.unavailable("cpu") is not None:
         return 0
-    nodes = [node for node in graph.nodes if node in _LINEAR and _serves(node)]
+    nodes = [node for node in graph.nodes if node in LINEAR and serves_linear(node)]
     for node in nodes:
         _replace(graph, node, numbers)
     return len(nodes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from . import kept_filters, memory
+from . import folded_weights, kept_filters, memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class GraphReport:
     layout_copies: int  # conversions of layout left between them
     seconds: float  # taken by the rewrites
     linears: int = 0  # linear layers that run by the kernel of 1 x 1 convolutions
-    attentions: int = 0  # that run by our kernel
+    attentions: int = 0  # that run by our kernel, beside those of one head
+    one_heads: int = 0  # attentions of one head that run with two linear layers in place of four
 
 
 @dataclass
@@ -75,6 +76,8 @@ class Report:
             lines.append(f"  {linears} linear layers by the convolutions' kernel")
         if attentions := max(graph.attentions for graph in self.graphs):
             lines.append(f"  {attentions} attentions by our kernel")
+        if one_heads := max(graph.one_heads for graph in self.graphs):
+            lines.append(f"  {one_heads} attentions of one head by our kernel, two linear layers in place of four")
         return "\n".join(lines + [f"  {note}" for note in dict.fromkeys(self.notes)])
 
 
@@ -92,7 +95,7 @@ class AccelerateReport:
         return sum(norm.kept is None for norm in norms) / len(norms) if norms else 1.0
 
     def __str__(self) -> str:
-        places = {"packed filters": kept_filters, "results within graphs": memory}
+        places = {"packed filters": kept_filters, "folded weights": folded_weights, "results within graphs": memory}
         kept = [
             f"{place.held() >> 20} MiB of {what} kept, of {place.LIMIT >> 20} at most"
             for what, place in places.items()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=
 
 
 class Attention(nn.Module):
-    """diffusers': tokens of a normalised map, projected, attended to, projected again and added to the map."""
+    """diffusers', of two heads: tokens of a normalised map, projected, attended to, projected again and added to it."""
 
     def __init__(self, channels=32):
         super().__init__()
@@ -29,8 +29,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         tokens = self.norm(x.flatten(2)).transpose(1, 2)
-        q, k, v = (project(tokens)[:, None] for project in (self.q, self.k, self.v))
-        h = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        q, k, v = (project(tokens).unflatten(2, (2, -1)).transpose(1, 2) for project in (self.q, self.k, self.v))
+        h = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return h.transpose(1, 2).reshape(x.shape) + x
 
 
