@@ -24,6 +24,7 @@ from .convolution3d import find_convolutions3d, replace_convolutions3d
 from .cuda_graph import CudaGraphs, devices_of
 from .fused_convolution import FLOAT32, Numbers, numbers_of
 from .identity import relax_views, remove_identities
+from .joined_linears import join_linears
 from .layout import lay_out
 from .linear import replace_linears
 from .norm import fuse_norms
@@ -51,7 +52,7 @@ def rewrite(module: fx.GraphModule, numbers: Numbers = FLOAT32) -> GraphReport:
             replace_convolutions3d(part.graph, found3d, numbers)
             convolutions += len(found) + len(found3d)
             one_heads += fold_one_heads(part.graph, numbers)
-            linears += replace_linears(part.graph, numbers)
+            linears += join_linears(part.graph, numbers) + replace_linears(part.graph, numbers)
             attentions += replace_attention(part.graph, numbers)
             copies += lay_out(part.graph)
             replace_concatenations(part.graph)

@@ -10,7 +10,6 @@ multiplied by more than a few tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,25 +18,30 @@ from torch import fx
 from .. import backend
 from . import pays
 from .convolution import residual_of
+from .derived_weights import Layer
 from .fused_convolution import Numbers, tokens_linear
 from .graph import Calls, argument, known, tensor
 
 LINEAR = Calls(F.linear, torch._C._nn.linear)
 
 
-def serves_linear(node: fx.Node) -> bool:
-    """Returns whether our kernel computes this linear layer, and should."""
+def is_float32(node: fx.Node) -> bool:
+    """Returns whether a linear layer is one of float32 on a CPU, of more than one dimension."""
     x, weight, result = tensor(argument(node, 0, "input")), tensor(argument(node, 1, "weight")), tensor(node)
     if x is None or weight is None or result is None or x.device.type != "cpu" or x.ndim < 2 or weight.ndim != 2:
         return False
-    if any(v.dtype != torch.float32 for v in (x, weight, result)):  # autocast shows in the dtype of the result
-        return False
-    return pays.linear(x, weight)
+    # Autocast shows in the dtype of the result.
+    return all(v.dtype == torch.float32 for v in (x, weight, result))
 
 
-def layer_of(node: fx.Node) -> tuple[Any, Any]:
+def serves_linear(node: fx.Node) -> bool:
+    """Returns whether our kernel computes this linear layer, and should."""
+    return is_float32(node) and pays.linear(known(argument(node, 0, "input")), known(argument(node, 1, "weight")))
+
+
+def layer_of(node: fx.Node) -> Layer:
     """Returns the weight and the bias of a linear layer."""
-    return argument(node, 1, "weight"), argument(node, 2, "bias")
+    return Layer(argument(node, 1, "weight"), argument(node, 2, "bias"))
 
 
 def replace_with_residual(node: fx.Node, call: Callable[[fx.Node | None], fx.Node]) -> None:

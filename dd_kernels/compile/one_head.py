@@ -10,31 +10,24 @@ are no narrower than c. Where a gradient may be asked for, each layer is PyTorch
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, fx
 from torch.compiler import is_compiling
 
 from .. import backend
 from .attention import attention, read_by, serves_attention
-from .folded_weights import folded
+from .derived_weights import Layer, folded
 from .fused_convolution import Numbers, records, tokens_linear
 from .graph import argument, between, equal, hint, is_barrier, known, only_user, tensor
 from .linear import LINEAR, layer_of, replace_with_residual, serves_linear
 
 
-class Layer(NamedTuple):
-    """The weight and bias of a linear layer."""
-
-    weight: Any
-    bias: Any
-
-
 def _folded_pair(query: Layer, key: Layer, value: Layer, out: Layer) -> tuple[Layer, Layer] | None:
     """Returns the layers before and after the attention; None where they are not kept."""
-    before = folded(query.weight, query.bias, key.weight, None, transposed=True)
-    after = None if before is None else folded(value.weight, value.bias, out.weight, out.bias)
-    return None if before is None or after is None else (Layer(*before), Layer(*after))
+    before = folded(query, Layer(key.weight, None), transposed=True)
+    after = None if before is None else folded(value, out)
+    return None if before is None or after is None else (before, after)
 
 
 def one_head_attention(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from . import folded_weights, kept_filters, memory
+from . import derived_weights, kept_filters, memory
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class AccelerateReport:
         return sum(norm.kept is None for norm in norms) / len(norms) if norms else 1.0
 
     def __str__(self) -> str:
-        places = {"packed filters": kept_filters, "folded weights": folded_weights, "results within graphs": memory}
+        places = {"packed filters": kept_filters, "derived weights": derived_weights, "results within graphs": memory}
         kept = [
             f"{place.held() >> 20} MiB of {what} kept, of {place.LIMIT >> 20} at most"
             for what, place in places.items()

@@ -11,7 +11,7 @@ from torch import nn
 
 import dd_kernels as dd
 from dd_kernels import backend as backends
-from dd_kernels.compile import folded_weights
+from dd_kernels.compile import derived_weights
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
 check = partial(against_float64.check, "one_heads")
@@ -181,19 +181,19 @@ def test_gradients_are_those_of_each_layer():
 
 def test_weights_that_are_computed_are_multiplied_in_turn():
     model = Attention()
-    held = folded_weights.held()
+    held = derived_weights.held()
     run, report = compiled(lambda x, scale: torch.func.functional_call(model, {"q.weight": model.q.weight * scale}, x))
     with torch.no_grad():
         wanted = model(TOKENS)
         model.q.weight.mul_(2)
         torch.testing.assert_close(run(TOKENS, torch.tensor(0.5)), wanted)
     assert sum(graph.one_heads for graph in report.graphs) == 1
-    assert folded_weights.held() == held
+    assert derived_weights.held() == held
 
 
 def test_no_room(monkeypatch):
     """The layers are multiplied in turn where what is kept has reached its limit."""
-    monkeypatch.setattr(folded_weights, "LIMIT", folded_weights.held())
+    monkeypatch.setattr(derived_weights, "LIMIT", derived_weights.held())
     check(Attention(), TOKENS, count=1)
 
 
@@ -232,4 +232,4 @@ def test_the_report_tells():
     with torch.no_grad():
         model(torch.randn(1, 20, 640))
     assert "1 attentions of one head by our kernel, two linear layers in place of four" in str(report)
-    assert "3 MiB of folded weights kept, of 64 at most" in str(report)
+    assert "3 MiB of derived weights kept, of 64 at most" in str(report)
