@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.compiler import is_compiling
 
 from .. import backend
 from . import pays
@@ -29,7 +28,7 @@ _FEWEST = 4  # layers
 def joined_linears(x: Tensor, layers: Sequence[Layer], numbers: Numbers) -> list[Tensor]:
     """Returns ``F.linear(x, weight, bias)`` of each layer."""
     layers = [Layer(*layer) for layer in layers]
-    joined = None if records() or is_compiling() else stacked(layers)
+    joined = None if records() else stacked(layers)
     if joined is None:
         return [F.linear(x, *layer) for layer in layers]
     parts = tokens_linear(x, *joined, None, numbers).split([layer.weight.shape[0] for layer in layers], -1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import Tensor, fx
-from torch.compiler import is_compiling
 
 from .. import backend
 from .attention import attention, read_by, serves_attention
@@ -43,7 +42,7 @@ def one_head_attention(
 ) -> Tensor:
     """Returns out(attention(query(x), key(context), value(context))) of tokens [N, T, C], plus the residual."""
     query, key, value, out = Layer(*query), Layer(*key), Layer(*value), Layer(*out)
-    pair = None if records() or is_compiling() else _folded_pair(query, key, value, out)
+    pair = None if records() else _folded_pair(query, key, value, out)
     if pair is None:
         q, k, v = (
             tokens_linear(tokens, *layer, None, numbers)[:, None]
