@@ -110,7 +110,7 @@ _derived: dict[tuple[Any, ...], _Derived] = {}  # by what was computed, and of t
 
 def held() -> int:
     """Returns the bytes that derived weights take."""
-    return sum(derived.nbytes for derived in _derived.values())
+    return sum(derived.nbytes for derived in list(_derived.values()))  # which a collected parameter may change
 
 
 def _forget(key: tuple[Any, ...], owner: weakref.ref[Tensor]) -> None:

@@ -43,7 +43,8 @@ _kept: dict[int, _Kept] = {}
 
 def held() -> int:
     """Returns the bytes that kept filters take."""
-    return sum(v.nbytes for kept in _kept.values() for v in kept.memory.values() if v is not None)
+    every = [list(kept.memory.values()) for kept in list(_kept.values())]  # which a collected parameter may change
+    return sum(value.nbytes for values in every for value in values if value is not None)
 
 
 def _forget(number: int, owner: weakref.ref[Tensor]) -> None:

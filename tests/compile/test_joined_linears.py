@@ -140,6 +140,7 @@ def test_changes_are_seen():
             torch.testing.assert_close(run(x), model(x))
 
 
+@pytest.mark.slow
 def test_inductor_compiles_each_layer():
     model, x = Blocks(), torch.randn(2, 32)
     run, _ = compiled(model, inductor=True)
