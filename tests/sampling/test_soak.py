@@ -1,5 +1,6 @@
 """A running batch under a long load, with requests that are cancelled, fail or exceed the memory among the others."""
 
+import ctypes
 import gc
 import os
 import random
@@ -33,8 +34,9 @@ class Moody:
 
 
 def resident():
-    """Returns the memory of this process, in MB."""
+    """Returns the memory of this process, in MB, without what is free and the C library keeps."""
     gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -81,5 +83,5 @@ def test_two_thousand_requests_leave_no_memory_and_no_wrong_image():
     assert sum(counts.values()) == COUNT
     assert min(counts.values()) > 20
     assert model.short
-    # One kept image in ten of those that follow the warm-up would be 1.8 MB.
-    assert grown < 1.8
+    # One kept image in ten of those that follow the warm-up would be 1.8 MB; without any it is -0.8 to 0.7.
+    assert grown < 1.2
