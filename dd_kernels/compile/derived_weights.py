@@ -166,8 +166,6 @@ def folded(first: Layer, second: Layer, transposed: bool = False) -> Layer | Non
         second: W_2 [E, D], or [D, E] where the layer multiplies by the ``transposed`` weight; b_2 [E].
         transposed: whether it does.
     """
-    if type(second.weight) is not Parameter:
-        return None
     weight, kind = (second.weight.t(), "transposed") if transposed else (second.weight, "product")
     compute = partial(_FOLD, *first, weight, second.bias)
     shape = int(weight.shape[0]), int(first.weight.shape[1])

@@ -20,7 +20,7 @@ from . import pays
 from .derived_weights import Layer, stacked
 from .fused_convolution import Numbers, records, tokens_linear
 from .graph import argument, is_barrier, known
-from .linear import LINEAR, is_float32, layer_of
+from .linear import is_linear, layer_of
 
 _FEWEST = 4  # layers
 
@@ -37,7 +37,7 @@ def joined_linears(x: Tensor, layers: Sequence[Layer], numbers: Numbers) -> list
 
 def _serves(node: fx.Node) -> bool:
     """Returns whether a node is a linear layer of few tokens whose weights are inputs of the graph."""
-    if node not in LINEAR or not is_float32(node):
+    if not is_linear(node):
         return False
     x, (weight, bias) = argument(node, 0, "input"), layer_of(node)
     inputs = all(value is None or value.op in ("placeholder", "get_attr") for value in (weight, bias))
@@ -65,7 +65,7 @@ def join_linears(graph: fx.Graph, numbers: Numbers) -> int:
         return 0
     groups = _groups(graph)
     for group in groups:
-        layers = tuple(tuple(layer_of(node)) for node in group)
+        layers = tuple(map(layer_of, group))
         with graph.inserting_before(group[0]):
             joined = graph.call_function(joined_linears, (argument(group[0], 0, "input"), layers, tuple(numbers)))
             parts = [graph.call_function(operator.getitem, (joined, i)) for i in range(len(group))]

@@ -10,6 +10,7 @@ multiplied by more than a few tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +19,16 @@ from torch import fx
 from .. import backend
 from . import pays
 from .convolution import residual_of
-from .derived_weights import Layer
 from .fused_convolution import Numbers, tokens_linear
 from .graph import Calls, argument, known, tensor
 
 LINEAR = Calls(F.linear, torch._C._nn.linear)
 
 
-def is_float32(node: fx.Node) -> bool:
-    """Returns whether a linear layer is one of float32 on a CPU, of more than one dimension."""
+def is_linear(node: fx.Node) -> bool:
+    """Returns whether a node is a linear layer of float32 on a CPU, of more than one dimension."""
+    if node not in LINEAR:
+        return False
     x, weight, result = tensor(argument(node, 0, "input")), tensor(argument(node, 1, "weight")), tensor(node)
     if x is None or weight is None or result is None or x.device.type != "cpu" or x.ndim < 2 or weight.ndim != 2:
         return False
@@ -36,12 +38,12 @@ def is_float32(node: fx.Node) -> bool:
 
 def serves_linear(node: fx.Node) -> bool:
     """Returns whether our kernel computes this linear layer, and should."""
-    return is_float32(node) and pays.linear(known(argument(node, 0, "input")), known(argument(node, 1, "weight")))
+    return is_linear(node) and pays.linear(known(argument(node, 0, "input")), known(argument(node, 1, "weight")))
 
 
-def layer_of(node: fx.Node) -> Layer:
+def layer_of(node: fx.Node) -> tuple[Any, Any]:
     """Returns the weight and the bias of a linear layer."""
-    return Layer(argument(node, 1, "weight"), argument(node, 2, "bias"))
+    return argument(node, 1, "weight"), argument(node, 2, "bias")
 
 
 def replace_with_residual(node: fx.Node, call: Callable[[fx.Node | None], fx.Node]) -> None:
@@ -69,7 +71,7 @@ def replace_linears(graph: fx.Graph, numbers: Numbers) -> int:
     """Replaces linear layers for which it pays; returns how many."""
     if backend.unavailable("cpu") is not None:
         return 0
-    nodes = [node for node in graph.nodes if node in LINEAR and serves_linear(node)]
+    nodes = [node for node in graph.nodes if serves_linear(node)]
     for node in nodes:
         _replace(graph, node, numbers)
     return len(nodes)
