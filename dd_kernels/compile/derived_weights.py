@@ -23,6 +23,7 @@ from torch.nn import Parameter
 
 from ..ops.tracing import operator
 from . import kept_filters
+from .memory import state_of
 
 LIMIT = 64 << 20
 
@@ -90,7 +91,7 @@ class _Derived:
     """A layer that was computed from others, and what these were like."""
 
     owners: tuple[weakref.ref[Tensor], ...]
-    of: tuple[int, ...]  # the owners' versions and addresses
+    of: tuple[tuple[int, int], ...]  # the owners' states
     seen: Tensor  # their diagonals and all biases, NaN before the first call
     layer: Layer
 
@@ -150,7 +151,7 @@ def _derive(
         if found is None:
             return None
         _derived[key] = found
-    now = tuple(value for weight in weights for value in (weight._version, weight.data_ptr()))
+    now = tuple(map(state_of, weights))
     if found.of != now:
         found.seen.fill_(torch.nan)
         found.of = now

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .memory import state_of
+
 LIMIT = 512 << 20
 _HUGE_PAGE = 2 << 20
 
@@ -78,7 +80,7 @@ def keep(weight: Tensor, call: tuple[Any, ...], bfloat16: bool, size: Callable[[
     """
     if type(weight) is not Parameter or weight.is_inference():  # which counts no versions
         return None
-    now = weight._version, weight.data_ptr()
+    now = state_of(weight)
     kept = _kept.get(number := id(weight))
     if kept is None or kept.of != now or kept.owner() is not weight:
         kept = _kept[number] = _Kept(weakref.ref(weight, partial(_forget, number)), now)

@@ -39,6 +39,11 @@ def owner_of(args: Sequence[Any], drop: Callable[[Any], None], before: Owner = N
     return next((weakref.ref(value, drop) for value in args if isinstance(value, torch.nn.Parameter)), None)
 
 
+def state_of(parameter: Tensor) -> tuple[int, int]:
+    """Returns what tells whether a parameter has changed or moved; those of inference mode count no versions."""
+    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
+
+
 class Memory:
     """Storages by their size, each of which is given out again once no tensor refers to it."""
 

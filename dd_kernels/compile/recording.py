@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..ops.cuda_graph import first_line
 from .fused_convolution import records
-from .memory import Memory, Owner, owner_of
+from .memory import Memory, Owner, owner_of, state_of
 from .places import WRITES, copied_out, form, place_for, reason_against_results, write, writes_to_an_input
 from .recorder import CPU, Call, Recorder, Refused, Where, is_plain
 from .workspace import Workspace
@@ -72,11 +72,6 @@ class _Recording:
 
 def _is_parameter(value: Any) -> bool:
     return isinstance(value, nn.Parameter)
-
-
-def _state(parameter: nn.Parameter) -> tuple[int, int]:
-    """Returns what tells whether a parameter has changed or moved; those of inference mode count no versions."""
-    return parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
 
 
 def _record(call: Callable[..., Any], args: Sequence[Any]) -> tuple[_Recording, tuple[Any, ...]]:
@@ -147,7 +142,7 @@ class Recordings:
             self._lock.release()
 
     def _run(self, args: Sequence[Any]) -> Any:
-        parameters = tuple(_state(value) for value in args if _is_parameter(value))
+        parameters = tuple(state_of(value) for value in args if _is_parameter(value))
         others = [form(v) if isinstance(v, Tensor) else v for v in args if not _is_parameter(v)]
         key = (torch.get_num_threads(), *others)
         known = self._forms.get(key)

@@ -14,6 +14,7 @@ import dd_kernels as dd
 from dd_kernels import backend as backends
 from dd_kernels.compile import dd_kernels as dynamo_backend
 from dd_kernels.compile import kept_filters
+from dd_kernels.compile.memory import state_of
 from dd_kernels.ops import conv2d
 
 pytestmark = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU library is not built")
@@ -103,7 +104,7 @@ def test_a_parameter_that_takes_the_id_of_another_keeps_its_own():
     gone, here = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
     kept_filters.keep(gone, (), False, lambda: 4)
     stale = kept_filters._kept[id(here)] = kept_filters._kept[id(gone)]
-    stale.of = here._version, here.data_ptr()
+    stale.of = state_of(here)
     memory = kept_filters.keep(here, (), False, lambda: 4)
     assert memory is not None
     assert memory is not stale.memory[4, False]
