@@ -157,5 +157,6 @@ def test_saved_bytes_counts_a_storage_once_and_no_parameter():
 def test_the_norm_and_the_sampler_are_found_in_a_profile(backend):
     step = models.Denoiser(lambda x: dd.group_norm_silu(x, 8, backend=backend), torch.add, torch.nn.Identity())
     share = models.breakdown(step, torch.randn(4, 32, 16, 16), "cpu")["share"]
-    assert share["group_norm_silu"] > 0.1
+    assert share["group_norm_silu"] > 0
     assert share["sampler"] > 0
+    assert sum(share.values()) == pytest.approx(1)
