@@ -146,7 +146,7 @@ DD_INLINE void attend_block(const Arguments& a, const Plan& plan, const attentio
     for (int64_t i = 0; i < keys; i += kMostRows) {
         const int64_t rows = keys - i < kMostRows ? keys - i : kMostRows;
         product_of_rows<WholeRows, vectors>(rows)(packed + (key + i) * plan.depth, panel.queries, plan.depth,
-                                                  plan.depth, scores + i * kPanel);
+                                                  plan.depth, scores + i * kPanel, nullptr);
     }
     Softmax<vectors>& softmax = *reinterpret_cast<Softmax<vectors>*>(panel.softmax);
     softmax.take(scores, keys, a.scale, key == 0);
@@ -158,7 +158,8 @@ DD_INLINE void attend_block(const Arguments& a, const Plan& plan, const attentio
     for (int64_t i = 0; i < a.shape.outputs; i += kMostRows) {
         const int64_t rows = a.shape.outputs - i < kMostRows ? a.shape.outputs - i : kMostRows;
         float *sum = panel.sums + i * kPanel, *result = key == 0 ? sum : products;
-        product_of_rows<RowsOfColumns, vectors>(rows)(values + i * kStep, weights, padded, plan.values, result);
+        product_of_rows<RowsOfColumns, vectors>(rows)(values + i * kStep, weights, padded, plan.values, result,
+                                                      nullptr);
         if (key > 0) add_scaled(softmax.factor, products, rows, sum);
     }
 }

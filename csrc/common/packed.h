@@ -36,10 +36,6 @@ DD_INLINE Vec multiply_add(Factor a, Factor b, Vec c) {
 DD_INLINE VecU16 rounded(Vec v) { return (VecU16)_mm512_cvtneps_pbh((__m512)v); }
 #endif
 
-// Products of bfloat16 use up a panel faster than the processor fetches it by itself: this asks for what is needed 32
-// steps of the depth later.
-DD_INLINE void fetch_ahead(const uint16_t* panel) { __builtin_prefetch(panel + 32 * kPanel); }
-
 // Packs a vector of the depth of one row.
 DD_INLINE void put_row(uint16_t* to, Vec v) { store(to, rounded(v)); }
 
@@ -65,10 +61,6 @@ constexpr bool kPackedFloat32 = true;
 DD_INLINE Factor load_factor(const float* p) { return load(p); }
 DD_INLINE Factor splat_factor(const float* p) { return splat(*p); }
 DD_INLINE Vec multiply_add(Factor a, Factor b, Vec c) { return fma(a, b, c); }
-// The same with AVX2; with AVX-512 float32 gains nothing.
-DD_INLINE void fetch_ahead(const float* panel) {
-    if constexpr (kLanes == 8) __builtin_prefetch(panel + 64 * kPanel);
-}
 DD_INLINE void put_row(float* to, Vec v) { store(to, v); }
 DD_INLINE void put_columns(float* panel, int64_t depth, int64_t column, Vec v, int64_t width = kPanel) {
     store(panel + depth * width + column, v);

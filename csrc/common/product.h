@@ -34,17 +34,16 @@ struct RowsOfColumns {  // for each kStep steps all rows, kStep elements of each
     explicit RowsOfColumns(int64_t stride) : step(stride), block(kLanes * stride) {}
 };
 
-template <int rows, int vectors, class At>
-DD_INLINE void multiply(const Packed* a, const Packed* b, int64_t blocks, At at, Vec (&sum)[rows][vectors]) {
+// Adds a b to the sums. One that `fetches` brings a vector for each step of the depth near meanwhile, from `next` on.
+template <int rows, int vectors, bool fetches, class At>
+DD_INLINE void multiply(const Packed* a, const Packed* b, int64_t blocks, At at, const Packed* next,
+                        Vec (&sum)[rows][vectors]) {
     for (int64_t i = 0; i < blocks; ++i, a += at.block, b += kLanes * kPanel) {
 #pragma GCC unroll 4
         for (int step = 0; step < kLanes; step += kStep) {
+            if constexpr (fetches) __builtin_prefetch(next + (i * kLanes + step) * kLanes, 0, 2);
             Factor column[vectors];
-            for (int v = 0; v < vectors; ++v) {
-                const Packed* panel = b + step * kPanel + v * kLanes * kStep;
-                column[v] = load_factor(panel);
-                fetch_ahead(panel);
-            }
+            for (int v = 0; v < vectors; ++v) column[v] = load_factor(b + step * kPanel + v * kLanes * kStep);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; ++r) {
                 Factor element = splat_factor(a + r * at.row + step * at.step);
@@ -56,12 +55,14 @@ DD_INLINE void multiply(const Packed* a, const Packed* b, int64_t blocks, At at,
 }
 
 // out [rows][kPanel] = a b; depth is a multiple of kLanes.
-template <int rows, int vectors, class At>
-DD_INLINE void multiply_chunks(const Packed* a, const Packed* b, int64_t depth, At at, float* out) {
+template <int rows, int vectors, bool fetches = false, class At>
+DD_INLINE void multiply_chunks(const Packed* a, const Packed* b, int64_t depth, At at, float* out,
+                               const Packed* next = nullptr) {
     for (int64_t first = 0; first < depth; first += kChunk) {
         int64_t left = depth - first < kChunk ? depth - first : kChunk;
         Vec sum[rows][vectors]{};
-        multiply<rows, vectors>(a + first / kLanes * at.block, b + first * kPanel, left / kLanes, at, sum);
+        multiply<rows, vectors, fetches>(a + first / kLanes * at.block, b + first * kPanel, left / kLanes, at,
+                                         fetches ? next + first * kLanes : nullptr, sum);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 2
@@ -74,26 +75,28 @@ DD_INLINE void multiply_chunks(const Packed* a, const Packed* b, int64_t depth, 
     }
 }
 
-// A product of some number of rows that lie as `stride` tells.
-typedef void (*Product)(const Packed* a, const Packed* b, int64_t depth, int64_t stride, float* out);
+// A product of some number of rows that lie as `stride` tells. Those that fetch do it from `next` on.
+typedef void (*Product)(const Packed* a, const Packed* b, int64_t depth, int64_t stride, float* out,
+                        const Packed* next);
 
-template <template <int> class At, int rows, int vectors>
-void product(const Packed* a, const Packed* b, int64_t depth, int64_t stride, float* out) {
-    multiply_chunks<rows, vectors>(a, b, depth, At<rows>(stride), out);
+template <template <int> class At, int rows, int vectors, bool fetches>
+void product(const Packed* a, const Packed* b, int64_t depth, int64_t stride, float* out, const Packed* next) {
+    multiply_chunks<rows, vectors, fetches>(a, b, depth, At<rows>(stride), out, next);
 }
 
-template <template <int> class At, int vectors>
+template <template <int> class At, int vectors, bool fetches = false>
 DD_INLINE Product product_of_rows(int64_t rows) {
-    static constexpr Product products[] = {product<At, 1, vectors>, product<At, 2, vectors>, product<At, 3, vectors>,
-                                           product<At, 4, vectors>, product<At, 5, vectors>, product<At, 6, vectors>,
-                                           product<At, 7, vectors>, product<At, 8, vectors>};
+    static constexpr Product products[] = {product<At, 1, vectors, fetches>, product<At, 2, vectors, fetches>,
+                                           product<At, 3, vectors, fetches>, product<At, 4, vectors, fetches>,
+                                           product<At, 5, vectors, fetches>, product<At, 6, vectors, fetches>,
+                                           product<At, 7, vectors, fetches>, product<At, 8, vectors, fetches>};
     return products[rows - 1];
 }
 
 // The product of groups of `rows` and of a panel whose second vector is needed or not.
-template <template <int> class At>
+template <template <int> class At, bool fetches = false>
 DD_INLINE Product product_of(int64_t rows, bool two) {
-    return two ? product_of_rows<At, 2>(rows) : product_of_rows<At, 1>(rows);
+    return two ? product_of_rows<At, 2, fetches>(rows) : product_of_rows<At, 1, fetches>(rows);
 }
 
 }  // namespace dd::DD_ISA

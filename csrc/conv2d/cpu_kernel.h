@@ -63,16 +63,25 @@ void conv2d_pack_filters(const Forward& a, int64_t first, int64_t last, float* k
 
 // Multiplies groups [first, last) of a block by a panel: products [points][groups][rows][kPanel], the planes
 // product_plane() apart. The filters of a point stay in the cache for all groups, whose packed rows follow each other.
+//
+// Kept filters come from memory, which takes as long as their products where there are few groups. So that both
+// overlap, the first two groups fetch half of the next point's filters each.
 DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_t last, const Packed* packed,
                                const Packed* filters, float* products) {
     const Plan& plan = a.plan;
+    const int64_t plane = conv2d::filter_plane(plan, kPanel);
     const Product multiply_group = product_of<PackedRows>(plan.rows, two);
-    for (int64_t point = 0; point < plan.points; ++point) {
-        const Packed* rows = packed + point * plan.plane() + first * plan.depth * plan.rows;
-        const Packed* columns = filters + point * conv2d::filter_plane(plan, kPanel);
+    const Product multiply_and_fetch = product_of<PackedRows, true>(plan.rows, two);
+    const int64_t fetching = a.kept != nullptr && last - first > 1 ? first + 2 : first;
+    for (int64_t point = 0; point < plan.points; ++point, filters += plane) {
+        const Packed *rows = packed + point * plan.plane() + first * plan.depth * plan.rows, *next = filters + plane;
         float* out = products + point * conv2d::product_plane(plan, kPanel);
-        for (int64_t group = first; group < last; ++group, rows += plan.depth * plan.rows, out += plan.rows * kPanel) {
-            multiply_group(rows, columns, plan.depth, 0, out);
+        for (int64_t group = first; group < last; ++group) {
+            const Product multiply = group < fetching ? multiply_and_fetch : multiply_group;
+            multiply(rows, filters, plan.depth, 0, out, next);
+            rows += plan.depth * plan.rows;
+            next += plan.depth * kLanes;
+            out += plan.rows * kPanel;
         }
     }
 }
@@ -90,7 +99,7 @@ DD_INLINE void multiply_pixels(const Forward& a, int64_t panel, bool two, int64_
             __builtin_prefetch(outputs + i * a.shape.outputs, 1);
             if (two) __builtin_prefetch(outputs + i * a.shape.outputs + kLanes, 1);
         }
-        product_of<WholeRows>(rows, two)(image + pixel * channels, filters, channels, channels, products);
+        product_of<WholeRows>(rows, two)(image + pixel * channels, filters, channels, channels, products, nullptr);
     }
 }
 

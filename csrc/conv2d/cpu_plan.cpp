@@ -20,8 +20,9 @@ constexpr int64_t kMostGradientPacked = int64_t{1} << 22;
 // Each block transforms the filters again, which takes a few percent of the products of so many tiles.
 constexpr int64_t kFewestTiles = 64;
 
-// The cost of a vector from memory: 40 GB/s beside 117 GFLOP/s of a core's multiply-adds.
-constexpr double kMemoryCost = 5.9;
+// The cost of a vector from memory: 20 GB/s of a core, as two share what a machine has, beside 117 GFLOP/s of its
+// multiply-adds.
+constexpr double kMemoryCost = 11.7;
 
 // Costs in multiply-adds of vectors: of a vector of channels of a tile, into the transform and out of it, and of a
 // vector of filters; of a direct convolution, per tap.
