@@ -4,7 +4,8 @@
     layers of one input:  W_1 x + b_1, W_2 x + b_2, ...  =  the parts of W x + b, whose rows are theirs
 
 They are computed of parameters alone, products in float64, in inference, at most LIMIT bytes of the process. A change
-of a weight in place is seen by its version counter, one through ``.data`` by the weight's diagonal. The operators
+of a weight in place is seen by its version counter, one through ``.data`` by the weight's diagonal, of which 64
+elements at most are compared since each lies in another line of memory. The operators
 ``dd_kernels::fold`` and ``dd_kernels::stack`` compare that, and all of the biases, in each call, of a recorded graph
 too.
 """
@@ -44,9 +45,15 @@ class Layer(NamedTuple):
     bias: Any
 
 
+def _compared(weight: Tensor) -> Tensor:
+    """Returns the elements of a weight that are compared in each call."""
+    diagonal = weight.diagonal()
+    return diagonal[:: max(diagonal.shape[0] // 64, 1)][:64]
+
+
 def _signs(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """Returns what tells these layers from others."""
-    return torch.cat([*(weight.diagonal() for weight in weights), *(bias for bias in biases if bias is not None)])
+    return torch.cat([*map(_compared, weights), *(bias for bias in biases if bias is not None)])
 
 
 @torch.library.impl("dd_kernels::fold", "CPU")
@@ -92,7 +99,7 @@ class _Derived:
 
     owners: tuple[weakref.ref[Tensor], ...]
     of: tuple[tuple[int, int], ...]  # the owners' states
-    seen: Tensor  # their diagonals and all biases, NaN before the first call
+    seen: Tensor  # what is compared of them, NaN before the first call
     layer: Layer
 
     @property
@@ -146,8 +153,7 @@ def _derive(
     found = _derived.get(key)
     if found is None or not found.is_of(weights, shape):
         _derived.pop(key, None)
-        seen = sum(min(weight.shape) for weight in weights) + sum(b.shape[0] for b in biases if b is not None)
-        found = _made(key, weights, shape, seen)
+        found = _made(key, weights, shape, len(_signs(weights, biases)))
         if found is None:
             return None
         _derived[key] = found
