@@ -32,6 +32,11 @@ def test_an_import_loads_this_package_and_little_else():
     assert len([name for name in loaded if not name.startswith("dd_kernels")]) <= 12
 
 
+def test_a_command_loads_its_model_without_dynamo():
+    loaded = loaded_by("from dd_kernels.apps.checkpoint import load_model; load_model('digits'); load_model('fashion')")
+    assert "torch._dynamo" not in loaded
+
+
 def test_a_first_import_on_another_device_changes_nothing():
     code = (
         "with torch.device('meta'): import dd_kernels as dd\n"

@@ -67,7 +67,8 @@ class Encoder(nn.Module):
         self.time_embedding = nn.Sequential(
             nn.Linear(config.sinusoid_channels, width), nn.SiLU(), nn.Linear(width, width)
         )
-        self.class_embedding = nn.Embedding(labels, width) if labels else None
+        # Drawn here: nn.Embedding's own draws import Dynamo under torch.device("meta"), which takes a second.
+        self.class_embedding = nn.Embedding.from_pretrained(torch.randn(labels, width), False) if labels else None
         self.conv_in = nn.Conv2d(config.model_channels_in, channels[0], 3, padding=1)
         self.down = _down_stages(config)
         self.middle = MiddleStage(
