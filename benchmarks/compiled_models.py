@@ -2,6 +2,7 @@
 
     python -m benchmarks.compiled_models                   the table, at widths that a small machine runs
     python -m benchmarks.compiled_models --full cifar10    one model at its public width
+    python -m benchmarks.compiled_models --bfloat16        also by dd.accelerate(model, dtype="bfloat16")
     python -m benchmarks.compiled_models --inductor        also torch.compile's default, whose compiling takes minutes
     python -m benchmarks.compiled_models "vae 512"         the decoder of Stable Diffusion to 512 x 512, as it is used
 
@@ -92,14 +93,19 @@ def speeds(model: nn.Module, others: Sequence[Callable[..., Any]], inputs: Seque
     return " / ".join(reason or f"{next(ratios):.2f}" for reason in failures)
 
 
-def row(name: str, batches: Iterable[int], full: bool, inductor: bool, at_least: float) -> list[str]:
+def row(
+    name: str, batches: Iterable[int], full: bool, inductor: bool, at_least: float, bfloat16: bool = False
+) -> list[str]:
     """Returns the table's cells of one model."""
     torch.manual_seed(0)
     model, inputs_of = LARGE[name]() if name in LARGE else MODELS[name](full)
     randomized(model).eval()
     fast, found = dd.accelerate(copy.deepcopy(model))
     report = found.networks[0]
-    others: list[Callable[..., Any]] = [fast]
+    ours: list[nn.Module] = [fast]
+    if bfloat16:
+        ours.append(dd.accelerate(copy.deepcopy(model), dtype="bfloat16")[0])
+    others: list[Callable[..., Any]] = list(ours)
     if inductor:
         torch._dynamo.reset()  # or torch.compile's models of earlier rows count towards its limit of recompilations
         others.append(torch.compile(model, dynamic=False))
@@ -110,7 +116,7 @@ def row(name: str, batches: Iterable[int], full: bool, inductor: bool, at_least:
             if not errors:
                 capture = seconds(partial(fast, *inputs))
                 exact = copy.deepcopy(model).double()(*map(to_float64, inputs))
-                largest = [(f(*inputs) - exact).abs().max().item() for f in (fast, model)]
+                largest = [(f(*inputs) - exact).abs().max().item() for f in [*ours, model]]
                 errors = " / ".join(f"{error:.1e}" for error in largest)
             cells.append(speeds(model, others, inputs, at_least))
     graphs = len(report.graphs) // len(cells)
@@ -130,6 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="public widths")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--bfloat16", action="store_true", help="products of bfloat16, too")
     parser.add_argument("--inductor", action="store_true", help="torch.compile's default backend, too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing per model and batch")
@@ -138,21 +145,22 @@ def main() -> None:
     if unknown:
         parser.error(f"no model {', '.join(unknown)}; there are {', '.join([*MODELS, *LARGE])}")
     torch.set_num_threads(arguments.threads)
-    titles = [f"x eager at batch {n}" + " / of torch.compile" * arguments.inductor for n in arguments.batch]
+    also = " / in bfloat16" * arguments.bfloat16
+    titles = [f"x eager at batch {n}{also}" + " / of torch.compile" * arguments.inductor for n in arguments.batch]
     head = [
         "model",
         "norms / with activation",
         "PyTorch's norms and what is left, and why",
         "graphs",
         "capture s",
-        "error ours / eager",
+        f"error ours{also} / eager",
         *titles,
     ]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for name in arguments.models or MODELS:
         batches = [1] if name in LARGE else arguments.batch
         try:
-            cells = row(name, batches, arguments.full, arguments.inductor, arguments.seconds)
+            cells = row(name, batches, arguments.full, arguments.inductor, arguments.seconds, arguments.bfloat16)
         except Exception as error:
             cells = [name, failed(error), *["-"] * (len(head) - 2)]
         print("| " + " | ".join(cells) + " |", flush=True)

@@ -24,6 +24,14 @@ def test_a_row(name):
     assert float(two) > 0
 
 
+def test_a_row_with_products_of_bfloat16():
+    cells = compiled_models.row("lucidrains", [1], False, False, at_least=0.0, bfloat16=True)
+    exact, rounded, eager = map(float, cells[5].split(" / "))
+    assert 0 < eager < 1e-3
+    assert 0 < exact <= rounded < 0.1
+    assert all(float(ratio) > 0 for ratio in cells[6].split(" / "))
+
+
 def test_why_not():
     norms = [
         NormReport(str(i), (), kept, left)
