@@ -86,8 +86,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, classes: str | None = "
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the model's weights (default: fp32)")
     parser.add_argument(
         "--accelerate",
-        action="store_true",
-        help="rewrite the model by dd_kernels.accelerate first, which takes seconds and pays for larger models",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("bfloat16",),
+        help="rewrite the model by dd_kernels.accelerate first, which takes seconds and pays for larger models; with "
+        "bfloat16 its products are of that where the processor has them",
     )
     if classes is not None:
         parser.add_argument("--classes", help=f"names or numbers, 0,3,7 or all or none (default: {classes})")
@@ -125,7 +129,7 @@ class LoadedModel:
         if args.accelerate:
             from ...compile import accelerate  # imports Dynamo, which takes a second
 
-            accelerate(model)
+            accelerate(model, dtype=None if args.accelerate is True else args.accelerate)
         network = classifier.guided_model(args, model, info, where)
         return cls(model, info, where, guided, network)
 

@@ -50,13 +50,26 @@ def test_sample_equals_the_library(models):
 
 def test_an_accelerated_model_draws_the_same_images(models, monkeypatch):
     """Another convolution algorithm may move a value by a few roundings, and so one grey level, no more."""
-    accelerate, accelerated = dd.accelerate, []
-    monkeypatch.setattr(compile, "accelerate", lambda model: accelerated.append(accelerate(model)))
+    accelerate, asked = dd.accelerate, []
+
+    def noted(model, dtype):
+        asked.append(dtype)
+        accelerate(model, dtype=dtype)
+
+    monkeypatch.setattr(compile, "accelerate", noted)
     assert sample(models, "-n", 3, "--steps", 5, "--out", "plain.npz") == 0
-    assert not accelerated
+    assert not asked
     assert sample(models, "-n", 3, "--steps", 5, "--out", "fast.npz", "--accelerate") == 0
-    assert len(accelerated) == 1
+    assert asked == [None]
     assert np.abs(pixels("plain.npz").astype(int) - pixels("fast.npz").astype(int)).max() <= 1
+    assert sample(models, "-n", 3, "--steps", 5, "--out", "bfloat16.npz", "--accelerate", "bfloat16") == 0
+    assert asked == [None, "bfloat16"]
+
+
+def test_accelerate_takes_no_other_dtype(models, capsys):
+    with pytest.raises(SystemExit):
+        sample(models, "--accelerate", "float16")
+    assert "argument --accelerate: invalid choice: 'float16'" in capsys.readouterr().err
 
 
 def test_default_steps(models, capsys):
