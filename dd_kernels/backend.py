@@ -167,8 +167,8 @@ def choose(op: str, backend: str, device: torch.device, unsupported_reason: str 
 
 
 def is_free() -> bool:
-    """Returns whether ``auto`` takes the fastest backend: no block is entered, and the process has no default."""
-    return not _blocks and _process_default == "auto"
+    """Returns whether the fastest backend is taken: neither a block nor the process's default names another one."""
+    return {*_blocks, _process_default} == {"auto"}
 
 
 def _block_default() -> str:

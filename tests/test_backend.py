@@ -119,6 +119,19 @@ def test_a_compiled_function_follows_the_block_that_it_is_called_in():
     assert compiled().equal(dd.randn((2, 3), seed=1))
 
 
+def test_a_block_of_auto_leaves_the_choice_free(monkeypatch):
+    assert backends.is_free()
+    with dd.use_backend("auto"):
+        assert backends.is_free()
+        with dd.use_backend("reference"):
+            assert not backends.is_free()
+        assert backends.is_free()
+    monkeypatch.setattr(backends, "_process_default", "reference")
+    assert not backends.is_free()
+    with dd.use_backend("auto"):
+        assert not backends.is_free()
+
+
 def test_use_backend_ends_with_an_exception():
     with pytest.raises(RuntimeError, match="inside"), dd.use_backend("reference"):
         raise RuntimeError("inside")
