@@ -114,8 +114,8 @@ struct WeightGradient {
 
     // dy as an image of its own, and the distances of two points' planes of packed inputs and output gradients.
     Shape output_image() const { return {shape.samples, shape.outputs, shape.out_height, shape.out_width}; }
-    int64_t input_plane() const { return plan.block * plan.depth; }
-    int64_t output_plane(int64_t panel) const { return plan.block * plan.panels * panel; }
+    int64_t input_plane() const { return plan.block * plan.depth + kPlaneGap; }
+    int64_t output_plane(int64_t panel) const { return plan.block * plan.panels * panel + kPlaneGap; }
 };
 
 }  // namespace dd::conv2d
