@@ -15,7 +15,7 @@ constexpr int64_t kMostApart = int64_t{1} << 18, kMostFilters = int64_t{1} << 23
 constexpr int64_t kMostPixels = int64_t{1} << 16, kFewestPixelGroups = 16;
 // Groups a thread from which on threads compute apart: with fewer, filters are read too often.
 constexpr int64_t kFewestGroups = 4;
-// Of a weight gradient: both packed inputs of a block, which stay in the last-level cache.
+// Of a weight gradient: both packed inputs of a block, which stay in the last-level cache beside what else is there.
 constexpr int64_t kMostGradientPacked = int64_t{1} << 21;
 // Each block transforms the filters again, which takes a few percent of the products of so many tiles.
 constexpr int64_t kFewestTiles = 64;
