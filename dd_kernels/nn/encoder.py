@@ -52,6 +52,14 @@ class EncoderStage(Stage):
         return x
 
 
+def _embedding(labels: int, width: int) -> nn.Embedding:
+    """Returns an embedding with the draws of ``nn.Embedding``.
+
+    Its own import Dynamo under ``torch.device("meta")``, where a model is built that is loaded: that takes a second.
+    """
+    return nn.Embedding.from_pretrained(torch.randn(labels, width), freeze=False)
+
+
 class Encoder(nn.Module):
     """What a U-Net and a classifier share: x and t go in, the feature map of the coarsest level comes out.
 
@@ -67,8 +75,7 @@ class Encoder(nn.Module):
         self.time_embedding = nn.Sequential(
             nn.Linear(config.sinusoid_channels, width), nn.SiLU(), nn.Linear(width, width)
         )
-        # Drawn here: nn.Embedding's own draws import Dynamo under torch.device("meta"), which takes a second.
-        self.class_embedding = nn.Embedding.from_pretrained(torch.randn(labels, width), False) if labels else None
+        self.class_embedding = _embedding(labels, width) if labels else None
         self.conv_in = nn.Conv2d(config.model_channels_in, channels[0], 3, padding=1)
         self.down = _down_stages(config)
         self.middle = MiddleStage(
