@@ -78,9 +78,9 @@ DD_INLINE void pack_output_gradient(const WeightGradient& a, const Block& block,
 // Zeroes the tiles that fill up a block's last vector of the depth, of one chunk of channels.
 DD_INLINE void pad_tiles(const WeightGradient& a, int64_t tiles, int64_t width, int64_t chunk, int64_t plane,
                          float* packed) {
-    int64_t padded = round_up(tiles, kLanes);
+    int64_t padded = round_up(tiles, kLanes), depth = (plane - conv2d::kPlaneGap) / a.plan.block;
     for (int64_t point = 0; point < a.plan.points; ++point) {
-        for (int64_t c = chunk * kChunk; c < (chunk + 1) * kChunk && c < plane / a.plan.block; c += width) {
+        for (int64_t c = chunk * kChunk; c < (chunk + 1) * kChunk && c < depth; c += width) {
             float* to = packed + point * plane + c * a.plan.block;
             set_zero(to + tiles * width, (padded - tiles) * width);
         }

@@ -64,8 +64,9 @@ void conv2d_pack_filters(const Forward& a, int64_t first, int64_t last, float* k
 // Multiplies groups [first, last) of a block by a panel: products [points][groups][rows][kPanel], the planes
 // product_plane() apart. The filters of a point stay in the cache for all groups, whose packed rows follow each other.
 //
-// Kept filters come from memory, which takes as long as their products where there are few groups. So that both
-// overlap, the first two groups fetch half of the next point's filters each.
+// Filters that were packed before, kept or for blocks computed apart, come from memory or the last-level cache, which
+// takes as long as their products where there are few groups. So that both overlap, the first two groups fetch half of
+// the next point's filters each. A group alone fetches none: it reads its own as fast as memory gives them.
 DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_t last, const Packed* packed,
                                const Packed* filters, float* products) {
     const Plan& plan = a.plan;
@@ -77,8 +78,7 @@ DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_
         const Packed *rows = packed + point * plan.plane() + first * plan.depth * plan.rows, *next = filters + plane;
         float* out = products + point * conv2d::product_plane(plan, kPanel);
         for (int64_t group = first; group < last; ++group) {
-            const Product multiply = group < fetching ? multiply_and_fetch : multiply_group;
-            multiply(rows, filters, plan.depth, 0, out, next);
+            (group < fetching ? multiply_and_fetch : multiply_group)(rows, filters, plan.depth, 0, out, next);
             rows += plan.depth * plan.rows;
             next += plan.depth * kLanes;
             out += plan.rows * kPanel;
