@@ -160,3 +160,12 @@ def test_the_norm_and_the_sampler_are_found_in_a_profile(backend):
     assert share["group_norm_silu"] > 0
     assert share["sampler"] > 0
     assert sum(share.values()) == pytest.approx(1)
+
+
+def test_the_shares_of_a_profile(monkeypatch):
+    model = [("dd_kernels::group_norm_silu", 30.0, 2), ("aten::mm", 50.0, 4)]
+    found = iter([model, [("dd_kernels::reverse_step", 20.0, 2)]])
+    monkeypatch.setattr(models.machine, "events", lambda run, device: next(found))
+    step = models.Denoiser(torch.neg, torch.add, torch.nn.Identity())
+    share = models.breakdown(step, torch.randn(1, 4, 2, 2), "cpu")["share"]
+    assert share == {"group_norm_silu": 0.3, "sampler": 0.2, "rest": 0.5}
