@@ -160,7 +160,7 @@ def _case(target: Target, run: Run, x: Tensor, module: nn.Module, ours: Step, pe
     )
 
 
-def _settle(target: Target, step: Denoiser, x: Tensor) -> None:
+def _warm_up(target: Target, step: Denoiser, x: Tensor) -> None:
     """On a CPU makes the calls of which an accelerated model captures the first and records the second."""
     for _ in range(3 if target.kind == "cpu" else 0):
         step(x)
@@ -174,7 +174,7 @@ def _step_case(target: Target, run: Run) -> Case:
     x = _images(target, run)
     ours = found["dd_kernels"]
     assert isinstance(ours, Denoiser)
-    _settle(target, ours, x)
+    _warm_up(target, ours, x)
     peers: Peers = dict(list(found.items())[1:])
     if target.kind == "cuda" and not run.compile:
         peers["dd_kernels, CUDA graph"] = models.replayed(target, ours, x)
@@ -263,7 +263,7 @@ def _point_case(target: Target, point: Point) -> Case:
     fast = models.by_the_line(model, target)
     ours, plain = models.ours(fast, "ddim", batch, target.device), models.eager(model, "ddim", batch, target.device)
     x = torch.randn(batch, 3, side, side, device=target.device)
-    _settle(target, ours, x)
+    _warm_up(target, ours, x)
     moved = steps * (models.parameter_bytes(model) + 2 * x.nbytes)
     table = dd.ddim(SCHEDULE, steps=steps)
     return Case(
