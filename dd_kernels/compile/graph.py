@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -119,6 +121,22 @@ def is_custom(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.target, kinds)
 
 
+@lru_cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Returns the names of a function's parameters; none where it is not Python's."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _is_asked_to_write(node: fx.Node) -> bool:
+    """Returns whether a call of a function has ``inplace=True``, by name or by position."""
+    assert callable(node.target)
+    names = _parameters(node.target)
+    return bool(argument(node, names.index("inplace") if "inplace" in names else len(node.args), "inplace"))
+
+
 def mutates(node: fx.Node) -> bool:
     """Returns whether a call may write to a tensor that it was given."""
     if node.op == "call_method":
@@ -131,9 +149,8 @@ def mutates(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverloadPacket | torch._ops.HigherOrderOperator):
         return True  # custom ops and control flow: unknown
     name = getattr(node.target, "__name__", "")
-    in_place = node.kwargs.get("inplace") or node.kwargs.get("out") is not None
-    positional = getattr(node.target, "__module__", "") == "torch.nn.functional" and any(a is True for a in node.args)
-    return bool(node in _IN_PLACE_OPERATORS or in_place or positional or re.fullmatch(r"\w*[a-z0-9]_", name))
+    named = _is_asked_to_write(node) or node.kwargs.get("out") is not None
+    return bool(node in _IN_PLACE_OPERATORS or named or re.fullmatch(r"\w*[a-z0-9]_", name))
 
 
 def is_barrier(node: fx.Node) -> bool:

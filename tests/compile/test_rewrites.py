@@ -375,7 +375,25 @@ def divided_of_an_integer(x):
     return (x.long() / 1.0) + x
 
 
-@pytest.mark.parametrize(("function", "removed"), [(divided, 1), (divided_and_written, 0), (divided_of_an_integer, 0)])
+def dropped_in_training(x):
+    return F.dropout(x.sin(), 0.0, True) + 1
+
+
+def dropped_in_place(x):
+    h = x.sin()
+    return F.dropout(h, 0.0, True, True) + h
+
+
+@pytest.mark.parametrize(
+    ("function", "removed"),
+    [
+        (divided, 1),
+        (divided_and_written, 0),
+        (divided_of_an_integer, 0),
+        (dropped_in_training, 1),
+        (dropped_in_place, 0),
+    ],
+)
 def test_identities(function, removed):
     """The last is not removed where it is the output: a copy is what the caller may write to."""
     report = Report()
