@@ -5,6 +5,7 @@
     conv2d(act(norm(x)), weight, ...)             ->  conv2d of x, which applies the norm as it reads x
     conv2d(pad(x, sides), weight, ...)            ->  conv2d of x with more zeros around it
     conv2d(interpolate(x, scale_factor=2), ...)   ->  conv2d of x, which repeats each pixel 2 x 2 times as it reads x
+    conv2d(x.contiguous(), weight, ...)           ->  conv2d of x; diffusers makes such copies in training
 
 Equal without dilation or groups, where only the sum reads the convolution, only the convolution the norm, and x is not
 written to between. Nearest up-sampling may have other readers, which keep it; filters are 3 x 3 there, as for 1 x 1 the
@@ -47,6 +48,7 @@ from .graph import (
 _CONVOLUTIONS = Calls(torch.conv2d, F.conv2d)
 _PAD = Calls(F.pad, torch._C._nn.pad)
 _INTERPOLATE = Calls(F.interpolate)
+_CONTIGUOUS = Calls("contiguous")
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,18 @@ def _norm_before(x: fx.Node, reader: fx.Node, last: fx.Node) -> fx.Node | None:
     return None if any(is_barrier(other) for other in between(x, last)) else x
 
 
+def _without_layout(x: fx.Node, last: fx.Node, covered: list[fx.Node]) -> fx.Node:
+    """Returns what ``x`` is a contiguous copy of, if it is one and that may be read at ``last``; else ``x``.
+
+    Our kernel converts what it reads, where that is needed; ``covered`` takes the calls that it makes needless.
+    """
+    if x not in _CONTIGUOUS or any(is_barrier(other) for other in between(x, last)):
+        return x
+    covered.append(x)
+    source: fx.Node = argument(x, 0, "input")
+    return source
+
+
 def _zeros_before(x: fx.Node, last: fx.Node) -> Padding | None:
     """Returns the sides of the zeros that the call ``x`` puts around its input, if it may be done at ``last``."""
     if x not in _PAD or argument(x, 2, "mode", "constant") != "constant" or argument(x, 3, "value") not in (None, 0):
@@ -164,13 +178,14 @@ def _replace(graph: fx.Graph, found: Convolution, numbers: Numbers) -> None:
     assert stride is not None
     assert padding is not None
     sides, covered = (padding[1], padding[1], padding[0], padding[0]), [last, node]
+    x = _without_layout(x, last, covered)
     if (zeros := _zeros_before(x, last)) is not None:
         covered.append(x)
         sides = (sides[0] + zeros[0], sides[1] + zeros[1], sides[2] + zeros[2], sides[3] + zeros[3])
-        x = argument(x, 0, "input")
+        x = _without_layout(argument(x, 0, "input"), last, covered)
     if (small := _half_size(x, filters[0], last)) is not None:
         covered.append(x)
-        x = small
+        x = _without_layout(small, last, covered)
     arguments = (*filters, stride[0], sides, found.residual, tuple(numbers), small is not None)
     alone = all(only_user(other) is reader for reader, other in pairwise(covered[1:]))
     norm = _norm_before(x, covered[-1], last) if alone else None

@@ -308,6 +308,46 @@ def test_the_convolution_doubles_its_input(function, left, layout):
     check(model, x, count=1)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: F.conv2d(x.contiguous(), w, padding=1),
+        lambda x, w: F.conv2d(F.silu(F.group_norm(x, 4)).contiguous(), w, padding=1),
+        lambda x, w: F.conv2d(F.pad(x.contiguous(), (0, 1, 0, 1)).contiguous(), w, stride=2),
+        lambda x, w: F.conv2d(F.interpolate(x.contiguous(), scale_factor=2).contiguous(), w, padding=1),
+        lambda x, w: F.conv2d(x.contiguous(memory_format=torch.contiguous_format), w, padding=1),
+    ],
+)
+def test_copies_in_another_layout_are_not_made_for_a_convolution(function):
+    """A single one is left: the result's, which is contiguous without the rewrite."""
+    model, x = Function(function), torch.randn(2, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+    calls = graph_of(model, x)
+    assert calls.count("contiguous") == 1
+    assert not {"checked_norm", "pad", "interpolate"} & set(calls)
+    torch._dynamo.reset()
+    check(model, x, count=1)
+
+
+def written_after_the_copy(x, w):
+    x = x * 1.5
+    z = x.contiguous()
+    x.mul_(2)
+    return F.conv2d(z, w) * x.mean()
+
+
+def copied_for_a_product_too(x, w):
+    z = x.contiguous()
+    return F.conv2d(z, w, padding=1) * z
+
+
+@pytest.mark.parametrize("function", [written_after_the_copy, copied_for_a_product_too])
+def test_a_copy_that_something_else_needs_stays(function):
+    model, x = Function(function), torch.randn(2, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+    assert graph_of(model, x).count("contiguous") == 2
+    torch._dynamo.reset()
+    check(model, x, count=1)
+
+
 def written_after_doubling(x, w):
     x = x * 1.5
     z = F.interpolate(x, scale_factor=2)
