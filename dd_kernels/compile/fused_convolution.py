@@ -135,12 +135,15 @@ def _as_image(tokens: Tensor) -> Tensor:
 def tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, numbers: Numbers) -> Tensor:
     """Returns ``F.linear(x, weight, bias)``, plus the residual: by the kernel of 1 x 1 convolutions.
 
-    Where a gradient may be asked for, it is PyTorch's, whose gradients are matrix products too.
+    Where a gradient may be asked for, it multiplies in float32, as PyTorch's.
     """
-    if records():
+    if not backend.is_free() or transform_reason() is not None:
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
+    image, filters, sides = _as_image(x), weight[:, :, None, None], (0, 0, 0, 0)
     beside = None if residual is None else _as_image(residual)
-    filters = weight[:, :, None, None]
-    y = _run(_as_image(x), (None, None, 0), filters, bias, 1, (0, 0, 0, 0), beside, numbers, parameter=weight)
+    if torch.is_grad_enabled():
+        y = op.Conv2d.apply(image, filters, bias, beside, 1, sides, op.Method.DIRECT, False)
+    else:
+        y = _run(image, (None, None, 0), filters, bias, 1, sides, beside, numbers, parameter=weight)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])

@@ -155,6 +155,15 @@ def test_training_and_weights_that_change():
     assert linears(report) >= 4
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_in_training_the_kernel_multiplies_in_float32(dtype):
+    model, x = Function(lambda x, w, b: F.linear(x, w, b) + x[..., :24], inputs=200), torch.randn(2, 32, 200)
+    y = compiled(model, dtype=dtype)[0](x)
+    image, filters = x.reshape(1, 64, 1, 200).permute(0, 3, 1, 2), model.weight[:, :, None, None]
+    wanted = conv2d(image, filters, model.bias, residual=image[:, :24])
+    assert y.equal(wanted.permute(0, 2, 3, 1).reshape(2, 32, 24))
+
+
 def test_any_number_of_tokens():
     model = Function(lambda x, w, b: F.linear(x, w, b))
     run, report = compiled(model, dynamic=True)

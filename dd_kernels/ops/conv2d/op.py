@@ -149,6 +149,8 @@ class Conv2d(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[:4]
         dx = dweight = dbias = None
         create_graph = torch.is_grad_enabled()  # what follows is differentiated itself
+        if not create_graph:
+            dy = channels_last(dy)  # once for all that read it
         if wants_x:
             arguments = dy, x, weight, stride, padding
             dx = reference.input_gradient(*arguments) if create_graph else input_gradient(*arguments, method, bfloat16)
