@@ -149,16 +149,21 @@ DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length
     return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
 }
 
-// Computes, per channel c, sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of d^2.
+// Computes, per channel c, sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of d^2. Rows of a few
+// pixels at a time are no order that the processor's prefetcher follows, so that those of later ones are fetched, into
+// the second-level cache: of lines on their way to the first one there may be too few at a time for memory's latency.
 DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, const float* centres, float* sums,
                               float* squares) {
+    constexpr int64_t ahead = 32;
     fill(sums, channels, 0.0f);
     fill(squares, channels, 0.0f);
     for_pixels<8>(pixels, false, [&](auto rows, int64_t pixel) DD_INLINE_LAMBDA {
         for_vectors(channels, [&](int64_t c, int64_t left) DD_INLINE_LAMBDA {
             Vec total{}, square{}, centre = load(centres + c, left);
             for (int r = 0; r < rows.count; ++r) {
-                Vec d = load(x + (pixel + r) * channels + c, left) - centre;
+                const float* from = x + (pixel + r) * channels + c;
+                if constexpr (rows.count > 1) __builtin_prefetch(from + ahead * channels, 0, 2);
+                Vec d = load(from, left) - centre;
                 total += d;
                 square = fma(d, d, square);
             }
