@@ -232,4 +232,26 @@ DD_INLINE void write_winograd_tile(const conv2d::Forward& a, int64_t tile, int64
     }
 }
 
+// Fetches what a tile's outputs are written to.
+template <int m>
+DD_INLINE void fetch_tile(const conv2d::Forward& a, int64_t tile, int64_t panel) {
+    const TilePlace place = place_of(a.plan, tile);
+    const int64_t first = place.row * m * a.shape.out_width + place.column * m;
+    for (int64_t i = 0; i < m * m; ++i) {
+        int64_t pixel = first + i / m * a.shape.out_width + i % m;
+        fetch_outputs(a, place.sample * a.y.sample_stride + pixel * a.shape.outputs + panel * kPanel);
+    }
+}
+
+// Writes the outputs of tiles [first, last), whose products these are. What comes 16 pixels later is fetched meanwhile.
+template <int m>
+DD_INLINE void write_winograd_tiles(const conv2d::Forward& a, int64_t panel, int64_t first, int64_t last,
+                                    const float* products) {
+    constexpr int64_t ahead = 16 / (m * m);
+    for (int64_t tile = first; tile < last; ++tile, products += kPanel) {
+        if (tile + ahead < last) fetch_tile<m>(a, tile + ahead, panel);
+        write_winograd_tile<m>(a, tile, panel, products);
+    }
+}
+
 }  // namespace dd::DD_ISA
