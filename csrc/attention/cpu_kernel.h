@@ -84,7 +84,7 @@ struct Softmax {
                 exponents[i] = is_key ? fma(load(scores + row * kPanel + v * kLanes), scale, -scale * largest[v])
                                       : splat(-__builtin_inff());
             }
-            exp2(exponents, powers);
+            packed_exp2(exponents, powers);
             for (int v = 0; v < vectors; ++v) {
                 partial[v] = partial[v] + powers[v] + powers[vectors + v];
                 put_two_columns(weights, key, v * kLanes, powers[v], powers[vectors + v]);

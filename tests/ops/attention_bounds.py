@@ -15,6 +15,7 @@ from torch import Tensor
 
 CHUNK, MOST_KEYS, BLOCK = 64, 256, 1 << 16
 EXP2 = 2.3 * 2.0**-23  # relative, of the kernel's 2^e; tests/csrc/test_vec_math.py measures it
+PACKED_EXP2 = 7.6e-5  # of one that is rounded to bfloat16 next; csrc/common/packed.h
 BFLOAT16 = 2.0**-8
 
 
@@ -42,7 +43,7 @@ def bound(q: Tensor, k: Tensor, v: Tensor, scale: float, isa: str | None, bfloat
     # The factor, its product with the largest score, and their difference with the score's round.
     off = factor * products * (q.abs() @ k.abs().mT) + 4 * UNIT * (exponents.abs() + largest)
     between = (blocks - 1) * (math.log(2) * 2 * UNIT * largest + EXP2 + UNIT)
-    weight = torch.expm1(math.log(2) * off + EXP2 + between)
+    weight = torch.expm1(math.log(2) * off + (PACKED_EXP2 if bfloat16 else EXP2) + between)
     p = exponents.mul(math.log(2)).softmax(-1)
     sums = CHUNK + MOST_KEYS // CHUNK + 2 * blocks
     values = ((p * (weight + unit(sums, isa) + 2 * BFLOAT16 * bfloat16)) @ v.abs()) + keys * 2.0**-126 * v.abs().max()

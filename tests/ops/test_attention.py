@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_bounds import PACKED_EXP2, bound
 from attention_bounds import attention as exact_attention
-from attention_bounds import bound
-from bounds import assert_within
+from bounds import UNIT, assert_within
 from budget import DTYPES, sentinels_survive, within_sentinels
 from draws import for_draws
 from guard_page import guard_page
@@ -96,20 +96,32 @@ def test_large_scores(kernel):
     assert torch.equal(y[0, 0, 0], v[0, 0, -1])
 
 
+def test_weights_before_they_are_rounded(kernel):
+    """Of two keys, values 1 and 0 and exponents 0 and e the result is 1 / (1 + 2^e), which no product rounds."""
+    e = -torch.arange(0, 480.0).view(-1, 1, 1, 1) / 16
+    keys = torch.cat([torch.zeros_like(e), e], 2)
+    values = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(keys.shape)
+    y = attention(torch.ones_like(e), keys, values, math.log(2), backend="cpu", products="bfloat16")
+    exact = 1 / (1 + torch.exp2(e.double()))
+    # Both weights are off by the polynomial's error, in the sum alone; the exponents of float32 by roundings of scale.
+    assert_within(y, exact, exact * (PACKED_EXP2 + 4 * UNIT * (1 - e.double())))
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_not_finite(value):
+def test_not_finite(value, products):
     """A score that is no number, or infinite, makes its query's outputs NaN, and no other's."""
     for row in (3, 37, 299):
         q, k, v = drawn(1, 2, 40, 300, 8, 8)
         q[0, 1, min(row, 39), 2] = value
-        y = attention(q, k, v, backend="cpu")
+        y = attention(q, k, v, backend="cpu", products=products)
         expected = torch.zeros(1, 2, 40, dtype=torch.bool)
         expected[0, 1, min(row, 39)] = True
         assert y.isnan().all(-1).equal(expected)
         assert y.isnan().any(-1).equal(expected)
         k[0, 0, row, 1] = value  # a score of minus infinity is a weight of 0
         exact = exact_attention(q.double(), k.double(), v.double(), 8**-0.5)
-        assert attention(q, k, v, backend="cpu").isnan().equal(exact.isnan())
+        assert attention(q, k, v, backend="cpu", products=products).isnan().equal(exact.isnan())
 
 
 def test_a_key_of_minus_infinity_has_no_weight(kernel):
