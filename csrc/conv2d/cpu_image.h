@@ -101,8 +101,8 @@ static void read_row(const Operand& x, const conv2d::Shape& shape, int64_t sampl
     for (int64_t i = until; i < columns; ++i) set_zero(to + i * stride, padded);
 }
 
-// Fetches the memory of a panel of a pixel's outputs, and its residual, for whoever writes them later. Into the second-
-// level cache: the lines that may be on their way to the first one are too few to come as fast as memory gives them.
+// Fetches what a pixel's outputs of one panel are written to later, and their residual: into the second-level cache,
+// since too few lines may be on their way to the first one to hide memory's latency.
 DD_INLINE void fetch_outputs(const conv2d::Forward& a, int64_t offset) {
     constexpr int64_t line = 64;
     const int64_t size = a.y.has_16_bits() ? 2 : 4, end = (offset + kPanel) * size;

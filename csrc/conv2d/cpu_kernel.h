@@ -86,8 +86,8 @@ DD_INLINE void multiply_groups(const Forward& a, bool two, int64_t first, int64_
     }
 }
 
-// The same of pixels [first, last) of the image, which are rows as they lie: products [pixels][kPanel]. What
-// is written is fetched meanwhile, which otherwise takes a twentieth of the time where it is much.
+// The same of pixels [first, last) of the image, which are rows as they lie: products [pixels][kPanel]. What they are
+// written to is fetched meanwhile, which otherwise takes a twentieth of the time where it is much.
 DD_INLINE void multiply_pixels(const Forward& a, int64_t panel, bool two, int64_t first, int64_t last,
                                const Packed* filters, float* products) {
     const int64_t channels = a.shape.channels, group = a.plan.rows;

@@ -149,9 +149,9 @@ DD_INLINE Deviations row_deviations(const float* x, int64_t rows, int64_t length
     return {sum((sums[0] + sums[1]) + (sums[2] + sums[3])), sum((squares[0] + squares[1]) + (squares[2] + squares[3]))};
 }
 
-// Computes, per channel c, sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of d^2. Rows of a few
-// pixels at a time are no order that the processor's prefetcher follows, so that those of later ones are fetched, into
-// the second-level cache: of lines on their way to the first one there may be too few at a time for memory's latency.
+// Computes, per channel c, sums[c] of d = x[pixel][c] - centres[c] over the pixels, and squares[c] of d^2. Later pixels
+// are fetched, as the processor's prefetcher does not follow this order: into the second-level cache, since too few
+// lines may be on their way to the first one to hide memory's latency.
 DD_INLINE void sum_deviations(const float* x, int64_t pixels, int64_t channels, const float* centres, float* sums,
                               float* squares) {
     constexpr int64_t ahead = 32;
