@@ -174,12 +174,12 @@ def test_a_layer_that_others_read_stays():
 def test_gradients_are_those_of_each_layer():
     model = Attention()
     run, report = compiled(model)
-    exact, ours = against_float64.gradients(model, run, TOKENS)
-    model.float()
-    _, plain = against_float64.gradients(model, model, TOKENS)
+    gradients = against_float64.gradients(model, run, TOKENS)
     assert sum(graph.one_heads for graph in report.graphs) == len(report.graphs)
-    assert all(a.equal(b) for a, b in zip(ours, plain, strict=True))
-    assert len(exact) == 8
+    largest = max(exact.abs().max() for exact in gradients[0])  # that of the keys' bias is 0
+    assert len(gradients[0]) == 8
+    for exact, actual in zip(*gradients, strict=True):
+        assert (actual - exact).abs().max() <= 1e-5 * largest
 
 
 def test_weights_that_are_computed_are_multiplied_in_turn():
