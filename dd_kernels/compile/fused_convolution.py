@@ -54,12 +54,17 @@ def numbers_of(accuracy: str, dtype: str | torch.dtype | None) -> Numbers:
     return Numbers(accuracy, "float32" if dtype is None else "bfloat16")
 
 
+def _is_asked_for() -> bool:
+    """Returns whether a backend is asked for, or the call is transformed."""
+    return not backend.is_free() or transform_reason() is not None
+
+
 def records() -> bool:
     """Returns whether a call must go by the public functions: it is recorded, transformed, or a backend is asked for.
 
     What else these check, the rewrite has checked.
     """
-    return torch.is_grad_enabled() or not backend.is_free() or transform_reason() is not None
+    return torch.is_grad_enabled() or _is_asked_for()
 
 
 def _run(
@@ -106,7 +111,7 @@ def channels_last_conv2d(
     if not records():
         return _run(x, (None, None, 0), weight, bias, stride, padding, residual, numbers, doubled)
     x = double(x) if doubled else x
-    if not backend.is_free() or transform_reason() is not None:
+    if _is_asked_for():
         return conv2d(x, weight, bias, stride, padding, residual=residual, **numbers._asdict())
     # The public function would give the result of a single channel back in the other layout, which that has too.
     options = method_of(*numbers), numbers.products == "bfloat16"
@@ -137,7 +142,7 @@ def tokens_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
 
     Where a gradient may be asked for, it multiplies in float32, as PyTorch's.
     """
-    if not backend.is_free() or transform_reason() is not None:
+    if _is_asked_for():
         y = F.linear(x, weight, bias)
         return y if residual is None else y + residual
     image, filters, sides = _as_image(x), weight[:, :, None, None], (0, 0, 0, 0)

@@ -133,8 +133,8 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 def _is_asked_to_write(node: fx.Node) -> bool:
     """Returns whether a call of a function has ``inplace=True``, by name or by position."""
     assert callable(node.target)
-    names = _parameters(node.target)
-    return bool(argument(node, names.index("inplace") if "inplace" in names else len(node.args), "inplace"))
+    given = {**dict(zip(_parameters(node.target), node.args, strict=False)), **node.kwargs}
+    return bool(given.get("inplace"))
 
 
 def mutates(node: fx.Node) -> bool:
